@@ -1,0 +1,56 @@
+"""Small functions that the kernels share."""
+
+import numpy as np
+
+from ..simd.vector import (
+    LANES,
+    as_f32,
+    atomic_add,
+    fma,
+    maximum,
+    minimum,
+    round_even,
+    splat_f32,
+    splat_i32,
+    to_i32,
+)
+from .source import function
+
+f32 = np.float32
+i32 = np.int32
+
+
+@function
+def share(n, ith, nth):
+    """The part [start, stop) of n items that thread `ith` of `nth` takes."""
+    return n * ith // nth, n * (ith + 1) // nth
+
+
+@function
+def next_item(counter):
+    """The next item that no thread has taken yet: threads that run faster take more."""
+    return atomic_add(counter, 1)
+
+
+@function
+def exp(x):
+    """e**x in float32, lane by lane, to 2 ulp; 0 below -87.3.
+
+    Cody-Waite reduction to |r| ≤ ln2/2, then the degree-6 Taylor polynomial in Horner form.
+    """
+    x = minimum(maximum(x, splat_f32(f32(-87.33654))), splat_f32(f32(88.37626)))
+    n = round_even(x * splat_f32(f32(1.44269504)))
+    r = fma(n, splat_f32(f32(-0.693359375)), x)
+    r = fma(n, splat_f32(f32(2.12194440e-4)), r)
+    p = splat_f32(f32(1.0 / 720.0))
+    p = fma(p, r, splat_f32(f32(1.0 / 120.0)))
+    p = fma(p, r, splat_f32(f32(1.0 / 24.0)))
+    p = fma(p, r, splat_f32(f32(1.0 / 6.0)))
+    p = fma(p, r, splat_f32(f32(0.5)))
+    p = fma(p, r, splat_f32(f32(1.0)))
+    p = fma(p, r, splat_f32(f32(1.0)))
+    power = as_f32((to_i32(n) + splat_i32(i32(127))) << splat_i32(i32(23)))
+    return p * power
+
+
+__all__ = ["LANES", "exp", "f32", "i32", "next_item", "share"]

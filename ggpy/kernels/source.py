@@ -1,0 +1,51 @@
+"""How a kernel's Python source becomes an object file. Imported by the compiling process alone."""
+
+import importlib
+import inspect
+
+from numba import cfunc, njit, types
+
+from ..simd.vector import unpack_params
+from .table import KERNELS
+
+#: kernel name -> its Python function, filled by `kernel` as the source modules are imported
+SOURCES: dict = {}
+
+#: for the functions that kernels are made of: no Python exceptions, C's division
+function = njit(error_model="numpy", nogil=True)
+inlined = njit(error_model="numpy", nogil=True, inline="never")
+
+
+def kernel(name: str):
+    """Registers a function of (ith, nth, *params) as the source of the kernel `name` of the table."""
+
+    def register(body):
+        names = tuple(inspect.signature(body).parameters)
+        expected = ("ith", "nth", *KERNELS[name].params)
+        if names != expected:
+            raise TypeError(f"kernel {name}: parameters {names}, the table says {expected}")
+        SOURCES[name] = body
+        return body
+
+    return register
+
+
+def compile_kernel(name: str) -> tuple[str, bytes]:
+    """Compiles one kernel.
+
+    Returns
+    -------
+    symbol : str
+        The name of the kernel in the object file.
+    code : bytes
+        An object file for this machine.
+    """
+    importlib.import_module(f".{KERNELS[name].module}", __package__)
+    body = function(SOURCES[name])
+    n = len(KERNELS[name].params)
+
+    def entry(ith, nth, params):
+        body(ith, nth, *unpack_params(params, n))
+
+    compiled = cfunc(types.void(types.int64, types.int64, types.int64), error_model="numpy")(entry)
+    return compiled._wrapper_name, compiled._library._get_compiled_object()

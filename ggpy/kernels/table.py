@@ -1,0 +1,82 @@
+"""What kernels exist: name -> the module that defines it and the names of its parameters.
+
+A kernel is called by `nth` threads at once as `kernel(ith, nth, params)`; `params` is the address of its parameters, one
+int64 each, in the order given here (a float32 stands in the low half). Conventions for the names:
+
+- `state` is the address of the run's state (`STATE`), `counter` that of an int64, zero when the run starts, through which
+  threads share out work;
+- sizes are counted in values unless they end in `_bytes`; strides (`*_stride`) are in bytes.
+
+The sources define the kernels with the same parameter names; `source.kernel` checks that they agree.
+"""
+
+from typing import NamedTuple
+
+#: int64 slots of the run's state: tokens in this run, tokens already in the KV cache
+STATE = ("n_tokens", "n_past")
+
+
+class Kernel(NamedTuple):
+    """Where a kernel's source is, and its parameters."""
+
+    module: str
+    params: tuple[str, ...]
+
+
+#: weight types with integer kernels -> the format of the activations that they are multiplied with
+QUANTIZED = {
+    "Q4_0": "q8_32",
+    "Q4_1": "q8_32",
+    "Q5_0": "q8_32",
+    "Q5_1": "q8_32",
+    "Q8_0": "q8_32",
+    "Q2_K": "q8_256",
+    "Q3_K": "q8_256",
+    "Q4_K": "q8_256",
+    "Q5_K": "q8_256",
+    "Q6_K": "q8_256",
+}
+#: weight types that are multiplied in float32
+FLOAT = ("F32", "F16", "BF16")
+
+_MUL_MAT = ("w", "x", "out", "residual", "scratch", "counter", "state", "n_rows", "n_cols", "x_stride", "out_stride")
+
+
+def _kernels() -> dict[str, Kernel]:
+    table = {
+        "run_tape": Kernel("tape", ("tape", "n_ops", "sync", "profile")),
+        "wait_for_work": Kernel("tape", ("sync", "n_threads", "spins")),
+        "rms_norm": Kernel("rows", ("x", "w", "out", "state", "n_cols", "n_rows_per_token", "x_stride", "out_stride", "eps")),
+        "add": Kernel("rows", ("x", "y", "out", "state", "n_cols")),
+        "mul": Kernel("rows", ("x", "y", "out", "state", "n_cols")),
+        "add_bias": Kernel("rows", ("x", "y", "out", "state", "n_cols")),
+        "swiglu": Kernel("rows", ("x", "y", "out", "state", "n_cols")),
+        "geglu": Kernel("rows", ("x", "y", "out", "state", "n_cols")),
+        "scale": Kernel("rows", ("x", "out", "state", "n_cols", "factor")),
+        "soft_max": Kernel("rows", ("x", "out", "state", "n_cols")),
+        "last_row": Kernel("rows", ("x", "out", "state", "n_cols")),
+        "rope_norm": Kernel("rope", ("x", "table", "out", "state", "n_head", "head_dim", "n_rot")),
+        "rope_neox": Kernel("rope", ("x", "table", "out", "state", "n_head", "head_dim", "n_rot")),
+        "store_k": Kernel("attention", ("k", "cache", "state", "n_head_kv", "head_dim", "n_ctx")),
+        "store_v": Kernel("attention", ("v", "cache", "state", "n_head_kv", "head_dim", "n_ctx")),
+        "attention_one": Kernel(
+            "attention",
+            ("q", "k_cache", "v_cache", "out", "partial", "state", "counter", "n_head", "n_head_kv", "head_dim", "n_ctx", "scale"),
+        ),
+        "attention_merge": Kernel("attention", ("partial", "out", "state", "n_head", "head_dim")),
+        "attention_many": Kernel(
+            "attention",
+            ("q", "k_cache", "v_cache", "out", "scratch", "state", "counter", "n_head", "n_head_kv", "head_dim", "n_ctx", "scale"),
+        ),
+        "quantize_q8_32": Kernel("activations", ("x", "out", "state", "n_cols", "out_stride")),
+        "quantize_q8_256": Kernel("activations", ("x", "out", "state", "n_cols", "out_stride")),
+    }
+    for name in (*QUANTIZED, *FLOAT):
+        family = "matmul_int8" if name in QUANTIZED else "matmul_float"
+        table[f"mul_mat_one_{name}"] = Kernel(family, _MUL_MAT)
+        table[f"mul_mat_{name}"] = Kernel(family, _MUL_MAT)
+        table[f"get_rows_{name}"] = Kernel("get_rows", ("w", "ids", "out", "state", "n_rows", "n_cols"))
+    return table
+
+
+KERNELS = _kernels()

@@ -1,0 +1,78 @@
+"""Which instruction set the kernels are compiled for.
+
+Three forms exist. `avx512` needs AVX-512 with VNNI, `avx2` needs AVX2, FMA and F16C (and uses AVX-VNNI where the CPU has
+it), `portable` is plain LLVM vectors of 128 bits and runs on any CPU that LLVM knows; on ARM with the dot-product
+extension it uses `sdot`. `GGPY_SIMD` forces a form, so that all of them can be tested on one machine.
+
+This module imports llvmlite only: the running process never needs numba.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..errors import UnsupportedError
+
+_NEEDS = {
+    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"),
+    "avx2": ("avx2", "fma", "f16c"),
+    "portable": (),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A form and the LLVM names of the processor that it is compiled for."""
+
+    form: str
+    cpu: str
+    features: str
+
+    @property
+    def lanes(self) -> int:
+        """float32 values in a vector; also the number of weight rows that a matrix kernel works on at once."""
+        return {"avx512": 16, "avx2": 8, "portable": 4}[self.form]
+
+    def has(self, feature: str) -> bool:
+        """Whether LLVM may use `feature` (an LLVM feature name) in this form."""
+        return f"+{feature}" in self.features.split(",")
+
+
+@lru_cache
+def _host() -> tuple[str, dict[str, bool]]:
+    import llvmlite.binding as llvm
+
+    try:
+        features = dict(llvm.get_host_cpu_features())
+    except RuntimeError:  # LLVM can't tell on this platform
+        features = {}
+    return llvm.get_host_cpu_name(), features
+
+
+def target() -> Target:
+    """The widest form that this CPU runs, or the one that GGPY_SIMD names.
+
+    Raises
+    ------
+    UnsupportedError
+        GGPY_SIMD names an unknown form, or one that this CPU can't run.
+    """
+    cpu, features = _host()
+    runs = [form for form, needs in _NEEDS.items() if all(features.get(f, False) for f in needs)]
+    form = os.environ.get("GGPY_SIMD") or runs[0]
+    if form not in runs:
+        raise UnsupportedError(f"GGPY_SIMD={form}: this CPU runs {', '.join(runs)}")
+    if form == "avx2":
+        # A forced avx2 stands for a CPU without AVX-512: LLVM must not use it either.
+        features = {f: on and not f.startswith(("avx512", "avx10", "amx")) for f, on in features.items()}
+        cpu = "x86-64-v3" if any(_host()[1].get(f) for f in ("avx512f",)) else cpu
+    elif form == "portable" and cpu_is_x86():
+        return Target(form, "x86-64", "")
+    return Target(form, cpu, ",".join(f"+{f}" for f, on in sorted(features.items()) if on))
+
+
+def cpu_is_x86() -> bool:
+    """Whether the host is a 64-bit x86."""
+    import platform
+
+    return platform.machine().lower() in ("x86_64", "amd64")

@@ -1,0 +1,822 @@
+"""SIMD values as first-class numba values.
+
+Two kinds of value exist in a kernel beside numba's own scalars:
+
+- a *vector*: `LANES` float32 (`F32`), `LANES` int32 (`I32`), or `4 * LANES` int8 (held as `I32`, four to a lane);
+- a *tile*: a fixed number of vectors of one type, kept in registers (`Tile(F32, 8)`).
+
+`+ - * & | ^ << >>`, `fma`, `to_f32` … work lane by lane on both; a vector that meets a tile is used for each of its
+members. `>>` is the logical shift. Addresses are int64; loads and stores may be unaligned. Everything here is emitted
+as plain LLVM IR, so that LLVM picks the instructions; only the dot product of bytes is chosen by the form (`dots`).
+
+This module is imported by the compiling process alone.
+"""
+
+import operator
+
+from llvmlite import ir
+from numba import types
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic as _intrinsic
+from numba.extending import lower_builtin, models, register_model
+
+from .target import cpu_is_x86, target
+
+TARGET = target()
+LANES = TARGET.lanes
+
+intrinsic = _intrinsic(prefer_literal=True)
+ADDRESS = types.int64  # signed: numba turns uint64 + int64 into float64
+_I8, _I16, _I32, _I64, _F16, _F32 = (
+    ir.IntType(8),
+    ir.IntType(16),
+    ir.IntType(32),
+    ir.IntType(64),
+    ir.HalfType(),
+    ir.FloatType(),
+)
+
+
+class Vector(types.Type):
+    """`LANES` values of one element type ('f32' or 'i32')."""
+
+    def __init__(self, elem: str):
+        self.elem = elem
+        super().__init__(name=f"{elem}x{LANES}")
+
+    @property
+    def ir_type(self):
+        return ir.VectorType(_F32 if self.elem == "f32" else _I32, LANES)
+
+
+class Tile(types.Type):
+    """`n` vectors, as one value that LLVM keeps in registers."""
+
+    def __init__(self, vector: Vector, n: int):
+        self.vector, self.n = vector, n
+        super().__init__(name=f"Tile({vector.name}, {n})")
+
+    @property
+    def elem(self):
+        return self.vector.elem
+
+    @property
+    def ir_type(self):
+        return ir.ArrayType(self.vector.ir_type, self.n)
+
+
+F32, I32 = Vector("f32"), Vector("i32")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, fe_type.ir_type)
+
+
+@register_model(Tile)
+class _TileModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, fe_type.ir_type)
+
+
+# --- helpers of the code generators ---------------------------------------------------------------------------------
+
+
+def _members(b, ty, value):
+    """The vectors of a vector or tile, as IR values."""
+    return [b.extract_value(value, i) for i in range(ty.n)] if isinstance(ty, Tile) else [value]
+
+
+def _join(b, ty, vectors):
+    """The inverse of `_members`."""
+    if not isinstance(ty, Tile):
+        return vectors[0]
+    out = ir.Constant(ty.ir_type, ir.Undefined)
+    for i, v in enumerate(vectors):
+        out = b.insert_value(out, v, i)
+    return out
+
+
+def _like(elem: str, ty):
+    """The type of `ty`'s form with elements `elem`."""
+    vector = Vector(elem)
+    return Tile(vector, ty.n) if isinstance(ty, Tile) else vector
+
+
+def _elementwise(ret, tys, emit):
+    """A code generator that applies `emit(builder, *vectors)` to each member, spreading vectors over tiles."""
+
+    def codegen(context, b, sig, args):
+        n = ret.n if isinstance(ret, Tile) else 1
+        columns = []
+        for ty, arg in zip(tys, args, strict=True):
+            column = _members(b, ty, arg)
+            columns.append(column * n if len(column) < n else column)
+        return _join(b, ret, [emit(b, *row) for row in zip(*columns, strict=True)])
+
+    return codegen
+
+
+def _shape_of(*tys):
+    """The type (vector or tile) that an elementwise operation on `tys` gives, or None."""
+    if not all(isinstance(t, (Vector, Tile)) for t in tys):
+        return None
+    tiles = {t.n for t in tys if isinstance(t, Tile)}
+    if len(tiles) > 1 or len({t.elem for t in tys}) > 1:
+        return None
+    return Tile(Vector(tys[0].elem), tiles.pop()) if tiles else tys[0]
+
+
+def _pointer(b, address, ty):
+    return b.inttoptr(address, ty.as_pointer())
+
+
+def _load(b, address, ty):
+    value = b.load(_pointer(b, address, ty))
+    value.align = 1
+    return value
+
+
+def _store(b, address, value):
+    b.store(value, _pointer(b, address, value.type)).align = 1
+
+
+def _offset(b, address, n: int):
+    return b.add(address, ir.Constant(_I64, n)) if n else address
+
+
+def _splat(b, scalar, n):
+    ty = ir.VectorType(scalar.type, n)
+    one = b.insert_element(ir.Constant(ty, ir.Undefined), scalar, ir.Constant(_I32, 0))
+    return b.shuffle_vector(one, ir.Constant(ty, ir.Undefined), ir.Constant(ir.VectorType(_I32, n), [0] * n))
+
+
+def _const(ty, value):
+    return ir.Constant(ty, [value] * ty.count)
+
+
+def _call(b, name, ret, args):
+    return b.call(b.module.declare_intrinsic(name, fnty=ir.FunctionType(ret, [a.type for a in args])), args)
+
+
+def _shuffle(b, x, y, order):
+    return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, len(order)), list(order)))
+
+
+# --- operators ------------------------------------------------------------------------------------------------------
+
+_OPERATORS = {
+    operator.add: {"f32": "fadd", "i32": "add"},
+    operator.sub: {"f32": "fsub", "i32": "sub"},
+    operator.mul: {"f32": "fmul", "i32": "mul"},
+    operator.truediv: {"f32": "fdiv"},
+    operator.and_: {"i32": "and_"},
+    operator.or_: {"i32": "or_"},
+    operator.xor: {"i32": "xor"},
+    operator.lshift: {"i32": "shl"},
+    operator.rshift: {"i32": "lshr"},
+}
+
+
+def _register(op, table):
+    @infer_global(op)
+    class _Template(AbstractTemplate):
+        key = op
+
+        def generic(self, args, kws):
+            ret = _shape_of(*args)
+            if ret is not None and ret.elem in table:
+                return signature(ret, *args)
+            return None
+
+    def lower(context, builder, sig, args):
+        def emit(b, x, y):
+            return getattr(b, table[sig.return_type.elem])(x, y)
+
+        return _elementwise(sig.return_type, sig.args, emit)(context, builder, sig, args)
+
+    for left in (Vector, Tile):
+        for right in (Vector, Tile):
+            lower_builtin(op, left, right)(lower)
+
+
+for _op, _table in _OPERATORS.items():
+    _register(_op, _table)
+
+
+@intrinsic
+def fma(tyctx, x, y, z):
+    """x * y + z, rounded once."""
+    ret = _shape_of(x, y, z)
+    ty = F32.ir_type
+    return ret(x, y, z), _elementwise(ret, (x, y, z), lambda b, *v: _call(b, f"llvm.fma.v{LANES}f32", ty, v))
+
+
+def _binary(name):
+    @intrinsic
+    def op(tyctx, x, y):
+        ret = _shape_of(x, y)
+        ty = F32.ir_type
+        return ret(x, y), _elementwise(ret, (x, y), lambda b, *v: _call(b, f"llvm.{name}.v{LANES}f32", ty, v))
+
+    return op
+
+
+maximum, minimum = _binary("maxnum"), _binary("minnum")
+
+
+def _unary(name):
+    @intrinsic
+    def op(tyctx, x):
+        ty = F32.ir_type
+        return x(x), _elementwise(x, (x,), lambda b, v: _call(b, f"llvm.{name}.v{LANES}f32", ty, [v]))
+
+    return op
+
+
+absolute, sqrt, round_even = _unary("fabs"), _unary("sqrt"), _unary("rint")
+
+
+@intrinsic
+def to_f32(tyctx, x):
+    """int32 lanes converted to float32."""
+    ret = _like("f32", x)
+    return ret(x), _elementwise(ret, (x,), lambda b, v: b.sitofp(v, F32.ir_type))
+
+
+@intrinsic
+def to_i32(tyctx, x):
+    """float32 lanes truncated to int32."""
+    ret = _like("i32", x)
+    return ret(x), _elementwise(ret, (x,), lambda b, v: b.fptosi(v, I32.ir_type))
+
+
+@intrinsic
+def as_f32(tyctx, x):
+    """The bits of int32 lanes, read as float32."""
+    ret = _like("f32", x)
+    return ret(x), _elementwise(ret, (x,), lambda b, v: b.bitcast(v, F32.ir_type))
+
+
+@intrinsic
+def as_i32(tyctx, x):
+    """The bits of float32 lanes, read as int32."""
+    ret = _like("i32", x)
+    return ret(x), _elementwise(ret, (x,), lambda b, v: b.bitcast(v, I32.ir_type))
+
+
+@intrinsic
+def f16_to_f32(tyctx, x):
+    """float32 of the float16 in the low half of each int32 lane."""
+    half, bits = ir.VectorType(_F16, LANES), ir.VectorType(_I16, LANES)
+    ret = _like("f32", x)
+    return ret(x), _elementwise(
+        ret, (x,), lambda b, v: b.fpext(b.bitcast(b.trunc(v, bits), half), F32.ir_type)
+    )
+
+
+@intrinsic
+def f32_to_f16(tyctx, x):
+    """int32 lanes whose low half is the float16 nearest to each float32."""
+    half, bits = ir.VectorType(_F16, LANES), ir.VectorType(_I16, LANES)
+    ret = _like("i32", x)
+    return ret(x), _elementwise(
+        ret, (x,), lambda b, v: b.zext(b.bitcast(b.fptrunc(v, half), bits), I32.ir_type)
+    )
+
+
+# --- constants, loads, stores ----------------------------------------------------------------------------------------
+
+
+@intrinsic
+def splat_f32(tyctx, x):
+    """A vector of `LANES` times the float32 `x`."""
+    return F32(types.float32), lambda ctx, b, sig, a: _splat(b, a[0], LANES)
+
+
+@intrinsic
+def splat_i32(tyctx, x):
+    """A vector of `LANES` times the int32 `x`."""
+    return I32(types.int32), lambda ctx, b, sig, a: _splat(b, a[0], LANES)
+
+
+@intrinsic
+def tile_f32(tyctx, n):
+    """A tile of `n` zero vectors."""
+    ty = Tile(F32, n.literal_value)
+    return ty(n), lambda ctx, b, sig, a: ir.Constant(ty.ir_type, None)
+
+
+@intrinsic
+def tile_i32(tyctx, n):
+    """A tile of `n` zero vectors."""
+    ty = Tile(I32, n.literal_value)
+    return ty(n), lambda ctx, b, sig, a: ir.Constant(ty.ir_type, None)
+
+
+@intrinsic
+def get(tyctx, tile, i):
+    """Vector `i` (a literal) of a tile."""
+    k = i.literal_value
+    return tile.vector(tile, i), lambda ctx, b, sig, a: b.extract_value(a[0], k)
+
+
+def _loader(elem):
+    @intrinsic
+    def load(tyctx, address):
+        ty = Vector(elem)
+        return ty(ADDRESS), lambda ctx, b, sig, a: _load(b, a[0], ty.ir_type)
+
+    return load
+
+
+load_f32, load_i32 = _loader("f32"), _loader("i32")
+
+
+@intrinsic
+def load_f16(tyctx, address):
+    """`LANES` float16 values at `address`, as float32."""
+    half = ir.VectorType(_F16, LANES)
+    return F32(ADDRESS), lambda ctx, b, sig, a: b.fpext(_load(b, a[0], half), F32.ir_type)
+
+
+@intrinsic
+def store(tyctx, address, v):
+    """Writes a vector, or the vectors of a tile one after the other."""
+
+    def codegen(ctx, b, sig, a):
+        for i, x in enumerate(_members(b, v, a[1])):
+            _store(b, _offset(b, a[0], 4 * LANES * i), x)
+        return ctx.get_dummy_value()
+
+    return types.void(ADDRESS, v), codegen
+
+
+@intrinsic
+def store_f16(tyctx, address, v):
+    """Writes float32 lanes as float16 (2 * LANES bytes)."""
+    half = ir.VectorType(_F16, LANES)
+
+    def codegen(ctx, b, sig, a):
+        _store(b, a[0], b.fptrunc(a[1], half))
+        return ctx.get_dummy_value()
+
+    return types.void(ADDRESS, v), codegen
+
+
+@intrinsic
+def store_i8(tyctx, address, v):
+    """Writes the low byte of each int32 lane (LANES bytes a vector)."""
+
+    def codegen(ctx, b, sig, a):
+        for i, x in enumerate(_members(b, v, a[1])):
+            _store(b, _offset(b, a[0], LANES * i), b.trunc(x, ir.VectorType(_I8, LANES)))
+        return ctx.get_dummy_value()
+
+    return types.void(ADDRESS, v), codegen
+
+
+@intrinsic
+def store_tile(tyctx, address, stride, tile):
+    """Writes vector t of a tile at `address + t * stride`."""
+
+    def codegen(ctx, b, sig, a):
+        at = a[0]
+        for x in _members(b, tile, a[2]):
+            _store(b, at, x)
+            at = b.add(at, a[1])
+        return ctx.get_dummy_value()
+
+    return types.void(ADDRESS, ADDRESS, tile), codegen
+
+
+@intrinsic
+def load_tile_f32(tyctx, address, stride, n):
+    """A tile whose vector t is the LANES float32 at `address + t * stride`."""
+    ty = Tile(F32, n.literal_value)
+
+    def codegen(ctx, b, sig, a):
+        at, out = a[0], []
+        for _ in range(ty.n):
+            out.append(_load(b, at, F32.ir_type))
+            at = b.add(at, a[1])
+        return _join(b, ty, out)
+
+    return ty(ADDRESS, ADDRESS, n), codegen
+
+
+def _broadcaster(elem):
+    scalar = _F32 if elem == "f32" else _I32
+
+    @intrinsic
+    def broadcast(tyctx, address, stride, n):
+        ty = Tile(Vector(elem), n.literal_value)
+
+        def codegen(ctx, b, sig, a):
+            at, out = a[0], []
+            for _ in range(ty.n):
+                out.append(_splat(b, _load(b, at, scalar), LANES))
+                at = b.add(at, a[1])
+            return _join(b, ty, out)
+
+        return ty(ADDRESS, ADDRESS, n), codegen
+
+    return broadcast
+
+
+# A tile whose vector t holds LANES times the scalar at address + t * stride.
+broadcast_f32, broadcast_i32 = _broadcaster("f32"), _broadcaster("i32")
+
+
+def _scalar_loader(ir_type, numba_type, convert=lambda b, v: v):
+    @intrinsic
+    def load(tyctx, address):
+        return numba_type(ADDRESS), lambda ctx, b, sig, a: convert(b, _load(b, a[0], ir_type))
+
+    return load
+
+
+ld_i64 = _scalar_loader(_I64, types.int64)
+ld_i32 = _scalar_loader(_I32, types.int32)
+ld_f32 = _scalar_loader(_F32, types.float32)
+ld_f16 = _scalar_loader(_F16, types.float32, lambda b, v: b.fpext(v, _F32))
+ld_u8 = _scalar_loader(_I8, types.int32, lambda b, v: b.zext(v, _I32))
+ld_i8 = _scalar_loader(_I8, types.int32, lambda b, v: b.sext(v, _I32))
+
+
+def _scalar_storer(numba_type, convert=lambda b, v: v):
+    @intrinsic
+    def write(tyctx, address, value):
+        def codegen(ctx, b, sig, a):
+            _store(b, a[0], convert(b, a[1]))
+            return ctx.get_dummy_value()
+
+        return types.void(ADDRESS, numba_type), codegen
+
+    return write
+
+
+st_f32 = _scalar_storer(types.float32)
+st_i32 = _scalar_storer(types.int32)
+st_i64 = _scalar_storer(types.int64)
+st_f16 = _scalar_storer(types.float32, lambda b, v: b.fptrunc(v, _F16))
+st_i8 = _scalar_storer(types.int32, lambda b, v: b.trunc(v, _I8))
+
+
+@intrinsic
+def bits_f32(tyctx, x):
+    """The float32 whose bits are the low half of a 64-bit parameter."""
+    return types.float32(ADDRESS), lambda ctx, b, sig, a: b.bitcast(b.trunc(a[0], _I32), _F32)
+
+
+@intrinsic
+def prefetch(tyctx, address):
+    """Asks for the cache line at `address`; never faults."""
+    pointer = _I8.as_pointer()
+
+    def codegen(ctx, b, sig, a):
+        f = b.module.declare_intrinsic(
+            "llvm.prefetch.p0", fnty=ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+        )
+        b.call(f, [b.inttoptr(a[0], pointer)] + [ir.Constant(_I32, k) for k in (0, 3, 1)])
+        return ctx.get_dummy_value()
+
+    return types.void(ADDRESS), codegen
+
+
+# --- reductions --------------------------------------------------------------------------------------------------------
+
+
+def _reducer(combine):
+    @intrinsic
+    def reduce(tyctx, v):
+        def codegen(ctx, b, sig, a):
+            x, n = a[0], LANES
+            while n > 1:  # halves are combined pairwise: a fixed order, the same on every machine of this width
+                n //= 2
+                x = combine(b, _shuffle(b, x, x, range(n)), _shuffle(b, x, x, range(n, 2 * n)), n)
+            return b.extract_element(x, ir.Constant(_I32, 0))
+
+        return (types.float32 if v.elem == "f32" else types.int32)(v), codegen
+
+    return reduce
+
+
+sum_f32 = _reducer(lambda b, x, y, n: b.fadd(x, y))
+sum_i32 = _reducer(lambda b, x, y, n: b.add(x, y))
+max_f32 = _reducer(lambda b, x, y, n: b.select(b.fcmp_ordered(">", x, y), x, y))
+
+
+def _folder(combine):
+    @intrinsic
+    def fold(tyctx, tile):
+        def codegen(ctx, b, sig, a):
+            vectors = _members(b, tile, a[0])
+            while len(vectors) > 1:
+                half = len(vectors) // 2
+                vectors = [combine(b, vectors[i], vectors[i + half]) for i in range(half)]
+            return vectors[0]
+
+        return tile.vector(tile), codegen
+
+    return fold
+
+
+# The vectors of a tile (a power of two of them) combined into one.
+fold_max = _folder(lambda b, x, y: _call(b, f"llvm.maxnum.v{LANES}f32", F32.ir_type, [x, y]))
+fold_add_i32 = _folder(lambda b, x, y: b.add(x, y))
+
+
+@intrinsic
+def join(tyctx, x, y):
+    """The vectors of two tiles, one after the other, as one tile."""
+    ret = Tile(x.vector, x.n + y.n)
+    return ret(x, y), lambda ctx, b, sig, a: _join(b, ret, _members(b, x, a[0]) + _members(b, y, a[1]))
+
+
+@intrinsic
+def shift_right_signed(tyctx, x, y):
+    """x >> y, copying the sign, lane by lane."""
+    ret = _shape_of(x, y)
+    return ret(x, y), _elementwise(ret, (x, y), lambda b, v, w: b.ashr(v, w))
+
+
+@intrinsic
+def spread_bits(tyctx, x):
+    """32 bits a lane become 32 bytes of 0 or 1 a lane: byte b of vector g is bit 4 g + b."""
+    ret = Tile(I32, 8)
+
+    def codegen(ctx, b, sig, a):
+        c = lambda k: _const(I32.ir_type, k)  # noqa: E731
+        # x * (1 + 2^7 + 2^14 + 2^21) puts bit i of a nibble at bit 8 i; nothing carries.
+        nibbles = [b.and_(b.lshr(a[0], c(4 * g)), c(15)) for g in range(8)]
+        return _join(b, ret, [b.and_(b.mul(n, c(0x204081)), c(0x01010101)) for n in nibbles])
+
+    return ret(I32), codegen
+
+
+@intrinsic
+def load_halves(tyctx, address, stride):
+    """The float16 at the start of each of `LANES` rows, as float32."""
+    bits = ir.VectorType(_I16, LANES)
+
+    def codegen(ctx, b, sig, a):
+        out, at = ir.Constant(bits, ir.Undefined), a[0]
+        for i in range(LANES):
+            out = b.insert_element(out, _load(b, at, _I16), ir.Constant(_I32, i))
+            at = b.add(at, a[1])
+        return b.fpext(b.bitcast(out, ir.VectorType(_F16, LANES)), F32.ir_type)
+
+    return F32(ADDRESS, ADDRESS), codegen
+
+
+@intrinsic
+def stack(tyctx, n):
+    """The address of `n` (a literal) bytes on the stack, aligned to 64."""
+    size = n.literal_value
+
+    def codegen(ctx, b, sig, a):
+        with b.goto_entry_block():
+            room = b.alloca(ir.ArrayType(_I8, size))
+            room.align = 64
+        return b.ptrtoint(room, _I64)
+
+    return ADDRESS(n), codegen
+
+
+@intrinsic
+def copy_bytes(tyctx, to, source, n):
+    """Copies n bytes; the two places don't overlap."""
+    p = _I8.as_pointer()
+
+    def codegen(ctx, b, sig, a):
+        f = b.module.declare_intrinsic(
+            "llvm.memcpy.p0.p0.i64", fnty=ir.FunctionType(ir.VoidType(), [p, p, _I64, ir.IntType(1)])
+        )
+        b.call(f, [b.inttoptr(a[0], p), b.inttoptr(a[1], p), a[2], ir.Constant(ir.IntType(1), 0)])
+        return ctx.get_dummy_value()
+
+    return types.void(ADDRESS, ADDRESS, ADDRESS), codegen
+
+
+@intrinsic
+def where_less(tyctx, x, y, a_, b_):
+    """a where x < y, else b, lane by lane (x, y int32; a, b float32)."""
+
+    def codegen(ctx, b, sig, a):
+        return b.select(b.icmp_signed("<", a[0], a[1]), a[2], a[3])
+
+    return F32(x, y, a_, b_), codegen
+
+
+@intrinsic
+def lane_numbers(tyctx):
+    """0, 1, … LANES - 1."""
+    return I32(), lambda ctx, b, sig, a: ir.Constant(I32.ir_type, list(range(LANES)))
+
+
+# --- transposition -------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def load_transposed(tyctx, address, stride, n):
+    """Dwords of `LANES` rows, one row to a lane.
+
+    Row i starts at `address + i * stride`; vector j of the result holds dword j of each row. `n` (a literal, a power of
+    two) is the number of dwords read from each row.
+    """
+    width = n.literal_value
+    ty = Tile(I32, width)
+
+    def zip_lists(b, x, y, size):
+        """Interleaves two sequences of dwords, held as lists of vectors of `size` lanes, into vectors of ≤ LANES."""
+        out = []
+        for p, q in zip(x, y, strict=True):
+            order = [k // 2 + (size if k % 2 else 0) for k in range(2 * size)]
+            if 2 * size <= LANES:
+                out.append(_shuffle(b, p, q, order))
+            else:
+                out += [_shuffle(b, p, q, order[:size]), _shuffle(b, p, q, order[size:])]
+        return out, min(2 * size, LANES)
+
+    def codegen(ctx, b, sig, a):
+        # Zipping row i with row i + half, over and over, ends in column order: a perfect shuffle a round.
+        size = min(width, LANES)
+        rows, at = [], a[0]
+        for _ in range(LANES):
+            parts = [_load(b, _offset(b, at, 4 * size * k), ir.VectorType(_I32, size)) for k in range(width // size)]
+            rows.append(parts)
+            at = b.add(at, a[1])
+        while len(rows) > 1:
+            half = len(rows) // 2
+            zipped = [zip_lists(b, rows[i], rows[i + half], size) for i in range(half)]
+            rows, size = [z[0] for z in zipped], zipped[0][1]
+        return _join(b, ty, rows[0])
+
+    return ty(ADDRESS, ADDRESS, n), codegen
+
+
+# --- dot products of bytes ---------------------------------------------------------------------------------------------
+
+_BYTES = ir.VectorType(_I8, 4 * LANES)
+_HAS_ARM_DOT = not cpu_is_x86() and TARGET.has("dotprod")
+HAS_VNNI = TARGET.form == "avx512" or (TARGET.form == "avx2" and TARGET.has("avxvnni"))
+# What 8-bit weights are biased by to be unsigned: `vpdpbusd` wants one unsigned side. The other forms multiply signed bytes.
+BIAS_8BIT = 128 if HAS_VNNI else 0
+TOKENS = 8 if TARGET.form == "avx512" else 4  # of a register tile: as many as the accumulators leave room for
+
+
+def _dot(b, acc, w, x, signed: bool):
+    """acc + sum of the four byte products of each lane; w (0…127, or -127…127 if `signed`; 0…255 with VNNI), x signed."""
+    if HAS_VNNI:
+        bits = 32 * LANES
+        args = [acc, b.bitcast(w, _BYTES), b.bitcast(x, _BYTES)]
+        return _call(b, f"llvm.x86.avx512.vpdpbusd.{bits}", I32.ir_type, args)
+    if _HAS_ARM_DOT:
+        args = [acc, b.bitcast(w, _BYTES), b.bitcast(x, _BYTES)]
+        return _call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", I32.ir_type, args)
+    if TARGET.form == "avx2":
+        w, x = b.bitcast(w, _BYTES), b.bitcast(x, _BYTES)
+        if signed:  # |w| * (x with w's sign): 2 * 127 * 127 fits 16 bits
+            negative = b.icmp_signed("<", w, _const(_BYTES, 0))
+            x = b.select(negative, b.sub(_const(_BYTES, 0), x), x)
+            w = b.select(negative, b.sub(_const(_BYTES, 0), w), w)
+        pairs = _call(b, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(_I16, 2 * LANES), [w, x])
+        ones = _const(ir.VectorType(_I16, 2 * LANES), 1)
+        return b.add(acc, _call(b, "llvm.x86.avx2.pmadd.wd", I32.ir_type, [pairs, ones]))
+    # portable: each lane's bytes by shifts, sign-extended in place
+    for k in range(4):
+        left = _const(I32.ir_type, 8 * (3 - k))
+        down = _const(I32.ir_type, 24)
+        p = b.mul(b.ashr(b.shl(w, left), down), b.ashr(b.shl(x, left), down))
+        acc = b.add(acc, p)
+    return acc
+
+
+def _dotter(signed):
+    @intrinsic
+    def dot_tile(tyctx, acc, w, address):
+        """acc + w[g] · x[g] over a tile of weights; x[g] is the dword at `address + 4 g`, given to every lane."""
+
+        def codegen(ctx, b, sig, a):
+            out = a[0]
+            for g, v in enumerate(_members(b, w, a[1])):
+                x = _splat(b, _load(b, _offset(b, a[2], 4 * g), _I32), LANES)
+                out = _dot(b, out, v, x, signed)
+            return out
+
+        return I32(I32, w, ADDRESS), codegen
+
+    @intrinsic
+    def dots(tyctx, acc, weights, n, address, stride):
+        """For each token t: acc[t] + w[g] · x[t][g] for g < n, with w[g] the vector at `weights + 4 LANES g` and x[t][g]
+        the dword at `address + t * stride + 4 g`."""
+        count = n.literal_value
+
+        def codegen(ctx, b, sig, a):
+            accs = _members(b, acc, a[0])
+            tokens, at = [], a[3]
+            for _ in accs:
+                tokens.append(at)
+                at = b.add(at, a[4])
+            for g in range(count):
+                w = _load(b, _offset(b, a[1], 4 * LANES * g), I32.ir_type)
+                for t, x in enumerate(tokens):
+                    value = _splat(b, _load(b, _offset(b, x, 4 * g), _I32), LANES)
+                    accs[t] = _dot(b, accs[t], w, value, signed)
+            return _join(b, acc, accs)
+
+        return acc(acc, ADDRESS, n, ADDRESS, ADDRESS), codegen
+
+    return dot_tile, dots
+
+
+dot_tile, dots = _dotter(False)
+dot_tile_signed, dots_signed = _dotter(True)
+
+
+# --- between threads ---------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def atomic_add(tyctx, address, value):
+    """Adds to the int64 at `address`; the value before."""
+
+    def codegen(ctx, b, sig, a):
+        return b.atomic_rmw("add", _pointer(b, a[0], _I64), a[1], "seq_cst")
+
+    return types.int64(ADDRESS, types.int64), codegen
+
+
+@intrinsic
+def atomic_load(tyctx, address):
+    """The int64 at `address`, seen in order."""
+    return types.int64(ADDRESS), lambda ctx, b, sig, a: b.load_atomic(_pointer(b, a[0], _I64), "seq_cst", 8)
+
+
+@intrinsic
+def atomic_store(tyctx, address, value):
+    """Writes the int64 at `address`, in order."""
+
+    def codegen(ctx, b, sig, a):
+        b.store_atomic(a[1], _pointer(b, a[0], _I64), "seq_cst", 8)
+        return ctx.get_dummy_value()
+
+    return types.void(ADDRESS, types.int64), codegen
+
+
+@intrinsic
+def spin_hint(tyctx):
+    """Tells the core that this is a spin loop."""
+
+    def codegen(ctx, b, sig, a):
+        if cpu_is_x86():
+            _call(b, "llvm.x86.sse2.pause", ir.VoidType(), [])
+        return ctx.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def clock(tyctx):
+    """The CPU's cycle (time stamp) counter."""
+    return types.int64(), lambda ctx, b, sig, a: _call(b, "llvm.readcyclecounter", _I64, [])
+
+
+@intrinsic
+def call_kernel(tyctx, function, ith, nth, params):
+    """Calls the kernel at the address `function`."""
+
+    def codegen(ctx, b, sig, a):
+        ty = ir.FunctionType(ir.VoidType(), [_I64] * 3)
+        b.call(b.inttoptr(a[0], ty.as_pointer()), a[1:])
+        return ctx.get_dummy_value()
+
+    return types.void(ADDRESS, ADDRESS, ADDRESS, ADDRESS), codegen
+
+
+@intrinsic
+def call_plain(tyctx, function):
+    """Calls the C function `int f(void)` at the address `function`."""
+
+    def codegen(ctx, b, sig, a):
+        ty = ir.FunctionType(_I32, [])
+        b.call(b.inttoptr(a[0], ty.as_pointer()), [])
+        return ctx.get_dummy_value()
+
+    return types.void(ADDRESS), codegen
+
+
+@intrinsic
+def unpack_params(tyctx, address, n):
+    """The `n` int64 at `address`, as a tuple."""
+    count = n.literal_value
+    ret = types.UniTuple(ADDRESS, count)
+
+    def codegen(ctx, b, sig, a):
+        values = [_load(b, _offset(b, a[0], 8 * i), _I64) for i in range(count)]
+        return ctx.make_tuple(b, ret, values)
+
+    return ret(ADDRESS, n), codegen
+
