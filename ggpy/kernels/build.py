@@ -5,6 +5,7 @@ cache directory and loads them with llvmlite: a second start imports no numba (0
 milliseconds. The cache's key covers the sources, the versions of numba and llvmlite, and the processor.
 """
 
+import ctypes
 import hashlib
 import os
 import subprocess
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from ..errors import Error
 from ..simd.target import target
@@ -169,6 +171,13 @@ def compile_missing(names: Iterable[str], progress: Progress | None = None) -> i
     return total
 
 
+_C_FUNCTIONS = {
+    "memcpy": ctypes._memmove_addr,  # type: ignore[attr-defined]
+    "memmove": ctypes._memmove_addr,  # type: ignore[attr-defined]
+    "memset": ctypes._memset_addr,  # type: ignore[attr-defined]
+}
+
+
 class _Loaded:
     """The kernels loaded in this process. LLVM's execution engine holds their code."""
 
@@ -178,28 +187,31 @@ class _Loaded:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         self._llvm = llvm
-        self._engines: list = []
-        self._addresses: dict[str, int] = {}
+        self._jit = llvm.create_lljit_compiler()
+        self._libraries: dict[str, Any] = {}
         self._lock = threading.Lock()
 
     def address(self, name: str) -> int:
         with self._lock:
-            if name not in self._addresses:
+            if name not in self._libraries:
                 found = _read_object(name)
                 if found is None:
                     raise Error(f"kernel {name} is not compiled")
                 symbol, code = found
-                llvm = self._llvm
-                machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
-                engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-                engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-                engine.finalize_object()
-                self._engines.append(engine)
-                self._addresses[name] = engine.get_function_address(symbol)
-            return self._addresses[name]
+                library = self._llvm.JITLibraryBuilder().add_object_img(code).export_symbol(symbol)
+                # LLVM makes calls of these out of loops and large copies. Kernels need nothing else from outside.
+                for c_name, place in _C_FUNCTIONS.items():
+                    library.import_symbol(c_name, place)
+                self._libraries[name] = (library.link(self._jit, name), symbol)
+            tracker, symbol = self._libraries[name]
+            return tracker[symbol]
 
 
 _loaded = lru_cache(_Loaded)
+
+
+#: the C type of a kernel: int32 f(void **result, void **exception, int64 ith, int64 nth, int64 params)
+KERNEL_TYPE = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3)
 
 
 def load(names: Iterable[str], progress: Progress | None = None) -> dict[str, int]:

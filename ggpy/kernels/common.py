@@ -7,6 +7,7 @@ from ..simd.vector import (
     as_f32,
     atomic_add,
     fma,
+    ld_i64,
     maximum,
     minimum,
     round_even,
@@ -24,6 +25,12 @@ i32 = np.int32
 def share(n, ith, nth):
     """The part [start, stop) of n items that thread `ith` of `nth` takes."""
     return n * ith // nth, n * (ith + 1) // nth
+
+
+@function
+def ld_state(state, slot):
+    """A slot of the run's state (`table.STATE`)."""
+    return ld_i64(state + 8 * slot)
 
 
 @function
@@ -53,4 +60,4 @@ def exp(x):
     return p * power
 
 
-__all__ = ["LANES", "exp", "f32", "i32", "next_item", "share"]
+__all__ = ["LANES", "exp", "f32", "i32", "ld_state", "next_item", "share"]

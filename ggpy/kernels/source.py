@@ -3,7 +3,7 @@
 import importlib
 import inspect
 
-from numba import cfunc, njit, types
+from numba import njit, types
 
 from ..simd.vector import unpack_params
 from .table import KERNELS
@@ -13,7 +13,6 @@ SOURCES: dict = {}
 
 #: for the functions that kernels are made of: no Python exceptions, C's division
 function = njit(error_model="numpy", nogil=True)
-inlined = njit(error_model="numpy", nogil=True, inline="never")
 
 
 def kernel(name: str):
@@ -44,8 +43,12 @@ def compile_kernel(name: str) -> tuple[str, bytes]:
     body = function(SOURCES[name])
     n = len(KERNELS[name].params)
 
+    # Without numba's wrappers, which would need CPython's and numba's own symbols. What is left has numba's calling
+    # convention: int32 f(void **result, void **exception, int64 ith, int64 nth, int64 params).
+    @njit(error_model="numpy", nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
     def entry(ith, nth, params):
         body(ith, nth, *unpack_params(params, n))
 
-    compiled = cfunc(types.void(types.int64, types.int64, types.int64), error_model="numpy")(entry)
-    return compiled._wrapper_name, compiled._library._get_compiled_object()
+    entry.compile((types.int64, types.int64, types.int64))
+    compiled = entry.overloads[entry.signatures[0]]
+    return compiled.fndesc.llvm_func_name, compiled.library._get_compiled_object()

@@ -39,7 +39,22 @@ QUANTIZED = {
 #: weight types that are multiplied in float32
 FLOAT = ("F32", "F16", "BF16")
 
-_MUL_MAT = ("w", "x", "out", "residual", "scratch", "counter", "state", "n_rows", "n_cols", "x_stride", "out_stride")
+_MUL_MAT = (
+    *("w", "x", "out", "residual", "scratch", "scratch_stride", "counter", "state"),
+    *("n_rows", "n_cols", "x_stride", "out_stride"),
+)
+
+
+def scratch_bytes(n_cols: int, row_bytes: int, lanes: int) -> int:
+    """Bytes that each thread of a matrix product needs beside its operands: LANES rows unpacked, and a copy of the last
+    rows where n_rows isn't a multiple of LANES."""
+    unpacked = 12 * 4 * lanes * (n_cols // 32)
+    return (unpacked + lanes * row_bytes + 127) // 64 * 64
+
+
+def activation_bytes(n_cols: int) -> int:
+    """Bytes of one token's quantized activations, the same for both formats; see `activations`."""
+    return (n_cols + 3 * n_cols // 8 + n_cols // 8 + 63) // 64 * 64
 
 
 def _kernels() -> dict[str, Kernel]:

@@ -1,7 +1,7 @@
 """Weight blocks of `LANES` rows, unpacked into vectors with one row to a lane.
 
-Every quantized type has a function `walk(emit, g, address, stride, places)`. It unpacks one block of each of LANES rows
-(row i's block is at `address + i * stride`) and calls
+Every quantized type has a factory that takes a function `emit` and gives `walk(g, address, stride, places)`. That unpacks
+one block of each of LANES rows (row i's block is at `address + i * stride`) and calls
 
     g = emit(g, j, w, scale0, scale1, min0, min1, places)
 
@@ -13,6 +13,7 @@ them at once: see `matmul_int8`.
 The layouts of the blocks are ggml's (ggml-common.h); `ggpy.quant` has them in readable numpy.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ..simd.vector import (
@@ -35,7 +36,7 @@ from .source import function
 class Layout(NamedTuple):
     """What a matrix kernel must know of a block type."""
 
-    walk: object
+    walk: Callable  # emit -> walk
     n_bytes: int  # of a block
     block: int  # values in a block
     group: int  # values that share a scale: 16 or 32
@@ -75,45 +76,60 @@ def _signed_byte(v, k):
     return to_f32(shift_right_signed(v << _c(24 - 8 * k), _c(24)))
 
 
-@function
-def _q4_0(emit, g, a, stride, places):
-    t = load_transposed(a + 2, stride, 4)
-    d = load_halves(a, stride)
-    return emit(g, 0, join(_low(t), _high(t)), d, d, _zero(), _zero(), places)
+def _q4_0(emit):
+    @function
+    def walk(g, a, stride, places):
+        t = load_transposed(a + 2, stride, 4)
+        d = load_halves(a, stride)
+        return emit(g, 0, join(_low(t), _high(t)), d, d, _zero(), _zero(), places)
+
+    return walk
 
 
-@function
-def _q4_1(emit, g, a, stride, places):
-    t = load_transposed(a + 4, stride, 4)
-    dm = get(load_transposed(a, stride, 1), 0)
-    d, m = f16_to_f32(dm), f16_to_f32(dm >> _c(16))
-    return emit(g, 0, join(_low(t), _high(t)), d, d, m, m, places)
+def _q4_1(emit):
+    @function
+    def walk(g, a, stride, places):
+        t = load_transposed(a + 4, stride, 4)
+        dm = get(load_transposed(a, stride, 1), 0)
+        d, m = f16_to_f32(dm), f16_to_f32(dm >> _c(16))
+        return emit(g, 0, join(_low(t), _high(t)), d, d, m, m, places)
+
+    return walk
 
 
-@function
-def _q5_0(emit, g, a, stride, places):
-    t = load_transposed(a + 6, stride, 4)
-    fifth = spread_bits(get(load_transposed(a + 2, stride, 1), 0)) << _c(4)
-    d = load_halves(a, stride)
-    return emit(g, 0, join(_low(t), _high(t)) | fifth, d, d, _zero(), _zero(), places)
+def _q5_0(emit):
+    @function
+    def walk(g, a, stride, places):
+        t = load_transposed(a + 6, stride, 4)
+        fifth = spread_bits(get(load_transposed(a + 2, stride, 1), 0)) << _c(4)
+        d = load_halves(a, stride)
+        return emit(g, 0, join(_low(t), _high(t)) | fifth, d, d, _zero(), _zero(), places)
+
+    return walk
 
 
-@function
-def _q5_1(emit, g, a, stride, places):
-    t = load_transposed(a + 8, stride, 4)
-    head = load_transposed(a, stride, 2)
-    fifth = spread_bits(get(head, 1)) << _c(4)
-    d, m = f16_to_f32(get(head, 0)), f16_to_f32(get(head, 0) >> _c(16))
-    return emit(g, 0, join(_low(t), _high(t)) | fifth, d, d, m, m, places)
+def _q5_1(emit):
+    @function
+    def walk(g, a, stride, places):
+        t = load_transposed(a + 8, stride, 4)
+        head = load_transposed(a, stride, 2)
+        fifth = spread_bits(get(head, 1)) << _c(4)
+        d, m = f16_to_f32(get(head, 0)), f16_to_f32(get(head, 0) >> _c(16))
+        return emit(g, 0, join(_low(t), _high(t)) | fifth, d, d, m, m, places)
+
+    return walk
 
 
-@function
-def _q8_0(emit, g, a, stride, places):
-    t = load_transposed(a + 2, stride, 8)
-    if BIAS_8BIT:
-        t = t ^ _c(-0x7F7F7F80)  # 0x80 in every byte
-    d = load_halves(a, stride)
-    return emit(g, 0, t, d, d, _zero(), _zero(), places)
+def _q8_0(emit):
+    @function
+    def walk(g, a, stride, places):
+        t = load_transposed(a + 2, stride, 8)
+        if BIAS_8BIT:
+            t = t ^ _c(-0x7F7F7F80)  # 0x80 in every byte
+        d = load_halves(a, stride)
+        return emit(g, 0, t, d, d, _zero(), _zero(), places)
+
+    return walk
 
 
 @function
@@ -128,106 +144,121 @@ def _six_bit_scales(a, stride):
     return f16_to_f32(dm), _zero() - f16_to_f32(dm >> _c(16)), s_low, s_high, m_low, m_high
 
 
-@function
-def _q4_k(emit, g, a, stride, places):
-    d, dm, s, s_high, m, m_high = _six_bit_scales(a, stride)
-    for half in range(2):
-        for p in range(2):
-            t = load_transposed(a + 16 + 64 * half + 32 * p, stride, 8)
-            s0, m0 = d * _byte(s, 2 * p), dm * _byte(m, 2 * p)
-            s1, m1 = d * _byte(s, 2 * p + 1), dm * _byte(m, 2 * p + 1)
-            g = emit(g, 4 * half + 2 * p, _low(t), s0, s0, m0, m0, places)
-            g = emit(g, 4 * half + 2 * p + 1, _high(t), s1, s1, m1, m1, places)
-        s, m = s_high, m_high
-    return g
-
-
-@function
-def _q5_k(emit, g, a, stride, places):
-    d, dm, s, s_high, m, m_high = _six_bit_scales(a, stride)
-    fifth = load_transposed(a + 16, stride, 8)
-    ones = _c(0x01010101)
-    for half in range(2):
-        for p in range(2):
-            t = load_transposed(a + 48 + 64 * half + 32 * p, stride, 8)
-            bit = 4 * half + 2 * p
-            s0, m0 = d * _byte(s, 2 * p), dm * _byte(m, 2 * p)
-            s1, m1 = d * _byte(s, 2 * p + 1), dm * _byte(m, 2 * p + 1)
-            low = _low(t) | (((fifth >> _c(bit)) & ones) << _c(4))
-            high = _high(t) | (((fifth >> _c(bit + 1)) & ones) << _c(4))
-            g = emit(g, bit, low, s0, s0, m0, m0, places)
-            g = emit(g, bit + 1, high, s1, s1, m1, m1, places)
-        s, m = s_high, m_high
-    return g
-
-
-@function
-def _q6_k(emit, g, a, stride, places):
-    scales = load_transposed(a + 192, stride, 4)
-    d = load_halves(a + 208, stride)
-    two = _c(0x03030303)
-    z = _zero()
-    s, s_next = get(scales, 0), get(scales, 1)
-    for half in range(2):
-        t0 = load_transposed(a + 64 * half, stride, 8)
-        t1 = load_transposed(a + 64 * half + 32, stride, 8)
-        top = load_transposed(a + 128 + 32 * half, stride, 8)
-        w = _low(t0) | ((top & two) << _c(4))
-        g = emit(g, 4 * half, w, d * _signed_byte(s, 0), d * _signed_byte(s, 1), z, z, places)
-        w = _low(t1) | (((top >> _c(2)) & two) << _c(4))
-        g = emit(g, 4 * half + 1, w, d * _signed_byte(s, 2), d * _signed_byte(s, 3), z, z, places)
-        w = _high(t0) | (((top >> _c(4)) & two) << _c(4))
-        g = emit(g, 4 * half + 2, w, d * _signed_byte(s_next, 0), d * _signed_byte(s_next, 1), z, z, places)
-        w = _high(t1) | (((top >> _c(6)) & two) << _c(4))
-        g = emit(g, 4 * half + 3, w, d * _signed_byte(s_next, 2), d * _signed_byte(s_next, 3), z, z, places)
-        s, s_next = get(scales, 2), get(scales, 3)
-    return g
-
-
-@function
-def _q2_k(emit, g, a, stride, places):
-    scales = load_transposed(a, stride, 4)
-    dm = get(load_transposed(a + 80, stride, 1), 0)
-    d, m = f16_to_f32(dm), _zero() - f16_to_f32(dm >> _c(16))
-    two = _c(0x03030303)
-    s, s_next = get(scales, 0), get(scales, 1)
-    for half in range(2):
-        t = load_transposed(a + 16 + 32 * half, stride, 8)
-        for pair in range(2):
+def _q4_k(emit):
+    @function
+    def walk(g, a, stride, places):
+        d, dm, s, s_high, m, m_high = _six_bit_scales(a, stride)
+        for half in range(2):
             for p in range(2):
-                low, high = _low(s), _high(s)
-                w = (t >> _c(4 * pair + 2 * p)) & two
-                j = 4 * half + 2 * pair + p
-                s0, s1 = d * _byte(low, 2 * p), d * _byte(low, 2 * p + 1)
-                g = emit(g, j, w, s0, s1, m * _byte(high, 2 * p), m * _byte(high, 2 * p + 1), places)
-            s = s_next
-        s, s_next = get(scales, 2), get(scales, 3)
-    return g
+                t = load_transposed(a + 16 + 64 * half + 32 * p, stride, 8)
+                s0, m0 = d * _byte(s, 2 * p), dm * _byte(m, 2 * p)
+                s1, m1 = d * _byte(s, 2 * p + 1), dm * _byte(m, 2 * p + 1)
+                g = emit(g, 4 * half + 2 * p, _low(t), s0, s0, m0, m0, places)
+                g = emit(g, 4 * half + 2 * p + 1, _high(t), s1, s1, m1, m1, places)
+            s, m = s_high, m_high
+        return g
+
+    return walk
 
 
-@function
-def _q3_k(emit, g, a, stride, places):
-    third = load_transposed(a, stride, 8)
-    head = load_transposed(a + 96, stride, 2)
-    x, y, top = get(head, 0), get(head, 1), get(load_transposed(a + 104, stride, 1), 0)
-    d = load_halves(a + 108, stride)
-    ones, two = _c(0x01010101), _c(0x03030303)
-    bias = splat_f32(f32(32.0))
-    z = _zero()
-    s = _low(x) | ((top & two) << _c(4))
-    s_next = _low(y) | (((top >> _c(2)) & two) << _c(4))
-    for half in range(2):
-        t = load_transposed(a + 32 + 32 * half, stride, 8)
-        for pair in range(2):
+def _q5_k(emit):
+    @function
+    def walk(g, a, stride, places):
+        d, dm, s, s_high, m, m_high = _six_bit_scales(a, stride)
+        fifth = load_transposed(a + 16, stride, 8)
+        ones = _c(0x01010101)
+        for half in range(2):
             for p in range(2):
-                j = 4 * half + 2 * pair + p
-                w = ((t >> _c(4 * pair + 2 * p)) & two) | (((third >> _c(j)) & ones) << _c(2))
-                s0, s1 = d * (_byte(s, 2 * p) - bias), d * (_byte(s, 2 * p + 1) - bias)
-                g = emit(g, j, w, s0, s1, z, z, places)
-            s = s_next
-        s = _high(x) | (((top >> _c(4)) & two) << _c(4))
-        s_next = _high(y) | (((top >> _c(6)) & two) << _c(4))
-    return g
+                t = load_transposed(a + 48 + 64 * half + 32 * p, stride, 8)
+                bit = 4 * half + 2 * p
+                s0, m0 = d * _byte(s, 2 * p), dm * _byte(m, 2 * p)
+                s1, m1 = d * _byte(s, 2 * p + 1), dm * _byte(m, 2 * p + 1)
+                low = _low(t) | (((fifth >> _c(bit)) & ones) << _c(4))
+                high = _high(t) | (((fifth >> _c(bit + 1)) & ones) << _c(4))
+                g = emit(g, bit, low, s0, s0, m0, m0, places)
+                g = emit(g, bit + 1, high, s1, s1, m1, m1, places)
+            s, m = s_high, m_high
+        return g
+
+    return walk
+
+
+def _q6_k(emit):
+    @function
+    def walk(g, a, stride, places):
+        scales = load_transposed(a + 192, stride, 4)
+        d = load_halves(a + 208, stride)
+        two = _c(0x03030303)
+        z = _zero()
+        s, s_next = get(scales, 0), get(scales, 1)
+        for half in range(2):
+            t0 = load_transposed(a + 64 * half, stride, 8)
+            t1 = load_transposed(a + 64 * half + 32, stride, 8)
+            top = load_transposed(a + 128 + 32 * half, stride, 8)
+            w = _low(t0) | ((top & two) << _c(4))
+            g = emit(g, 4 * half, w, d * _signed_byte(s, 0), d * _signed_byte(s, 1), z, z, places)
+            w = _low(t1) | (((top >> _c(2)) & two) << _c(4))
+            g = emit(g, 4 * half + 1, w, d * _signed_byte(s, 2), d * _signed_byte(s, 3), z, z, places)
+            w = _high(t0) | (((top >> _c(4)) & two) << _c(4))
+            g = emit(g, 4 * half + 2, w, d * _signed_byte(s_next, 0), d * _signed_byte(s_next, 1), z, z, places)
+            w = _high(t1) | (((top >> _c(6)) & two) << _c(4))
+            g = emit(g, 4 * half + 3, w, d * _signed_byte(s_next, 2), d * _signed_byte(s_next, 3), z, z, places)
+            s, s_next = get(scales, 2), get(scales, 3)
+        return g
+
+    return walk
+
+
+def _q2_k(emit):
+    @function
+    def walk(g, a, stride, places):
+        scales = load_transposed(a, stride, 4)
+        dm = get(load_transposed(a + 80, stride, 1), 0)
+        d, m = f16_to_f32(dm), _zero() - f16_to_f32(dm >> _c(16))
+        two = _c(0x03030303)
+        s, s_next = get(scales, 0), get(scales, 1)
+        for half in range(2):
+            t = load_transposed(a + 16 + 32 * half, stride, 8)
+            for pair in range(2):
+                for p in range(2):
+                    low, high = _low(s), _high(s)
+                    w = (t >> _c(4 * pair + 2 * p)) & two
+                    j = 4 * half + 2 * pair + p
+                    s0, s1 = d * _byte(low, 2 * p), d * _byte(low, 2 * p + 1)
+                    g = emit(g, j, w, s0, s1, m * _byte(high, 2 * p), m * _byte(high, 2 * p + 1), places)
+                s = s_next
+            s, s_next = get(scales, 2), get(scales, 3)
+        return g
+
+    return walk
+
+
+def _q3_k(emit):
+    @function
+    def walk(g, a, stride, places):
+        third = load_transposed(a, stride, 8)
+        head = load_transposed(a + 96, stride, 2)
+        x, y, top = get(head, 0), get(head, 1), get(load_transposed(a + 104, stride, 1), 0)
+        d = load_halves(a + 108, stride)
+        ones, two = _c(0x01010101), _c(0x03030303)
+        bias = splat_f32(f32(32.0))
+        z = _zero()
+        s = _low(x) | ((top & two) << _c(4))
+        s_next = _low(y) | (((top >> _c(2)) & two) << _c(4))
+        for half in range(2):
+            t = load_transposed(a + 32 + 32 * half, stride, 8)
+            for pair in range(2):
+                for p in range(2):
+                    j = 4 * half + 2 * pair + p
+                    w = ((t >> _c(4 * pair + 2 * p)) & two) | (((third >> _c(j)) & ones) << _c(2))
+                    s0, s1 = d * (_byte(s, 2 * p) - bias), d * (_byte(s, 2 * p + 1) - bias)
+                    g = emit(g, j, w, s0, s1, z, z, places)
+                s = s_next
+            s = _high(x) | (((top >> _c(4)) & two) << _c(4))
+            s_next = _high(y) | (((top >> _c(6)) & two) << _c(4))
+        return g
+
+    return walk
 
 
 LAYOUTS = {

@@ -146,6 +146,47 @@ def _offset(b, address, n: int):
     return b.add(address, ir.Constant(_I64, n)) if n else address
 
 
+# x86 without F16C has no instruction for float16, and LLVM would call a library for it.
+_NATIVE_F16 = TARGET.form != "portable" or not cpu_is_x86()
+
+
+def _f16_to_f32(b, bits):
+    """float32 of float16 bits (a scalar or vector of int16)."""
+    n = bits.type.count if isinstance(bits.type, ir.VectorType) else 0
+    of = (lambda t: ir.VectorType(t, n)) if n else (lambda t: t)
+    if _NATIVE_F16:
+        return b.fpext(b.bitcast(bits, of(_F16)), of(_F32))
+    c = (lambda t, v: _const(of(t), v)) if n else ir.Constant
+    wide = b.zext(bits, of(_I32))
+    magnitude = b.shl(b.and_(wide, c(_I32, 0x7FFF)), c(_I32, 13))
+    # The exponent is 112 too small, also that of subnormals: a product mends it.
+    value = b.bitcast(b.fmul(b.bitcast(magnitude, of(_F32)), c(_F32, 2.0**112)), of(_I32))
+    special = b.icmp_unsigned(">=", magnitude, c(_I32, 0x7C00 << 13))
+    value = b.select(special, b.or_(magnitude, c(_I32, 0x7F800000)), value)
+    return b.bitcast(b.or_(value, b.shl(b.and_(wide, c(_I32, 0x8000)), c(_I32, 16))), of(_F32))
+
+
+def _f32_to_f16(b, value):
+    """The bits (int16) of the float16 nearest to a float32 scalar or vector, ties to even."""
+    n = value.type.count if isinstance(value.type, ir.VectorType) else 0
+    of = (lambda t: ir.VectorType(t, n)) if n else (lambda t: t)
+    if _NATIVE_F16:
+        return b.bitcast(b.fptrunc(value, of(_F16)), of(_I16))
+    c = (lambda t, v: _const(of(t), v)) if n else ir.Constant
+    bits = b.bitcast(value, of(_I32))
+    sign = b.and_(b.lshr(bits, c(_I32, 16)), c(_I32, 0x8000))
+    magnitude = b.and_(bits, c(_I32, 0x7FFFFFFF))
+    # Adding 0.5 aligns a subnormal's bits with the float32's last ones, and rounds as it does so.
+    small = b.sub(b.bitcast(b.fadd(b.bitcast(magnitude, of(_F32)), c(_F32, 0.5)), of(_I32)), c(_I32, 0x3F000000))
+    odd = b.and_(b.lshr(magnitude, c(_I32, 13)), c(_I32, 1))
+    normal = b.lshr(b.add(b.add(magnitude, c(_I32, 0xFFF - (112 << 23))), odd), c(_I32, 13))
+    result = b.select(b.icmp_unsigned("<", magnitude, c(_I32, 113 << 23)), small, normal)
+    infinite = b.icmp_unsigned(">=", magnitude, c(_I32, 143 << 23))
+    nan = b.icmp_unsigned(">", magnitude, c(_I32, 0x7F800000))
+    result = b.select(infinite, b.select(nan, c(_I32, 0x7E00), c(_I32, 0x7C00)), result)
+    return b.trunc(b.or_(result, sign), of(_I16))
+
+
 def _splat(b, scalar, n):
     ty = ir.VectorType(scalar.type, n)
     one = b.insert_element(ir.Constant(ty, ir.Undefined), scalar, ir.Constant(_I32, 0))
@@ -269,21 +310,9 @@ def as_i32(tyctx, x):
 @intrinsic
 def f16_to_f32(tyctx, x):
     """float32 of the float16 in the low half of each int32 lane."""
-    half, bits = ir.VectorType(_F16, LANES), ir.VectorType(_I16, LANES)
+    bits = ir.VectorType(_I16, LANES)
     ret = _like("f32", x)
-    return ret(x), _elementwise(
-        ret, (x,), lambda b, v: b.fpext(b.bitcast(b.trunc(v, bits), half), F32.ir_type)
-    )
-
-
-@intrinsic
-def f32_to_f16(tyctx, x):
-    """int32 lanes whose low half is the float16 nearest to each float32."""
-    half, bits = ir.VectorType(_F16, LANES), ir.VectorType(_I16, LANES)
-    ret = _like("i32", x)
-    return ret(x), _elementwise(
-        ret, (x,), lambda b, v: b.zext(b.bitcast(b.fptrunc(v, half), bits), I32.ir_type)
-    )
+    return ret(x), _elementwise(ret, (x,), lambda b, v: _f16_to_f32(b, b.trunc(v, bits)))
 
 
 # --- constants, loads, stores ----------------------------------------------------------------------------------------
@@ -337,8 +366,8 @@ load_f32, load_i32 = _loader("f32"), _loader("i32")
 @intrinsic
 def load_f16(tyctx, address):
     """`LANES` float16 values at `address`, as float32."""
-    half = ir.VectorType(_F16, LANES)
-    return F32(ADDRESS), lambda ctx, b, sig, a: b.fpext(_load(b, a[0], half), F32.ir_type)
+    bits = ir.VectorType(_I16, LANES)
+    return F32(ADDRESS), lambda ctx, b, sig, a: _f16_to_f32(b, _load(b, a[0], bits))
 
 
 @intrinsic
@@ -356,10 +385,8 @@ def store(tyctx, address, v):
 @intrinsic
 def store_f16(tyctx, address, v):
     """Writes float32 lanes as float16 (2 * LANES bytes)."""
-    half = ir.VectorType(_F16, LANES)
-
     def codegen(ctx, b, sig, a):
-        _store(b, a[0], b.fptrunc(a[1], half))
+        _store(b, a[0], _f32_to_f16(b, a[1]))
         return ctx.get_dummy_value()
 
     return types.void(ADDRESS, v), codegen
@@ -440,7 +467,7 @@ def _scalar_loader(ir_type, numba_type, convert=lambda b, v: v):
 ld_i64 = _scalar_loader(_I64, types.int64)
 ld_i32 = _scalar_loader(_I32, types.int32)
 ld_f32 = _scalar_loader(_F32, types.float32)
-ld_f16 = _scalar_loader(_F16, types.float32, lambda b, v: b.fpext(v, _F32))
+ld_f16 = _scalar_loader(_I16, types.float32, _f16_to_f32)
 ld_u8 = _scalar_loader(_I8, types.int32, lambda b, v: b.zext(v, _I32))
 ld_i8 = _scalar_loader(_I8, types.int32, lambda b, v: b.sext(v, _I32))
 
@@ -460,7 +487,7 @@ def _scalar_storer(numba_type, convert=lambda b, v: v):
 st_f32 = _scalar_storer(types.float32)
 st_i32 = _scalar_storer(types.int32)
 st_i64 = _scalar_storer(types.int64)
-st_f16 = _scalar_storer(types.float32, lambda b, v: b.fptrunc(v, _F16))
+st_f16 = _scalar_storer(types.float32, _f32_to_f16)
 st_i8 = _scalar_storer(types.int32, lambda b, v: b.trunc(v, _I8))
 
 
@@ -536,6 +563,13 @@ def join(tyctx, x, y):
 
 
 @intrinsic
+def get_range(tyctx, tile, start, n):
+    """Vectors start … start + n - 1 of a tile (literals), as a tile."""
+    i, ret = start.literal_value, Tile(tile.vector, n.literal_value)
+    return ret(tile, start, n), lambda ctx, b, sig, a: _join(b, ret, _members(b, tile, a[0])[i : i + ret.n])
+
+
+@intrinsic
 def shift_right_signed(tyctx, x, y):
     """x >> y, copying the sign, lane by lane."""
     ret = _shape_of(x, y)
@@ -566,7 +600,7 @@ def load_halves(tyctx, address, stride):
         for i in range(LANES):
             out = b.insert_element(out, _load(b, at, _I16), ir.Constant(_I32, i))
             at = b.add(at, a[1])
-        return b.fpext(b.bitcast(out, ir.VectorType(_F16, LANES)), F32.ir_type)
+        return _f16_to_f32(b, out)
 
     return F32(ADDRESS, ADDRESS), codegen
 
@@ -786,11 +820,14 @@ def clock(tyctx):
 
 @intrinsic
 def call_kernel(tyctx, function, ith, nth, params):
-    """Calls the kernel at the address `function`."""
+    """Calls the kernel at the address `function` (for its convention see `kernels.source.compile_kernel`)."""
 
     def codegen(ctx, b, sig, a):
-        ty = ir.FunctionType(ir.VoidType(), [_I64] * 3)
-        b.call(b.inttoptr(a[0], ty.as_pointer()), a[1:])
+        with b.goto_entry_block():
+            room = b.alloca(ir.ArrayType(_I64, 2))
+        result = b.ptrtoint(room, _I64)
+        ty = ir.FunctionType(_I32, [_I64] * 5)
+        b.call(b.inttoptr(a[0], ty.as_pointer()), [result, _offset(b, result, 8), *a[1:]])
         return ctx.get_dummy_value()
 
     return types.void(ADDRESS, ADDRESS, ADDRESS, ADDRESS), codegen
