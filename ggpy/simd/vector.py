@@ -315,7 +315,7 @@ def f16_to_f32(tyctx, x):
     return ret(x), _elementwise(ret, (x,), lambda b, v: _f16_to_f32(b, b.trunc(v, bits)))
 
 
-# --- constants, loads, stores ----------------------------------------------------------------------------------------
+# --- constants, loads, stores ---------------------------------------------------------------------------------------
 
 
 @intrinsic
@@ -385,6 +385,7 @@ def store(tyctx, address, v):
 @intrinsic
 def store_f16(tyctx, address, v):
     """Writes float32 lanes as float16 (2 * LANES bytes)."""
+
     def codegen(ctx, b, sig, a):
         _store(b, a[0], _f32_to_f16(b, a[1]))
         return ctx.get_dummy_value()
@@ -512,7 +513,7 @@ def prefetch(tyctx, address):
     return types.void(ADDRESS), codegen
 
 
-# --- reductions --------------------------------------------------------------------------------------------------------
+# --- reductions -----------------------------------------------------------------------------------------------------
 
 
 def _reducer(combine):
@@ -650,7 +651,7 @@ def lane_numbers(tyctx):
     return I32(), lambda ctx, b, sig, a: ir.Constant(I32.ir_type, list(range(LANES)))
 
 
-# --- transposition -------------------------------------------------------------------------------------------------------
+# --- transposition --------------------------------------------------------------------------------------------------
 
 
 @intrinsic
@@ -691,7 +692,7 @@ def load_transposed(tyctx, address, stride, n):
     return ty(ADDRESS, ADDRESS, n), codegen
 
 
-# --- dot products of bytes ---------------------------------------------------------------------------------------------
+# --- dot products of bytes ------------------------------------------------------------------------------------------
 
 _BYTES = ir.VectorType(_I8, 4 * LANES)
 _HAS_ARM_DOT = not cpu_is_x86() and TARGET.has("dotprod")
@@ -744,7 +745,7 @@ def _dotter(signed):
 
     @intrinsic
     def dots(tyctx, acc, weights, n, address, stride):
-        """For each token t: acc[t] + w[g] · x[t][g] for g < n, with w[g] the vector at `weights + 4 LANES g` and x[t][g]
+        """For each token t: acc[t] + w[g] · x[t][g] for g < n; w[g] is the vector at `weights + 4 LANES g`, x[t][g]
         the dword at `address + t * stride + 4 g`."""
         count = n.literal_value
 
@@ -770,7 +771,7 @@ dot_tile, dots = _dotter(False)
 dot_tile_signed, dots_signed = _dotter(True)
 
 
-# --- between threads ---------------------------------------------------------------------------------------------------
+# --- between threads ------------------------------------------------------------------------------------------------
 
 
 @intrinsic
@@ -856,4 +857,3 @@ def unpack_params(tyctx, address, n):
         return ctx.make_tuple(b, ret, values)
 
     return ret(ADDRESS, n), codegen
-

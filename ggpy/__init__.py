@@ -1,0 +1,1 @@
+"""ggpy: convert, inspect and run GGUF language models on the CPU."""

@@ -1,0 +1,88 @@
+"""The integer matrix kernels against `gguf.quants`. Both see the same int8 activations: only rounding is left."""
+
+import ctypes
+import threading
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, quants
+from gguf.constants import GGML_QUANT_SIZES
+
+from ggpy.kernels.build import KERNEL_TYPE, load
+from ggpy.kernels.table import QUANTIZED, activation_bytes, scratch_bytes
+from ggpy.simd.target import target
+
+HALVES = {
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q6_K": (208,),
+    "Q4_1": (0, 2),
+    "Q5_1": (0, 2),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+}
+
+
+def aligned(n_bytes):
+    raw = np.zeros(n_bytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + n_bytes]
+
+
+def run(address, params, n_threads=1):
+    values = np.array(params, np.int64)
+    spare = np.zeros(2 * n_threads, np.int64)
+    kernel = KERNEL_TYPE(address)
+
+    def call(ith):
+        slot = spare.ctypes.data + 16 * ith
+        kernel(ctypes.c_void_p(slot), ctypes.c_void_p(slot + 8), ith, n_threads, values.ctypes.data)
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(n_threads)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+
+
+def random_rows(name, n_rows, n_cols, rng):
+    block, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    rows = rng.integers(0, 256, (n_rows, n_cols // block, n_bytes), dtype=np.uint8)
+    for at in HALVES.get(name, (0,)):
+        scales = rng.standard_normal((n_rows, n_cols // block)).astype(np.float16)
+        rows[:, :, at : at + 2] = scales[..., None].view(np.uint8)
+    return rows.reshape(n_rows, -1)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("n_rows, n_tokens, n_threads", [(40, 13, 1), (16, 1, 2), (7, 3, 2), (33, 16, 2)])
+def test_product_equals_dequantized_product_of_the_same_activations(name, n_rows, n_tokens, n_threads):
+    rng = np.random.default_rng(n_rows)
+    n_cols, fmt = 512, QUANTIZED[name]
+    block = 32 if fmt == "q8_32" else 256
+    kernels = load([f"mul_mat_one_{name}", f"mul_mat_{name}", f"quantize_{fmt}"])
+    w = random_rows(name, n_rows, n_cols, rng)
+    x = np.zeros((16, n_cols), np.float32)
+    x[:n_tokens] = rng.standard_normal((n_tokens, n_cols))
+
+    stride = activation_bytes(n_cols)
+    xq, state = aligned(16 * stride), np.array([n_tokens, 0])
+    run(kernels[f"quantize_{fmt}"], [x.ctypes.data, xq.ctypes.data, state.ctypes.data, n_cols, stride], n_threads)
+    rows = xq.reshape(16, stride)[:n_tokens]
+    q = rows[:, :n_cols].view(np.int8).reshape(n_tokens, -1, block)
+    d = rows[:, n_cols : n_cols + 4 * (n_cols // block)].copy().view(np.float32)
+    xd = (q * d[..., None]).reshape(n_tokens, n_cols)
+    assert np.abs(xd - x[:n_tokens]).max() <= d.max() / 2 * 1.001
+
+    expected = xd.astype(np.float64) @ quants.dequantize(w, GGMLQuantizationType[name]).T
+    per_thread = scratch_bytes(n_cols, w.shape[1], target().lanes)
+    scratch, counter = aligned(per_thread * n_threads), np.zeros(1, np.int64)
+    residual = rng.standard_normal((16, n_rows)).astype(np.float32)
+    for kernel, n in ((f"mul_mat_{name}", n_tokens), (f"mul_mat_one_{name}", 1)):
+        out = np.zeros((16, n_rows), np.float32)
+        counter[:] = 0
+        places = (w, xq, out, residual, scratch)
+        params = [*(a.ctypes.data for a in places), per_thread, counter.ctypes.data, state.ctypes.data]
+        run(kernels[kernel], [*params, n_rows, n_cols, stride, 4 * n_rows], n_threads)
+        error = np.abs(out[:n] - residual[:n] - expected[:n]).max()
+        assert error <= 2e-6 * np.abs(expected).max() + 1e-6
