@@ -6,6 +6,7 @@ from ..simd.vector import (
     LANES,
     as_f32,
     atomic_add,
+    bits_f32,
     fma,
     ld_i64,
     maximum,
@@ -60,4 +61,4 @@ def exp(x):
     return p * power
 
 
-__all__ = ["LANES", "exp", "f32", "i32", "ld_state", "next_item", "share"]
+__all__ = ["LANES", "bits_f32", "exp", "f32", "i32", "ld_state", "next_item", "share"]

@@ -45,10 +45,11 @@ _MUL_MAT = (
 )
 
 
-def scratch_bytes(n_cols: int, row_bytes: int, lanes: int) -> int:
+def scratch_bytes(type_name: str, n_cols: int, row_bytes: int, lanes: int) -> int:
     """Bytes that each thread of a matrix product needs beside its operands: LANES rows unpacked, and a copy of the last
     rows where n_rows isn't a multiple of LANES."""
-    unpacked = 12 * 4 * lanes * (n_cols // 32)
+    vectors = 12 if type_name in QUANTIZED else 32  # for 32 columns
+    unpacked = vectors * 4 * lanes * (n_cols // 32)
     return (unpacked + lanes * row_bytes + 127) // 64 * 64
 
 
@@ -57,10 +58,16 @@ def activation_bytes(n_cols: int) -> int:
     return (n_cols + 3 * n_cols // 8 + n_cols // 8 + 63) // 64 * 64
 
 
+#: keys that one work item of single-token attention takes; its results are merged in order, whatever the threads
+KEYS_PER_ITEM = 256
+#: what the KV cache's length is a multiple of
+KV_BLOCK = 64
+
+
 def _kernels() -> dict[str, Kernel]:
     table = {
         "run_tape": Kernel("tape", ("tape", "n_ops", "sync", "profile")),
-        "wait_for_work": Kernel("tape", ("sync", "n_threads", "spins")),
+        "wait_for_work": Kernel("tape", ("sync", "run_tape", "spins")),
         "rms_norm": Kernel(
             "rows", ("x", "w", "out", "state", "n_cols", "n_rows_per_token", "x_stride", "out_stride", "eps")
         ),
@@ -70,7 +77,6 @@ def _kernels() -> dict[str, Kernel]:
         "swiglu": Kernel("rows", ("x", "y", "out", "state", "n_cols")),
         "geglu": Kernel("rows", ("x", "y", "out", "state", "n_cols")),
         "scale": Kernel("rows", ("x", "out", "state", "n_cols", "factor")),
-        "soft_max": Kernel("rows", ("x", "out", "state", "n_cols")),
         "last_row": Kernel("rows", ("x", "out", "state", "n_cols")),
         "rope_norm": Kernel("rope", ("x", "table", "out", "state", "n_head", "head_dim", "n_rot")),
         "rope_neox": Kernel("rope", ("x", "table", "out", "state", "n_head", "head_dim", "n_rot")),

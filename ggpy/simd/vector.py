@@ -434,6 +434,37 @@ def load_tile_f32(tyctx, address, stride, n):
     return ty(ADDRESS, ADDRESS, n), codegen
 
 
+@intrinsic
+def load_tile_f16(tyctx, address, stride, n):
+    """A tile whose vector t is the LANES float16 at `address + t * stride`, as float32."""
+    ty = Tile(F32, n.literal_value)
+    bits = ir.VectorType(_I16, LANES)
+
+    def codegen(ctx, b, sig, a):
+        at, out = a[0], []
+        for _ in range(ty.n):
+            out.append(_f16_to_f32(b, _load(b, at, bits)))
+            at = b.add(at, a[1])
+        return _join(b, ty, out)
+
+    return ty(ADDRESS, ADDRESS, n), codegen
+
+
+@intrinsic
+def dot_f32(tyctx, acc, tile, address, step):
+    """acc + sum over i of tile[i] * x[i], with x[i] the float32 at `address + i * step`, given to every lane."""
+
+    def codegen(ctx, b, sig, a):
+        out, at = a[0], a[2]
+        for v in _members(b, tile, a[1]):
+            x = _splat(b, _load(b, at, _F32), LANES)
+            out = _call(b, f"llvm.fma.v{LANES}f32", F32.ir_type, [v, x, out])
+            at = b.add(at, a[3])
+        return out
+
+    return F32(F32, tile, ADDRESS, ADDRESS), codegen
+
+
 def _broadcaster(elem):
     scalar = _F32 if elem == "f32" else _I32
 

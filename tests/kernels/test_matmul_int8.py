@@ -75,7 +75,7 @@ def test_product_equals_dequantized_product_of_the_same_activations(name, n_rows
     assert np.abs(xd - x[:n_tokens]).max() <= d.max() / 2 * 1.001
 
     expected = xd.astype(np.float64) @ quants.dequantize(w, GGMLQuantizationType[name]).T
-    per_thread = scratch_bytes(n_cols, w.shape[1], target().lanes)
+    per_thread = scratch_bytes(name, n_cols, w.shape[1], target().lanes)
     scratch, counter = aligned(per_thread * n_threads), np.zeros(1, np.int64)
     residual = rng.standard_normal((16, n_rows)).astype(np.float32)
     for kernel, n in ((f"mul_mat_{name}", n_tokens), (f"mul_mat_one_{name}", 1)):

@@ -1,0 +1,83 @@
+"""Norms, activations and sums over rows of float32. Sizes are multiples of 16; work is shared out by rows or by 16 values."""
+
+from ..simd.vector import LANES, fma, load_f32, splat_f32, sqrt, store, sum_f32
+from .common import bits_f32, exp, f32, ld_state, share
+from .source import function, kernel
+
+_V = 4 * LANES
+
+
+@function
+def _one():
+    return splat_f32(f32(1.0))
+
+
+@kernel("rms_norm")
+def rms_norm(ith, nth, x, w, out, state, n_cols, n_rows_per_token, x_stride, out_stride, eps):
+    """out = x / sqrt(mean(x²) + eps) * w, row by row (Zhang & Sennrich 2019)."""
+    start, stop = share(ld_state(state, 0) * n_rows_per_token, ith, nth)
+    for r in range(start, stop):
+        xr, outr = x + r * x_stride, out + r * out_stride
+        squares = splat_f32(f32(0.0))
+        for i in range(0, 4 * n_cols, _V):
+            v = load_f32(xr + i)
+            squares = fma(v, v, squares)
+        mean = splat_f32(sum_f32(squares) / f32(n_cols))
+        scale = _one() / sqrt(mean + splat_f32(bits_f32(eps)))
+        for i in range(0, 4 * n_cols, _V):
+            store(outr + i, load_f32(xr + i) * scale * load_f32(w + i))
+
+
+def _binary(name, combine):
+    combine = function(combine)
+
+    @kernel(name)
+    def binary(ith, nth, x, y, out, state, n_cols):
+        start, stop = share(ld_state(state, 0) * n_cols // 16, ith, nth)
+        for i in range(64 * start, 64 * stop, _V):
+            store(out + i, combine(load_f32(x + i), load_f32(y + i)))
+
+
+@function
+def _negative(x):
+    return splat_f32(f32(0.0)) - x
+
+
+@function
+def _gelu(x):
+    # The tanh approximation (Hendrycks & Gimpel 2016); tanh(z) = 1 - 2 / (e^2z + 1).
+    z = x * fma(x * x, splat_f32(f32(0.044715 * 0.7978845608028654)), splat_f32(f32(0.7978845608028654)))
+    tanh = _one() - splat_f32(f32(2.0)) / (exp(z + z) + _one())
+    return splat_f32(f32(0.5)) * x * (_one() + tanh)
+
+
+_binary("add", lambda x, y: x + y)
+_binary("mul", lambda x, y: x * y)
+_binary("swiglu", lambda x, y: x / (_one() + exp(_negative(x))) * y)
+_binary("geglu", lambda x, y: _gelu(x) * y)
+
+
+@kernel("add_bias")
+def add_bias(ith, nth, x, y, out, state, n_cols):
+    """out = x + y, with one row y for all tokens."""
+    start, stop = share(ld_state(state, 0), ith, nth)
+    for t in range(start, stop):
+        for i in range(0, 4 * n_cols, _V):
+            store(out + 4 * n_cols * t + i, load_f32(x + 4 * n_cols * t + i) + load_f32(y + i))
+
+
+@kernel("scale")
+def scale(ith, nth, x, out, state, n_cols, factor):
+    start, stop = share(ld_state(state, 0) * n_cols // 16, ith, nth)
+    by = splat_f32(bits_f32(factor))
+    for i in range(64 * start, 64 * stop, _V):
+        store(out + i, load_f32(x + i) * by)
+
+
+@kernel("last_row")
+def last_row(ith, nth, x, out, state, n_cols):
+    """Copies the last token's row."""
+    if ith == 0:
+        last = x + 4 * n_cols * (ld_state(state, 0) - 1)
+        for i in range(0, 4 * n_cols, _V):
+            store(out + i, load_f32(last + i))
