@@ -38,20 +38,19 @@ def cache_dir() -> Path:
 
 
 @lru_cache
-def _key(module: str) -> str:
-    """A digest of everything that the object code of `module`'s kernels depends on."""
+def _key() -> str:
+    """A digest of everything that object code depends on."""
     digest = hashlib.sha256()
-    sources = [*sorted((_PACKAGE.parent / "simd").glob("*.py")), _PACKAGE / "table.py", _PACKAGE / "source.py"]
-    for path in [*sources, _PACKAGE / "common.py", _PACKAGE / "unpack.py", _PACKAGE / f"{module}.py"]:
+    for path in sorted([*(_PACKAGE.parent / "simd").glob("*.py"), *_PACKAGE.glob("*.py")]):
         digest.update(path.read_bytes())
     machine = target()
     for part in (machine.form, machine.cpu, machine.features, metadata.version("numba"), metadata.version("llvmlite")):
         digest.update(part.encode() + b"\0")
-    return digest.hexdigest()[:24]
+    return f"{machine.form}-{digest.hexdigest()[:24]}"
 
 
 def _object_path(name: str) -> Path:
-    return cache_dir() / "kernels" / f"{name}-{target().form}-{_key(KERNELS[name].module)}.o"
+    return cache_dir() / "kernels" / _key() / f"{name}.o"
 
 
 def _read_object(name: str) -> tuple[str, bytes] | None:

@@ -516,6 +516,11 @@ def _scalar_storer(numba_type, convert=lambda b, v: v):
     return write
 
 
+ld_bf16 = _scalar_loader(
+    _I16, types.float32, lambda b, v: b.bitcast(b.shl(b.zext(v, _I32), ir.Constant(_I32, 16)), _F32)
+)
+
+
 st_f32 = _scalar_storer(types.float32)
 st_i32 = _scalar_storer(types.int32)
 st_i64 = _scalar_storer(types.int64)
