@@ -37,6 +37,9 @@ from .source import function, kernel
 from .table import KEYS_PER_ITEM, KV_BLOCK
 
 _V = 4 * LANES
+_ITEM_SCORES = 4 * KEYS_PER_ITEM
+_SCORES = 4 * TOKENS * KV_BLOCK
+_PER_TOKEN = 4 * TOKENS
 _BLOCKS = KV_BLOCK // 16
 _LOWEST = f32(-3e38)
 
@@ -87,7 +90,7 @@ def attention_one(
     n_kv = ld_state(state, 1) + 1
     n_items = (n_kv + KEYS_PER_ITEM - 1) // KEYS_PER_ITEM
     group = n_head // n_head_kv
-    scores = stack(4 * KEYS_PER_ITEM)
+    scores = stack(_ITEM_SCORES)
     factor = splat_f32(bits_f32(scale))
     while True:
         item = next_item(counter)
@@ -170,9 +173,9 @@ def attention_many(ith, nth, q, k_cache, v_cache, out, state, counter, n_head, n
     n_groups = (n_tokens + TOKENS - 1) // TOKENS
     row = 4 * n_head * head_dim
     factor = splat_f32(bits_f32(scale))
-    scores = stack(4 * TOKENS * KV_BLOCK)  # (TOKENS, KV_BLOCK)
-    maxima, sums = stack(4 * TOKENS), stack(4 * TOKENS)
-    shrink = stack(4 * TOKENS)
+    scores = stack(_SCORES)  # (TOKENS, KV_BLOCK)
+    maxima, sums = stack(_PER_TOKEN), stack(_PER_TOKEN)
+    shrink = stack(_PER_TOKEN)
     while True:
         item = next_item(counter)
         if item >= n_groups * n_head:

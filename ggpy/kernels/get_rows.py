@@ -19,6 +19,7 @@ from .table import FLOAT, QUANTIZED
 from .unpack import LAYOUTS
 
 _V = 4 * LANES
+_ROOM = 12 * _V
 
 
 def _define_quantized(name):
@@ -48,7 +49,7 @@ def _define_quantized(name):
     def get_rows(ith, nth, w, ids, out, state, n_rows, n_cols):
         row_bytes = n_cols // block * n_bytes
         start, stop = share(ld_state(state, 0), ith, nth)
-        room = stack(12 * _V)
+        room = stack(_ROOM)
         for t in range(start, stop):
             row = w + ld_i32(ids + 4 * t) * row_bytes
             for b in range(n_cols // block):

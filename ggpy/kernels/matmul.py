@@ -15,6 +15,7 @@ from .common import ld_state, next_item
 from .source import function, kernel
 
 _V = 4 * LANES
+_TILE = TOKENS * _V
 
 
 @function
@@ -76,7 +77,7 @@ def define_products(name, block, n_bytes, one_token, unpack, tokens, unpacked):
         n_tiles = (n_rows + LANES - 1) // LANES
         mine = scratch + ith * scratch_stride
         copy = mine + n_cols // 32 * unpacked
-        tail = stack(TOKENS * _V)
+        tail = stack(_TILE)
         while True:
             tile = next_item(counter)
             if tile >= n_tiles:

@@ -107,7 +107,6 @@ def _kernels() -> dict[str, Kernel]:
                 "k_cache",
                 "v_cache",
                 "out",
-                "scratch",
                 "state",
                 "counter",
                 "n_head",
