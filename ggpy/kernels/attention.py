@@ -84,9 +84,7 @@ def _softmax(scores, n, m):
 
 
 @kernel("attention_one")
-def attention_one(
-    ith, nth, q, k_cache, v_cache, out, partial, state, counter, n_head, n_head_kv, head_dim, n_ctx, scale
-):
+def attention_one(ith, nth, q, k_cache, v_cache, out, partial, state, counter, n_head, n_head_kv, head_dim, n_ctx, scale):
     n_kv = ld_state(state, 1) + 1
     n_items = (n_kv + KEYS_PER_ITEM - 1) // KEYS_PER_ITEM
     group = n_head // n_head_kv

@@ -19,7 +19,6 @@ from typing import Any
 
 from ..errors import Error
 from ..simd.target import target
-from .table import KERNELS
 
 _PACKAGE = Path(__file__).parent
 

@@ -1,4 +1,7 @@
-"""Float weights × float32 activations. Drivers and plan: see `matmul`. 2-byte weights are read as dwords, two columns each."""
+"""Float weights × float32 activations. Drivers and plan: see `matmul`.
+
+2-byte weights are read as dwords, two columns each.
+"""
 
 from ..simd.vector import (
     LANES,

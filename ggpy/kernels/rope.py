@@ -11,6 +11,7 @@ from .source import kernel
 
 def _define(name, step, half):
     """`step`: bytes from a pair to the next; `half`: a pair's second member is n_rot / 2 values on, else the next value."""
+
     @kernel(name)
     def rope(ith, nth, x, table, out, state, n_head, head_dim, n_rot):
         start, stop = share(ld_state(state, 0) * n_head, ith, nth)

@@ -1,6 +1,9 @@
-"""Norms, activations and sums over rows of float32. Sizes are multiples of 16; work is shared out by rows or by 16 values."""
+"""Norms, activations and sums over rows of float32.
 
-from ..simd.vector import LANES, fma, load_f32, splat_f32, sqrt, store, sum_f32
+Row lengths are multiples of 16; work is shared out by rows or by 16 values.
+"""
+
+from ..simd.vector import LANES, fma, load_f32, max_f32, maximum, splat_f32, sqrt, store, sum_f32
 from .common import bits_f32, exp, f32, ld_state, share
 from .source import function, kernel
 
@@ -64,6 +67,26 @@ def add_bias(ith, nth, x, y, out, state, n_cols):
     for t in range(start, stop):
         for i in range(0, 4 * n_cols, _V):
             store(out + 4 * n_cols * t + i, load_f32(x + 4 * n_cols * t + i) + load_f32(y + i))
+
+
+@kernel("soft_max")
+def soft_max(ith, nth, x, out, state, n_cols):
+    """out = exp(x - max) / sum of them, row by row."""
+    start, stop = share(ld_state(state, 0), ith, nth)
+    for t in range(start, stop):
+        xr, outr = x + 4 * n_cols * t, out + 4 * n_cols * t
+        best = load_f32(xr)
+        for i in range(_V, 4 * n_cols, _V):
+            best = maximum(best, load_f32(xr + i))
+        top = splat_f32(max_f32(best))
+        total = splat_f32(f32(0.0))
+        for i in range(0, 4 * n_cols, _V):
+            e = exp(load_f32(xr + i) - top)
+            store(outr + i, e)
+            total = total + e
+        factor = _one() / splat_f32(sum_f32(total))
+        for i in range(0, 4 * n_cols, _V):
+            store(outr + i, load_f32(outr + i) * factor)
 
 
 @kernel("scale")

@@ -68,6 +68,7 @@ def _kernels() -> dict[str, Kernel]:
     table = {
         "run_tape": Kernel("tape", ("tape", "n_ops", "sync", "profile")),
         "wait_for_work": Kernel("tape", ("sync", "run_tape", "spins")),
+        "publish": Kernel("tape", ("sync",)),
         "rms_norm": Kernel(
             "rows", ("x", "w", "out", "state", "n_cols", "n_rows_per_token", "x_stride", "out_stride", "eps")
         ),
@@ -76,6 +77,7 @@ def _kernels() -> dict[str, Kernel]:
         "add_bias": Kernel("rows", ("x", "y", "out", "state", "n_cols")),
         "swiglu": Kernel("rows", ("x", "y", "out", "state", "n_cols")),
         "geglu": Kernel("rows", ("x", "y", "out", "state", "n_cols")),
+        "soft_max": Kernel("rows", ("x", "out", "state", "n_cols")),
         "scale": Kernel("rows", ("x", "out", "state", "n_cols", "factor")),
         "last_row": Kernel("rows", ("x", "out", "state", "n_cols")),
         "rope_norm": Kernel("rope", ("x", "table", "out", "state", "n_head", "head_dim", "n_rot")),

@@ -46,6 +46,12 @@ def run_tape(ith, nth, tape, n_ops, sync, profile):
         st_i64(profile + 8 * n_ops, clock())
 
 
+@kernel("publish")
+def publish(ith, nth, sync):
+    """Asks for a run whose request stands in `sync`: workers see the request before the new count of calls."""
+    atomic_add(sync + 64, 1)
+
+
 @kernel("wait_for_work")
 def wait_for_work(ith, nth, sync, run_tape, spins):
     """A worker's loop: runs what is asked for, and returns to Python after `spins` rounds without work."""

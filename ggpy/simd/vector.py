@@ -516,9 +516,7 @@ def _scalar_storer(numba_type, convert=lambda b, v: v):
     return write
 
 
-ld_bf16 = _scalar_loader(
-    _I16, types.float32, lambda b, v: b.bitcast(b.shl(b.zext(v, _I32), ir.Constant(_I32, 16)), _F32)
-)
+ld_bf16 = _scalar_loader(_I16, types.float32, lambda b, v: b.bitcast(b.shl(b.zext(v, _I32), ir.Constant(_I32, 16)), _F32))
 
 
 st_f32 = _scalar_storer(types.float32)
@@ -540,9 +538,7 @@ def prefetch(tyctx, address):
     pointer = _I8.as_pointer()
 
     def codegen(ctx, b, sig, a):
-        f = b.module.declare_intrinsic(
-            "llvm.prefetch.p0", fnty=ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
-        )
+        f = b.module.declare_intrinsic("llvm.prefetch.p0", fnty=ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32]))
         b.call(f, [b.inttoptr(a[0], pointer)] + [ir.Constant(_I32, k) for k in (0, 3, 1)])
         return ctx.get_dummy_value()
 
@@ -733,7 +729,7 @@ def load_transposed(tyctx, address, stride, n):
 _BYTES = ir.VectorType(_I8, 4 * LANES)
 _HAS_ARM_DOT = not cpu_is_x86() and TARGET.has("dotprod")
 HAS_VNNI = TARGET.form == "avx512" or (TARGET.form == "avx2" and TARGET.has("avxvnni"))
-# What 8-bit weights are biased by to be unsigned: `vpdpbusd` wants one unsigned side. The other forms multiply signed bytes.
+# What 8-bit weights are biased by to be unsigned: `vpdpbusd` wants one unsigned side; other forms multiply signed bytes.
 BIAS_8BIT = 128 if HAS_VNNI else 0
 TOKENS = 8 if TARGET.form == "avx512" else 4  # of a register tile: as many as the accumulators leave room for
 

@@ -1,0 +1,299 @@
+"""From a graph to a tape: which kernels run in which order, where everything lies, and where threads must meet.
+
+Planning walks the nodes in order and lets each lower itself to kernel calls (`ops`). Activations get their place in one
+arena by their lifetimes, first fit in order of time. A barrier stands before a kernel only when it touches memory that
+one since the last barrier has written, or writes what one has read.
+"""
+
+import struct
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import UnsupportedError
+from ..kernels.table import KERNELS, QUANTIZED, activation_bytes, scratch_bytes
+from .ops import OPS
+
+if TYPE_CHECKING:
+    from .cache import Caches
+    from .tensor import Graph, Tensor
+
+_ALIGN = 64
+_PAD_TOKENS = 8  # matrix kernels take tokens in groups of up to 8
+
+
+@dataclass(eq=False)
+class Buffer:
+    """A piece of the arena, needed from step `first` to step `last`."""
+
+    n_bytes: int
+    first: int = -1
+    last: int = -1
+    offset: int = -1
+
+
+@dataclass(eq=False)
+class Memory:
+    """Memory outside the arena that kernels write: a cache."""
+
+    address: int
+    n_bytes: int
+
+
+Value = "int | float | Buffer | Memory | Tensor"
+
+
+@dataclass(eq=False)
+class Step:
+    """One kernel call. `node` is the graph's node that it works for."""
+
+    kernel: str
+    node: "Tensor"
+    params: dict
+    writes: tuple[str, ...]
+    barrier: bool = True
+    reads: list = field(default_factory=list)
+
+
+class Plan:
+    """The kernel calls of a graph, with places in the arena.
+
+    Parameters
+    ----------
+    graph : Graph
+    caches : Caches
+        Where the graph's caches are.
+    n_threads : int
+    lanes : int
+        Weight rows that a matrix kernel takes at once (`simd.target`).
+
+    Attributes
+    ----------
+    steps : list of Step
+    arena_bytes : int
+    names : list of str
+        The kernels needed.
+    """
+
+    def __init__(self, graph: "Graph", caches: "Caches", n_threads: int, lanes: int):
+        self.graph, self.n_ctx, self._caches, self._lanes = graph, caches.n_ctx, caches, lanes
+        self.n_threads = n_threads
+        self.steps: list[Step] = []
+        self._buffers: dict[Tensor, Buffer] = {}
+        self._quantized: dict[tuple[Buffer, str], Buffer] = {}
+        self._computed: set[Tensor] = set()
+        self._users = Counter(i for node in graph for i in node.inputs)
+        self._user = {i: node for node in graph for i in node.inputs}
+        self._keep = {id(t) for t in graph.outputs.values()}
+        self._scratch_stride = 0
+        self._memories: dict[int, Memory] = {}
+        self._lower()
+        self._scratch = Buffer(self._scratch_stride * n_threads)
+        self._place()
+        self._set_barriers()
+        self.names = sorted({s.kernel for s in self.steps})
+
+    # What operations use to lower themselves
+
+    def step(self, kernel: str, node: "Tensor", writes: tuple[str, ...] = ("out",), **params) -> None:
+        """Emits a kernel call. Tensors stand for their addresses; `state` and `counter` are filled in."""
+        for key, value in params.items():
+            if hasattr(value, "op"):
+                params[key] = self._place_of(value)
+        self.steps.append(Step(kernel, node, params, writes))
+
+    def buffer(self, n_bytes: int) -> Buffer:
+        """A new piece of the arena."""
+        return Buffer(-(-n_bytes // _ALIGN) * _ALIGN)
+
+    def cache(self, cache: "Tensor") -> tuple[Memory, Memory]:
+        """The keys and values of a cache."""
+        return tuple(self._memory(a) for a in self._caches.arrays(cache))  # type: ignore[return-value]
+
+    def mul_mat(self, w: "Tensor", x: "Tensor", out: "Tensor", residual: "Tensor | None") -> None:
+        """A matrix product, of activations quantized once for all products that take them."""
+        n_rows, n_cols = w.shape
+        one = x.shape[0] == 1
+        source = self._place_of(x)
+        stride = 4 * n_cols
+        if w.type in QUANTIZED:
+            fmt, stride = QUANTIZED[w.type], activation_bytes(n_cols)
+            assert isinstance(source, Buffer)
+            if (source, fmt) not in self._quantized:
+                quantized = self.buffer(stride * self._padded(x))
+                self.step(f"quantize_{fmt}", x, x=source, out=quantized, n_cols=n_cols, out_stride=stride)
+                self._quantized[source, fmt] = quantized
+            source = self._quantized[source, fmt]
+        row_bytes = w.attrs["weight"].n_bytes // n_rows
+        self._scratch_stride = max(self._scratch_stride, scratch_bytes(w.type, n_cols, row_bytes, self._lanes))
+        sizes = {"n_rows": n_rows, "n_cols": n_cols, "x_stride": stride, "out_stride": 4 * n_rows}
+        added = 0 if residual is None else residual
+        self.step(f"mul_mat_{'one_' if one else ''}{w.type}", out, w=w, x=source, out=out, residual=added, **sizes)
+
+    def only_user(self, node: "Tensor") -> "Tensor | None":
+        """The node that alone takes `node`, unless `node` is also a result."""
+        return self._user[node] if self._users[node] == 1 and id(node) not in self._keep else None
+
+    def is_computed(self, node: "Tensor") -> bool:
+        """Whether the steps so far compute `node`."""
+        return node in self._computed
+
+    def mark_computed(self, node: "Tensor") -> None:
+        """Says that the steps so far compute `node`, too."""
+        self._computed.add(node)
+
+    def alias(self, node: "Tensor", of: "Tensor") -> None:
+        """Gives `node` the place of `of`."""
+        place = self._place_of(of)
+        assert isinstance(place, Buffer)
+        self._buffers[node] = place
+
+    # Planning
+
+    def _lower(self) -> None:
+        for node in self.graph:
+            if node.op == "INPUT":
+                self._computed.add(node)
+            if node.op in OPS and node not in self._computed:
+                OPS[node.op].lower(self, node)
+                self._computed.add(node)
+
+    def _padded(self, t: "Tensor") -> int:
+        return 1 if t.shape[0] == 1 else -(-t.shape[0] // _PAD_TOKENS) * _PAD_TOKENS
+
+    def _place_of(self, t: "Tensor") -> "Buffer | Memory | int":
+        if t.op == "WEIGHT":
+            return t.attrs["weight"].data.ctypes.data
+        if t not in self._buffers:
+            self._buffers[t] = self.buffer(4 * t.n_values // t.shape[0] * self._padded(t))
+        return self._buffers[t]
+
+    def _memory(self, array: np.ndarray) -> Memory:
+        address = array.ctypes.data
+        return self._memories.setdefault(address, Memory(address, array.nbytes))
+
+    def place(self, t: "Tensor") -> tuple[int, int]:
+        """Offset and bytes of a tensor in the arena."""
+        buffer = self._buffers[t]
+        return buffer.offset, buffer.n_bytes
+
+    def _place(self) -> None:
+        end = len(self.steps)
+        for i, step in enumerate(self.steps):
+            for value in step.params.values():
+                if isinstance(value, Buffer):
+                    value.first = i if value.first < 0 else value.first
+                    value.last = i
+        for node, buffer in self._buffers.items():
+            if node.op == "INPUT":
+                buffer.first = 0
+            if id(node) in self._keep:
+                buffer.last = end
+        arena = _Arena()
+        self._scratch.offset = arena.take(self._scratch.n_bytes)
+        used = {v for s in self.steps for v in s.params.values() if isinstance(v, Buffer)}
+        used |= {self._buffers[t] for t in self.graph.outputs.values()}
+        by_first: dict[int, list[Buffer]] = {}
+        by_last: dict[int, list[Buffer]] = {}
+        for b in sorted(used, key=lambda b: -b.n_bytes):
+            by_first.setdefault(b.first, []).append(b)
+            by_last.setdefault(b.last, []).append(b)
+        for i in range(end):
+            for b in by_first.get(i, ()):
+                b.offset = arena.take(b.n_bytes)
+            for b in by_last.get(i, ()):
+                arena.give(b.offset, b.n_bytes)
+        self.arena_bytes = arena.size
+
+    def _set_barriers(self) -> None:
+        reads: list[tuple[int, int]] = []
+        writes: list[tuple[int, int]] = []
+        for step in self.steps:
+            step_reads, step_writes = [], []
+            for key, value in step.params.items():
+                if isinstance(value, Buffer):
+                    span = (value.offset, value.offset + value.n_bytes)
+                elif isinstance(value, Memory):
+                    span = (value.address + (1 << 62), value.address + value.n_bytes + (1 << 62))
+                else:
+                    continue
+                (step_writes if key in step.writes else step_reads).append(span)
+            touched = _overlap(step_reads, writes) or _overlap(step_writes, writes) or _overlap(step_writes, reads)
+            step.barrier = touched
+            if touched:
+                reads, writes = [], []
+            reads += step_reads
+            writes += step_writes
+        if len({k for s in self.steps for k in [s.kernel]} - set(KERNELS)):
+            missing = {s.kernel for s in self.steps} - set(KERNELS)
+            raise UnsupportedError(f"no kernel {', '.join(sorted(missing))}")
+
+    # The tape
+
+    def encode(self, arena: int, states: tuple[int, int], counters: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """The parameters of all steps, as int64s, and each step's (first parameter, kernel index is its own).
+
+        Parameters
+        ----------
+        arena : int
+            Address of the arena.
+        states : (int, int)
+            Addresses of the state of the whole run and of its last token alone.
+        counters : int
+            Address of a 64-byte line for each step.
+        """
+        values: list[int] = []
+        starts: list[tuple[int, int]] = []
+        for i, step in enumerate(self.steps):
+            params = dict(step.params)
+            params["state"] = states[0] if step.node.shape[0] == self.graph.n_tokens else states[1]
+            params["counter"] = counters + _ALIGN * i
+            params["scratch"], params["scratch_stride"] = self._scratch, self._scratch_stride
+            starts.append((len(values), int(step.barrier)))
+            for key in KERNELS[step.kernel].params:
+                value = params[key]
+                if isinstance(value, Buffer):
+                    value = arena + value.offset
+                elif isinstance(value, Memory):
+                    value = value.address
+                elif isinstance(value, float):
+                    value = struct.unpack("<i", struct.pack("<f", value))[0]
+                values.append(int(value))
+        return np.array(values, np.int64), starts
+
+
+def _overlap(a: list[tuple[int, int]], b: list[tuple[int, int]]) -> bool:
+    return any(x[0] < y[1] and y[0] < x[1] for x in a for y in b)
+
+
+class _Arena:
+    """First-fit allocation of a growing piece of memory."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._free: list[tuple[int, int]] = []  # (offset, bytes), by offset
+
+    def take(self, n: int) -> int:
+        for i, (offset, room) in enumerate(self._free):
+            if room >= n:
+                self._free[i : i + 1] = [(offset + n, room - n)] if room > n else []
+                return offset
+        # What is free at the end can grow.
+        offset = self.size
+        if self._free and sum(self._free[-1]) == self.size:
+            offset = self._free.pop()[0]
+        self.size = offset + n
+        return offset
+
+    def give(self, offset: int, n: int) -> None:
+        self._free.append((offset, n))
+        self._free.sort()
+        merged: list[tuple[int, int]] = []
+        for start, room in self._free:
+            if merged and sum(merged[-1]) == start:
+                merged[-1] = (merged[-1][0], merged[-1][1] + room)
+            else:
+                merged.append((start, room))
+        self._free = merged

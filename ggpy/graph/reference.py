@@ -1,0 +1,50 @@
+"""Runs a graph in numpy, node by node: the truth for the kernels, and a way to look at any value."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .ops import OPS
+
+if TYPE_CHECKING:
+    from .cache import Caches
+    from .tensor import Graph, Tensor
+
+
+class Reference:
+    """Runs a graph op by op with float32 weights, dequantized as they are needed.
+
+    Parameters
+    ----------
+    graph : Graph
+    caches : Caches
+        Read and extended by each run.
+    """
+
+    def __init__(self, graph: "Graph", caches: "Caches"):
+        self.graph, self.caches = graph, caches
+        self.n_past = 0
+
+    def run(self, inputs: Mapping[str, np.ndarray], n_past: int) -> dict[str, np.ndarray]:
+        """The value of every computed node by its name, and of every output by the output's.
+
+        Parameters
+        ----------
+        inputs : mapping of str to array
+            For each INPUT node, (n_tokens, …).
+        n_past : int
+            Tokens in the caches before this run.
+        """
+        self.n_past = n_past
+        values: dict[Tensor, Any] = {}
+        found: dict[str, np.ndarray] = {}
+        for node in self.graph:
+            if node.op == "INPUT":
+                values[node] = inputs[node.name]
+            elif node.op == "CACHE":
+                values[node] = self.caches.view(node)
+            elif node.op in OPS:
+                arrays = [i.attrs["weight"].dequantize() if i.op == "WEIGHT" else values[i] for i in node.inputs]
+                values[node] = found[node.name] = OPS[node.op].reference(self, *arrays, **node.attrs)
+        return found | {name: values[t] for name, t in self.graph.outputs.items()}
