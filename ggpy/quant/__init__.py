@@ -1,0 +1,34 @@
+"""ggml's types: block sizes and layouts, and decoders and encoders in plain numpy.
+
+These are the truth that the compiled kernels are tested against.
+"""
+
+from ..errors import UnsupportedError
+from . import floats, k_quants, opaque, plain
+from .block_type import BlockType
+
+__all__ = ["BLOCK_TYPES", "BlockType", "block_type"]
+
+#: name -> type, in the order of ggml's numbers
+BLOCK_TYPES: dict[str, BlockType] = {
+    known.name: known
+    for known in sorted((*floats.TYPES, *plain.TYPES, *k_quants.TYPES, *opaque.TYPES), key=lambda known: known.id)
+}
+
+_BY_NAME_OR_ID: dict[str | int, BlockType] = {
+    key: known for known in BLOCK_TYPES.values() for key in (known.name, known.id)
+}
+
+
+def block_type(name_or_id: str | int) -> BlockType:
+    """Looks up a type by ggml's name, such as "Q4_K", or by its number.
+
+    Raises
+    ------
+    UnsupportedError
+        There is no such type; the message lists those that there are.
+    """
+    try:
+        return _BY_NAME_OR_ID[name_or_id]
+    except KeyError:
+        raise UnsupportedError(f"unknown type {name_or_id!r}; known are {', '.join(BLOCK_TYPES)}") from None
