@@ -1,0 +1,59 @@
+"""A memory-mapped file."""
+
+from __future__ import annotations
+
+import mmap
+import stat
+from pathlib import Path
+
+from ..errors import GGUFError
+
+
+class Mapped:
+    """A whole file, mapped for reading.
+
+    The map is given back when the file is closed and the last array that views it is gone.
+
+    Parameters
+    ----------
+    path : Path
+        A regular file.
+
+    Raises
+    ------
+    GGUFError
+        There is no such file, it is a folder or a device, it is empty or may not be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._buffer: memoryview | None = None
+        try:
+            status = path.stat()  # before opening, which would wait for the other end of a pipe
+            if not stat.S_ISREG(status.st_mode):
+                raise GGUFError(f"{path}: not a regular file")
+            if status.st_size == 0:
+                raise GGUFError(f"{path}: the file is empty")
+            with path.open("rb") as file:
+                self._buffer = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except OSError as error:
+            raise GGUFError(f"{path}: {error.strerror}") from None
+        except ValueError as error:  # a path with a null character, a file that was emptied meanwhile
+            raise GGUFError(f"{path}: {error}") from None
+
+    @property
+    def buffer(self) -> memoryview:
+        """The file's bytes.
+
+        Raises
+        ------
+        ValueError
+            The file was closed.
+        """
+        if self._buffer is None:
+            raise ValueError(f"{self.path} is closed")
+        return self._buffer
+
+    def close(self) -> None:
+        """Lets go of the map."""
+        self._buffer = None
