@@ -5,7 +5,7 @@ These are the truth that the compiled kernels are tested against.
 
 from ..errors import UnsupportedError
 from . import floats, k_quants, opaque, plain
-from .block_type import BlockType
+from .blocks import BlockType
 
 __all__ = ["BLOCK_TYPES", "BlockType", "block_type"]
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .block_type import BlockType
+from .blocks import BlockType
 
 
 def _to_float32(values: np.ndarray) -> np.ndarray:

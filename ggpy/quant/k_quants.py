@@ -6,7 +6,7 @@ The layouts are those of ggml's ggml-common.h.
 
 import numpy as np
 
-from .block_type import BlockType
+from .blocks import BlockType
 
 _Q2_K = np.dtype([("scales", "u1", 16), ("qs", "u1", 64), ("d", "<f2"), ("dmin", "<f2")])
 _Q3_K = np.dtype([("hmask", "u1", 32), ("qs", "u1", 64), ("scales", "u1", 12), ("d", "<f2")])

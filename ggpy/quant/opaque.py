@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .block_type import BlockType
+from .blocks import BlockType
 
 TYPES = tuple(
     BlockType(name, id, block_size, np.dtype([("bytes", "u1", n_bytes)]))

@@ -6,7 +6,7 @@ bit i of `qh` is the fifth bit of value i.
 
 import numpy as np
 
-from .block_type import BlockType
+from .blocks import BlockType
 
 _Q4_0 = np.dtype([("d", "<f2"), ("qs", "u1", 16)])
 _Q4_1 = np.dtype([("d", "<f2"), ("m", "<f2"), ("qs", "u1", 16)])
