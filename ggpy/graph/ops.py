@@ -46,7 +46,7 @@ def _row(t: "Tensor") -> int:
     return t.n_values // t.shape[0]
 
 
-# --- GET_ROWS: the embedding ---------------------------------------------------------------------------------------------
+# --- GET_ROWS: the embedding ------------------------------------------------------------------------------------------
 
 
 def _get_rows_shape(w: "Tensor", ids: "Tensor") -> Shape:
@@ -63,7 +63,7 @@ def _get_rows_lower(p: "Plan", node: "Tensor") -> None:
 OPS["GET_ROWS"] = Op(_get_rows_shape, lambda run, w, ids: w[ids], _get_rows_lower)
 
 
-# --- MUL_MAT: weights × activations --------------------------------------------------------------------------------------
+# --- MUL_MAT: weights × activations -----------------------------------------------------------------------------------
 
 
 def _mul_mat_shape(w: "Tensor", x: "Tensor") -> Shape:
@@ -94,7 +94,7 @@ OPS["MUL_MAT"] = Op(
 )
 
 
-# --- element by element --------------------------------------------------------------------------------------------------
+# --- element by element -----------------------------------------------------------------------------------------------
 
 
 def _pair_shape(x: "Tensor", y: "Tensor") -> Shape:
@@ -144,7 +144,7 @@ def _scale_lower(p: "Plan", node: "Tensor") -> None:
 OPS["SCALE"] = Op(_scale_shape, lambda run, x, factor: x * np.float32(factor), _scale_lower)
 
 
-# --- rows ----------------------------------------------------------------------------------------------------------------
+# --- rows -------------------------------------------------------------------------------------------------------------
 
 
 def _rms_norm_shape(x: "Tensor", w: "Tensor", eps: float) -> Shape:
@@ -197,7 +197,7 @@ def _last_row_lower(p: "Plan", node: "Tensor") -> None:
 OPS["LAST_ROW"] = Op(_last_row_shape, lambda run, x: x[-1:], _last_row_lower)
 
 
-# --- RESHAPE: the same values, seen as heads -------------------------------------------------------------------------------
+# --- RESHAPE: the same values, seen as heads --------------------------------------------------------------------------
 
 
 def _reshape_shape(x: "Tensor", shape: Shape) -> Shape:
@@ -215,7 +215,7 @@ def _reshape_lower(p: "Plan", node: "Tensor") -> None:
 OPS["RESHAPE"] = Op(_reshape_shape, lambda run, x, shape: x.reshape(len(x), *shape), _reshape_lower)
 
 
-# --- ROPE ------------------------------------------------------------------------------------------------------------------
+# --- ROPE -------------------------------------------------------------------------------------------------------------
 
 
 def _rope_shape(x: "Tensor", table: "Tensor", kind: str) -> Shape:
@@ -244,13 +244,15 @@ def _rope_lower(p: "Plan", node: "Tensor") -> None:
 OPS["ROPE"] = Op(_rope_shape, _rope_reference, _rope_lower)
 
 
-# --- ATTENTION: causal, grouped heads, over the cache and the tokens of this run -------------------------------------------
+# --- ATTENTION: causal, grouped heads, over the cache and the tokens of this run --------------------------------------
 
 
 def _attention_shape(q: "Tensor", k: "Tensor", v: "Tensor", cache: "Tensor", scale: float) -> Shape:
     _need(all(len(t.shape) == 3 for t in (q, k, v)), "takes (n_tokens, n_head, head_dim)")
     _need(k.shape == v.shape and k.shape[1:] == cache.shape, "keys, values and cache differ in shape")
-    _need(q.shape[1] % k.shape[1] == 0 and q.shape[2] == k.shape[2], "n_head is no multiple of n_head_kv, or head_dim differs")
+    _need(
+        q.shape[1] % k.shape[1] == 0 and q.shape[2] == k.shape[2], "n_head is no multiple of n_head_kv, or head_dim differs"
+    )
     _vectors(q.shape[2])
     return q.shape
 

@@ -1,0 +1,185 @@
+"""Every operation: the kernels against the numpy truth, in every SIMD form, for any shape and any number of threads."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ggpy.errors import GraphError
+from ggpy.graph import Caches, Graph, Program, Reference, Team
+from ggpy.kernels.table import FLOAT, QUANTIZED
+
+from .weights import random_weight
+
+SETTINGS = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+TYPES = (*QUANTIZED, *FLOAT)
+n_threads = st.integers(1, 3)
+seeds = st.integers(0, 2**32 - 1)
+
+
+@pytest.fixture
+def teams(simd_form):
+    """Teams by their number of threads, in the form of the test."""
+    made = {}
+    yield lambda n: made.setdefault(n, Team(n))
+    for team in made.values():
+        team.close()
+
+
+def both(graph, inputs, team, n_past=0, caches=None):
+    """The outputs of a graph by the kernels and by numpy."""
+    fast_caches, slow_caches = caches or (Caches(512), Caches(512))
+    got = Program(graph, fast_caches, team).run(inputs, n_past)
+    expected = Reference(graph, slow_caches).run(inputs, n_past)
+    return {k: v.copy() for k, v in got.items()}, {k: expected[k] for k in got}
+
+
+def close(got, expected, tolerance):
+    scale = np.abs(expected).max() + 1e-6
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_get_rows_is_exact(teams, kind):
+    rng = np.random.default_rng(0)
+    g = Graph(9)
+    w = g.weight(random_weight("w", kind, (37, 512), rng))
+    g.output(g.op("GET_ROWS", w, g.input("ids", (), "I32")), "out")
+    ids = np.array([0, 36, 5, 5, 17, 2, 1], np.int32)
+    got, expected = both(g, {"ids": ids}, teams(2))
+    close(got["out"], expected["out"], 1e-6)
+
+
+@pytest.mark.parametrize("kind", FLOAT)
+@SETTINGS
+@given(n_rows=st.integers(1, 70), n_cols=st.integers(1, 9), n_tokens=st.integers(1, 20), threads=n_threads, seed=seeds)
+def test_float_products(teams, kind, n_rows, n_cols, n_tokens, threads, seed):
+    rng = np.random.default_rng(seed)
+    g = Graph(n_tokens)
+    w = g.weight(random_weight("w", kind, (n_rows, 32 * n_cols), rng))
+    g.output(g.op("MUL_MAT", w, g.input("x", (32 * n_cols,))), "out")
+    got, expected = both(g, {"x": rng.standard_normal((n_tokens, 32 * n_cols)).astype(np.float32)}, teams(threads))
+    close(got["out"], expected["out"], 1e-5)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+@SETTINGS
+@given(n_rows=st.integers(1, 70), blocks=st.integers(1, 3), n_tokens=st.integers(1, 20), threads=n_threads, seed=seeds)
+def test_quantized_products_within_the_rounding_of_activations(teams, kind, n_rows, blocks, n_tokens, threads, seed):
+    rng = np.random.default_rng(seed)
+    n_cols = blocks * (256 if QUANTIZED[kind] == "q8_256" else 32)
+    g = Graph(n_tokens)
+    w = random_weight("w", kind, (n_rows, n_cols), rng)
+    x = g.input("x", (n_cols,))
+    product = g.op("MUL_MAT", g.weight(w), x)
+    g.output(product, "out")
+    values = rng.standard_normal((n_tokens, n_cols)).astype(np.float32)
+    got, expected = both(g, {"x": values}, teams(threads))
+    # Each activation is off by at most half a step of its block's scale.
+    block = 256 if QUANTIZED[kind] == "q8_256" else 32
+    step = np.abs(values.reshape(n_tokens, -1, block)).max(-1) / 127
+    bound = np.abs(w.dequantize()).reshape(n_rows, -1, block).sum(-1) @ (step.T / 2)  # (n_rows, n_tokens)
+    assert (np.abs(got["out"] - expected["out"]) <= bound.T * 1.01 + 1e-5 * np.abs(expected["out"]).max() + 1e-6).all()
+
+
+@pytest.mark.parametrize("op", ["ADD", "MUL", "SWIGLU", "GEGLU"])
+@SETTINGS
+@given(n=st.integers(1, 20), n_tokens=st.integers(1, 9), threads=n_threads, seed=seeds)
+def test_elementwise(teams, op, n, n_tokens, threads, seed):
+    rng = np.random.default_rng(seed)
+    g = Graph(n_tokens)
+    g.output(g.op(op, g.input("x", (16 * n,)), g.input("y", (16 * n,))), "out")
+    inputs = {k: 8 * rng.standard_normal((n_tokens, 16 * n)).astype(np.float32) for k in "xy"}
+    got, expected = both(g, inputs, teams(threads))
+    close(got["out"], expected["out"], 2e-6)
+
+
+@SETTINGS
+@given(n=st.integers(1, 20), n_head=st.integers(1, 4), n_tokens=st.integers(1, 9), threads=n_threads, seed=seeds)
+def test_norms_bias_scale_softmax_and_last_row(teams, n, n_head, n_tokens, threads, seed):
+    rng = np.random.default_rng(seed)
+    n *= 16
+    g = Graph(n_tokens)
+    x = g.input("x", (n_head, n))
+    weight = g.weight(random_weight("w", "F32", (n,), rng))
+    g.output(g.op("RMS_NORM", x, weight, eps=1e-5), "rms_norm")
+    flat = g.op("RESHAPE", x, shape=(n_head * n,))
+    bias = g.weight(random_weight("b", "F32", (n_head * n,), rng))
+    g.output(g.op("ADD_BIAS", flat, bias), "bias")
+    g.output(g.op("SCALE", flat, factor=-0.3), "scale")
+    g.output(g.op("SOFT_MAX", flat), "soft_max")
+    g.output(g.op("LAST_ROW", flat), "last")
+    inputs = {"x": 3 * rng.standard_normal((n_tokens, n_head, n)).astype(np.float32)}
+    got, expected = both(g, inputs, teams(threads))
+    for name in got:
+        close(got[name], expected[name], 3e-6)
+
+
+@pytest.mark.parametrize("kind", ["norm", "neox"])
+@SETTINGS
+@given(n_head=st.integers(1, 4), n_rot=st.integers(1, 16), n_tokens=st.integers(1, 9), threads=n_threads, seed=seeds)
+def test_rope(teams, kind, n_head, n_rot, n_tokens, threads, seed):
+    rng = np.random.default_rng(seed)
+    g = Graph(n_tokens)
+    g.output(g.op("ROPE", g.input("x", (n_head, 32)), g.input("table", (2 * n_rot,)), kind=kind), "out")
+    angles = rng.uniform(0, 1000, (n_tokens, n_rot))
+    table = np.concatenate([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    inputs = {"x": rng.standard_normal((n_tokens, n_head, 32)).astype(np.float32), "table": table}
+    got, expected = both(g, inputs, teams(threads))
+    close(got["out"], expected["out"], 1e-6)
+
+
+@SETTINGS
+@given(
+    group=st.integers(1, 3),
+    n_head_kv=st.integers(1, 3),
+    head_dim=st.sampled_from([16, 32, 48, 64, 80, 128]),
+    runs=st.lists(st.sampled_from([1, 2, 7, 8, 9, 30, 64, 100, 250]), min_size=1, max_size=5),
+    threads=n_threads,
+    seed=seeds,
+)
+def test_attention_over_runs_of_any_length(teams, group, n_head_kv, head_dim, runs, threads, seed):
+    rng = np.random.default_rng(seed)
+    caches, n_past = (Caches(1300), Caches(1300)), 0
+    for n_tokens in runs:
+        g = Graph(n_tokens)
+        q = g.input("q", (group * n_head_kv, head_dim))
+        k, v = (g.input(name, (n_head_kv, head_dim)) for name in "kv")
+        cache = g.cache("cache", n_head_kv, head_dim)
+        g.output(g.op("ATTENTION", q, k, v, cache, scale=1 / np.sqrt(head_dim)), "out")
+        inputs = {t.name: 2 * rng.standard_normal((n_tokens, *t.shape[1:])).astype(np.float32) for t in (q, k, v)}
+        got, expected = both(g, inputs, teams(threads), n_past, caches)
+        close(got["out"], expected["out"], 5e-6)
+        n_past += n_tokens
+
+
+def test_results_do_not_depend_on_threads(teams):
+    rng = np.random.default_rng(3)
+    w = [random_weight(f"w{i}", t, (256, 256), rng) for i, t in enumerate(("Q4_K", "Q8_0", "F16"))]
+    norm = random_weight("norm", "F32", (256,), rng)
+    inputs = {"x": rng.standard_normal((50, 256)).astype(np.float32)}
+    results = []
+    for threads in (1, 2, 3, 5):
+        g = Graph(64)
+        x = g.input("x", (256,))
+        for i, weight in enumerate(w):
+            x = g.op("ADD", x, g.op("MUL_MAT", g.weight(weight), g.op("RMS_NORM", x, g.weight(norm), eps=1e-6)))
+            heads = g.op("RESHAPE", x, shape=(4, 64))
+            y = g.op("ATTENTION", heads, heads, heads, g.cache(f"cache{i}", 4, 64), scale=0.1)
+            x = g.op("ADD", x, g.op("RESHAPE", y, shape=(256,)))
+        g.output(x, "out")
+        results.append(Program(g, Caches(64), teams(threads)).run(inputs, 0)["out"].copy())
+    for other in results[1:]:
+        np.testing.assert_array_equal(results[0], other)
+
+
+def test_wrong_shapes_are_refused_by_name():
+    g = Graph(4)
+    w = g.weight(random_weight("w", "Q8_0", (8, 64), np.random.default_rng(0)))
+    x = g.input("x", (32,))
+    with pytest.raises(GraphError, match=r"bad: MUL_MAT of w Q8_0 .* 64 columns against rows of 32"):
+        g.op("MUL_MAT", w, x, name="bad")
+    with pytest.raises(GraphError, match="no operation FLY"):
+        g.op("FLY", x)
+    with pytest.raises(GraphError, match="takes two equal shapes"):
+        g.op("ADD", x, g.input("y", (64,)))
