@@ -1,0 +1,361 @@
+"""From text to token ids and back, as a GGUF file's metadata describes it.
+
+The merging itself is done by the `tokenizers` package. Two vocabularies are known: byte-level byte pair encoding
+(`tokenizer.ggml.model` = "gpt2", or "gemma4" for its UTF-8 sister) and SentencePiece's (= "llama").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ggpy.errors import TokenizerError, UnsupportedError
+from ggpy.generate.pretokenizers import PRETOKENIZERS, PreTokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
+
+T = TypeVar("T")
+
+# `tokenizer.ggml.token_type`
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+SPACE = "\u2581"  # how SentencePiece spells a space
+
+_MODELS = ("gpt2", "llama", "gemma4")
+
+#: Tokens that end a turn, by their names: files often name just one of them in `eos_token_id`.
+END_NAMES = (
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
+    *("<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>"),
+    *("<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "[e~["),
+    # Padding and repository marks of fill-in-the-middle models: what follows is another document.
+    *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>"),
+)
+# gpt-oss and solar-open, known by these, end their messages with `<|end|>` but not their turns.
+_MESSAGES_END = ({"<|return|>", "<|call|>"}, {"<|flush|>", "<|calls|>"})
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable Latin-1 characters stand for themselves, the others for U+0100 and up."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
+
+
+class _Fields:
+    """The `tokenizer.ggml.` part of the metadata, with checks."""
+
+    def __init__(self, metadata: Mapping[str, Any]):
+        self.metadata = metadata
+
+    def _value(self, name: str) -> Any:
+        return self.metadata.get(f"tokenizer.ggml.{name}")
+
+    def string(self, name: str, default: str | None = None) -> str:
+        value = self._value(name)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, str):
+            raise _wrong(name, "a string", value)
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self._value(name)
+        if value is None:
+            return default
+        if not (isinstance(value, Integral) or type(value).__name__ in ("bool", "bool_")):
+            raise _wrong(name, "a boolean", value)
+        return bool(value)
+
+    def array(self, name: str, kind: type[T], length: int | None = None) -> list[T]:
+        """The array as a list; `length`: how many elements it must have."""
+        value = self._value(name)
+        if value is None or isinstance(value, (str, bytes)) or not hasattr(value, "__len__"):
+            raise _wrong(name, f"an array of {kind.__name__}", value)
+        items = value.tolist() if hasattr(value, "tolist") else list(value)
+        wanted = (int, float) if kind is float else kind
+        # Types first: arrays have half a million elements, and few types.
+        for found in set(map(type, items)):
+            if not issubclass(found, wanted):
+                raise _wrong(name, f"an array of {kind.__name__}", next(item for item in items if type(item) is found))
+        if length is not None and len(items) != length:
+            raise TokenizerError(f"tokenizer.ggml.{name} has {len(items)} elements, tokenizer.ggml.tokens has {length}")
+        return items
+
+    def token_id(self, name: str, n_vocab: int, default: int | None = None) -> int | None:
+        value = self._value(name)
+        if value is None:
+            return default if default is None or default < n_vocab else None
+        if not isinstance(value, Integral):
+            raise _wrong(name, "a token id", value)
+        if not 0 <= value < n_vocab:
+            raise TokenizerError(f"tokenizer.ggml.{name} is {value}, but the vocabulary has {n_vocab} tokens")
+        return int(value)
+
+
+def _wrong(name: str, wanted: str, value: Any) -> TokenizerError:
+    found = "is missing" if value is None else f"should be {wanted}, found {type(value).__name__}"
+    return TokenizerError(f"tokenizer.ggml.{name} {found}")
+
+
+class Tokenizer:
+    """The tokenizer that a GGUF file describes.
+
+    Made by `from_metadata`.
+
+    Attributes
+    ----------
+    n_vocab : int
+        Number of token ids.
+    bos, eos : int or None
+        Ids of the tokens that begin and end a text.
+    end_tokens : frozenset of int
+        Ids at which generation stops: end of text, of turn, of message.
+    add_bos, add_eos : bool
+        Whether `encode` puts `bos` in front and `eos` behind unless told otherwise.
+    space_prefix : bool
+        Whether texts are encoded with a space in front, which `decode` takes away again.
+    """
+
+    def __init__(self, metadata: Mapping[str, Any]):
+        fields = _Fields(metadata)
+        kind = fields.string("model")
+        if kind not in _MODELS:
+            raise UnsupportedError(f"tokenizer.ggml.model '{kind}' is not supported; known: {', '.join(_MODELS)}")
+        self._tokens = fields.array("tokens", str)
+        n_vocab = self.n_vocab = len(self._tokens)
+        typed = metadata.get("tokenizer.ggml.token_type") is not None
+        self._types = fields.array("token_type", int, n_vocab) if typed else [NORMAL] * n_vocab
+
+        pre = None if kind == "llama" else _pretokenizer("gemma4" if kind == "gemma4" else fields.string("pre", "default"))
+        self._byte_level = pre is not None and pre.byte_level
+        vocab = self._vocabulary()
+        ends = self._mark_ends(vocab, typed)
+
+        first, last, unknown = (1, 2, 0) if kind == "llama" else (None, None, None)
+        self.bos = fields.token_id("bos_token_id", n_vocab, first)
+        self.eos = fields.token_id("eos_token_id", n_vocab, last)
+        unknown = fields.token_id("unknown_token_id", n_vocab, unknown)
+        named = [fields.token_id(f"{name}_token_id", n_vocab) for name in ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")]
+        self.end_tokens = frozenset(ends) | {i for i in (self.eos, *named) if i is not None}
+        self.add_bos = fields.flag("add_bos_token", pre.add_bos if pre else True) and self.bos is not None
+        self.add_eos = fields.flag("add_eos_token", False) and self.eos is not None
+        self.space_prefix = pre is None and fields.flag("add_space_prefix", True)
+
+        if pre is None:
+            merges = _merges_by_score(vocab, fields.array("scores", float, n_vocab), self._types)
+        else:
+            merges = _split_merges(fields.array("merges", str))
+        unknown_token = None if unknown is None or self._byte_level else self._spelling(unknown)
+        self._build(vocab, merges, unknown_token, pre)
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> Tokenizer:
+        """Build the tokenizer from `tokenizer.ggml.*`.
+
+        Parameters
+        ----------
+        metadata : mapping
+            A GGUF file's metadata; arrays may be lists, numpy arrays or sequences with `tolist`.
+
+        Raises
+        ------
+        TokenizerError
+            A key is missing, has the wrong type or length, or holds an id outside the vocabulary.
+        UnsupportedError
+            A kind of tokenizer or pre-tokenizer that ggpy doesn't know; the message lists those it does.
+        """
+        return cls(metadata)
+
+    def _spelling(self, token: int) -> str:
+        """A token as it is matched against text. User-defined ones are matched before spaces are respelled."""
+        text = self._tokens[token]
+        return text.replace(SPACE, " ") if self._types[token] == USER_DEFINED and not self._byte_level else text
+
+    def _vocabulary(self) -> dict[str, int]:
+        vocab = {text: i for i, text in enumerate(self._tokens)}
+        if len(vocab) != self.n_vocab:
+            twice = next(text for i, text in enumerate(self._tokens) if vocab[text] != i)
+            raise TokenizerError(f"tokenizer.ggml.tokens has {twice!r} more than once")
+        if not self._byte_level:
+            for i, type_ in enumerate(self._types):
+                if type_ == USER_DEFINED and SPACE in self._tokens[i]:
+                    del vocab[self._tokens[i]]
+                    vocab[self._spelling(i)] = i
+        return vocab
+
+    def _mark_ends(self, vocab: dict[str, int], typed: bool) -> set[int]:
+        """Ids of `END_NAMES`, made control tokens: some files take them for user-defined ones.
+
+        A normal token of such a name (`</s>` in qwen2) is text, unless the file has no types at all.
+        """
+        ends = {name: vocab[name] for name in END_NAMES if name in vocab}
+        ends = {name: i for name, i in ends.items() if not typed or self._types[i] != NORMAL}
+        if any(names <= ends.keys() for names in _MESSAGES_END):
+            ends.pop("<|end|>", None)
+        for i in ends.values():
+            self._types[i] = CONTROL
+        return set(ends.values())
+
+    def _build(
+        self, vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str | None, pre: PreTokenizer | None
+    ) -> None:
+        from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+        try:
+            model = models.BPE(
+                vocab,
+                merges,
+                unk_token=unknown,
+                fuse_unk=not self._byte_level,
+                byte_fallback=not self._byte_level,
+                ignore_merges=pre is not None and pre.ignore_merges,
+            )
+        except Exception as error:  # the package raises bare Exceptions
+            raise TokenizerError(f"tokenizer.ggml.merges don't fit tokenizer.ggml.tokens: {error}") from None
+
+        def made(types: Iterable[int]) -> tokenizers.Tokenizer:
+            tokenizer = Tokenizer(model)
+            if not self._byte_level:
+                spaces = [normalizers.Prepend(SPACE)] if self.space_prefix else []
+                tokenizer.normalizer = normalizers.Sequence([*spaces, normalizers.Replace(" ", SPACE)])
+            elif pre.nfc:
+                tokenizer.normalizer = normalizers.NFC()
+            if pre is not None:
+                splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
+                spell = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)] if pre.byte_level else []
+                tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, *spell])
+            tokenizer.add_tokens(
+                [
+                    AddedToken(self._spelling(i), normalized=False)
+                    for i, type_ in enumerate(self._types)
+                    if type_ in types and self._tokens[i]
+                ]
+            )
+            return tokenizer
+
+        # Both share one model; they differ in what they take out of a text before it is cut.
+        self._plain = made({USER_DEFINED})
+        self._with_control = made({USER_DEFINED, CONTROL, UNKNOWN})
+
+    def encode(self, text: str, special: bool = True, bos: bool | None = None) -> list[int]:
+        """Token ids of a text.
+
+        Parameters
+        ----------
+        text : str
+        special : bool
+            Whether the names of control tokens in the text, such as `<|im_end|>`, become those tokens. False for text
+            from strangers.
+        bos : bool, optional
+            Whether to put the BOS token in front. Left out, the file decides, and a text that begins with it already
+            (a rendered chat template) gets no second one; so does `add_eos`, which True and False leave out.
+
+        Raises
+        ------
+        TokenizerError
+            `bos` is true but the model has no such token, or the text isn't valid Unicode (lone surrogates).
+        """
+        if bos and self.bos is None:
+            raise TokenizerError("this model has no BOS token (tokenizer.ggml.bos_token_id)")
+        tokenizer = self._with_control if special else self._plain
+        try:
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):
+            raise TokenizerError(f"can't encode {type(text).__name__} {text!r:.60}: not a string of Unicode text") from None
+        if bos or (bos is None and self.add_bos and ids[:1] != [self.bos]):
+            ids.insert(0, self.bos)
+        if bos is None and self.add_eos:
+            ids.append(self.eos)
+        return ids
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for; for control tokens, the UTF-8 of their names.
+
+        Raises
+        ------
+        TokenizerError
+            The id is outside the vocabulary.
+        """
+        if not 0 <= token < self.n_vocab:
+            raise TokenizerError(f"token id {token} is outside the vocabulary of {self.n_vocab} tokens")
+        text, type_ = self._tokens[token], self._types[token]
+        if type_ in (CONTROL, UNKNOWN):
+            return text.encode()
+        if type_ == BYTE:
+            return bytes([int(text[3:5], 16)])  # <0x0A>
+        if not self._byte_level:
+            return text.replace(SPACE, " ").encode()
+        try:
+            return bytes([_BYTES[char] for char in text])
+        except KeyError:  # user-defined tokens, and those that nothing encodes to
+            return text.encode()
+
+    def is_hidden(self, token: int) -> bool:
+        """Whether a token is left out of decoded text: control tokens and the unknown token."""
+        return 0 <= token < self.n_vocab and self._types[token] in (CONTROL, UNKNOWN)
+
+    def decode_bytes(self, ids: Iterable[int], special: bool = False) -> bytes:
+        """The bytes of a sequence of tokens; see `decode`."""
+        shown = [i for i in ids if special or not self.is_hidden(i)]
+        data = b"".join(map(self.token_bytes, shown))
+        if self.space_prefix and shown and not self.is_hidden(shown[0]):
+            data = data.removeprefix(b" ")
+        return data
+
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """The text of a sequence of tokens.
+
+        Bytes that are no UTF-8 become U+FFFD. A space that `encode` put in front of the text is taken away.
+
+        Parameters
+        ----------
+        ids : sequence of int
+        special : bool
+            Whether to write the names of control tokens.
+
+        Raises
+        ------
+        TokenizerError
+            An id is outside the vocabulary.
+        """
+        return self.decode_bytes(ids, special).decode("utf-8", "replace")
+
+
+def _pretokenizer(name: str) -> PreTokenizer:
+    if name not in PRETOKENIZERS:
+        raise UnsupportedError(f"tokenizer.ggml.pre '{name}' is not supported; known: {', '.join(PRETOKENIZERS)}")
+    return PRETOKENIZERS[name]
+
+
+def _split_merges(merges: list[str]) -> list[tuple[str, str]]:
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    for i, (left, right) in enumerate(pairs):
+        if not (left and right):
+            # The left part may begin with a space.
+            left, _, right = merges[i][1:].partition(" ")
+            if not right:
+                raise TokenizerError(f"tokenizer.ggml.merges has {merges[i]!r}, which is no pair")
+            pairs[i] = (merges[i][0] + left, right)
+    return pairs
+
+
+def _merges_by_score(vocab: dict[str, int], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
+    """SentencePiece merges the neighbours that make the token of the highest score: the pairs, in that order.
+
+    Control and byte tokens come from no pair: text can't spell them.
+    """
+    pieces = {text: i for text, i in vocab.items() if types[i] == NORMAL}
+    ranked = sorted(pieces.items(), key=lambda piece: -scores[piece[1]])
+    return [
+        (text[:cut], text[cut:])
+        for text, _ in ranked
+        for cut in range(1, len(text))
+        if text[:cut] in pieces and text[cut:] in pieces
+    ]
