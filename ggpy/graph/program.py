@@ -27,13 +27,15 @@ class Program:
         Read and extended by each run.
     team : Team
         The threads.
-    progress : callable, optional
-        Told of kernels that must be compiled first.
     """
 
-    def __init__(self, graph: "Graph", caches: "Caches", team: "Team", progress: Progress | None = None):
+    def __init__(self, graph: "Graph", caches: "Caches", team: "Team"):
         self.graph, self._team, self._n_ctx = graph, team, caches.n_ctx
         self.plan = Plan(graph, caches, team.n_threads, target().lanes)
+        self._tape: np.ndarray | None = None
+
+    def prepare(self, progress: Progress | None = None) -> None:
+        """Loads the kernels, compiled first if need be, and takes the memory of the run. `run` does so by itself."""
         kernels = load(self.plan.names, progress)
         n_steps = len(self.plan.steps)
         self._arena = aligned(self.plan.arena_bytes)
@@ -45,8 +47,8 @@ class Program:
         steps = zip(self.plan.steps, starts, strict=True)
         self._tape = np.array([(kernels[s.kernel], base + 8 * first, b) for s, (first, b) in steps], np.int64)
         self._n_barriers = sum(b for _, b in starts)
-        self._inputs = {n.name: self._view(n) for n in graph if n.op == "INPUT" and self._is_used(n)}
-        self._outputs = {name: self._view(t) for name, t in graph.outputs.items()}
+        self._inputs = {n.name: self._view(n) for n in self.graph if n.op == "INPUT" and self._is_used(n)}
+        self._outputs = {name: self._view(t) for name, t in self.graph.outputs.items()}
 
     def _is_used(self, node) -> bool:
         return any(node in n.inputs for n in self.graph)
@@ -81,6 +83,9 @@ class Program:
         GraphError
             An input is missing or has another shape; more tokens than the graph or the caches take.
         """
+        if self._tape is None:
+            self.prepare()
+        assert self._tape is not None
         n_tokens = 0
         for name, place in self._inputs.items():
             if name not in inputs:

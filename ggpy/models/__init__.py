@@ -1,0 +1,106 @@
+"""The architectures: hyperparameters read from a file, and the graph that they make."""
+
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+
+from ..errors import UnsupportedError
+from .llama import Llama
+from .rope import Rope
+from .weights import Weights
+
+if TYPE_CHECKING:
+    from ..file import GGUFFile
+    from ..graph import Graph, Tensor
+
+#: `general.architecture` -> the class that reads it
+ARCHITECTURES = {"llama": Llama}
+
+
+class Architecture(Protocol):
+    """What an architecture offers. Activations are (n_tokens, n_embd) between its parts."""
+
+    n_layer: int
+    n_embd: int
+    n_vocab: int
+    n_ctx_train: int
+    rope: Rope
+
+    def embed(self, g: "Graph", w: Weights, ids: "Tensor") -> "Tensor": ...
+    def layer(self, g: "Graph", w: Weights, x: "Tensor", i: int) -> "Tensor": ...
+    def head(self, g: "Graph", w: Weights, x: "Tensor") -> "Tensor": ...
+
+
+def read_architecture(file: "GGUFFile") -> Architecture:
+    """The hyperparameters of the model in a file.
+
+    Raises
+    ------
+    UnsupportedError
+        An architecture that ggpy doesn't have; lists those it has.
+    """
+    name = file.get("general.architecture", str)
+    if name not in ARCHITECTURES:
+        raise UnsupportedError(f"{file.path}: architecture {name!r}; there are {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name].read(file)  # type: ignore[return-value]
+
+
+Logits = Literal["all", "last"]
+
+
+def build_graph(
+    file: "GGUFFile",
+    arch: Architecture,
+    n_tokens: int,
+    logits: Logits = "last",
+    layers: range | None = None,
+    embed: bool = True,
+    head: bool = True,
+) -> "Graph":
+    """The graph of a model, or of some of its layers.
+
+    Parameters
+    ----------
+    file : GGUFFile
+        Where the weights are.
+    arch : Architecture
+    n_tokens : int
+        The most tokens that a run may have.
+    logits : {"last", "all"}
+        For which tokens the head is computed.
+    layers : range, optional
+        Which layers; all by default.
+    embed : bool
+        Whether it begins with token ids (input "ids"), or else with activations (input "x", (n_tokens, n_embd)).
+    head : bool
+        Whether it ends with logits (output "logits"), or else with activations (output "x").
+
+    Raises
+    ------
+    GGUFError
+        A tensor is missing or has the wrong shape.
+    GraphError
+        Sizes that the kernels can't take.
+    """
+    from ..graph import Graph
+
+    g = Graph(n_tokens)
+    w = Weights(file, g)
+    x = arch.embed(g, w, g.input("ids", (), "I32")) if embed else g.input("x", (arch.n_embd,))
+    for i in layers if layers is not None else range(arch.n_layer):
+        x = arch.layer(g, w, x, i)
+    if not head:
+        g.output(x, "x")
+        return g
+    if logits == "last" and n_tokens > 1:
+        x = g.op("LAST_ROW", x, name="last")
+    g.output(arch.head(g, w, x), "logits")
+    return g
+
+
+def run_inputs(arch: Architecture, first: int, n: int) -> dict[str, np.ndarray]:
+    """The inputs of a run that only depend on positions: those of n tokens from position `first` on."""
+    return {"rope": arch.rope.table(first, n)}
+
+
+__all__ = ["ARCHITECTURES", "Architecture", "Rope", "Weights", "build_graph", "read_architecture", "run_inputs"]

@@ -1,0 +1,96 @@
+"""Rotary position embedding: the frequencies, from metadata, and the table of a run."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from ..file import GGUFFile
+
+
+@dataclass(frozen=True)
+class Rope:
+    """What turns positions into angles.
+
+    Attributes
+    ----------
+    n_rot : int
+        Values of a head that are rotated.
+    frequencies : float32 array (n_rot / 2,)
+        Angle per position.
+    magnitude : float
+        Factor of all cosines and sines; 1 but for YaRN.
+    """
+
+    n_rot: int
+    frequencies: np.ndarray
+    magnitude: float = 1.0
+
+    def table(self, first: int, n: int) -> np.ndarray:
+        """Cosines and then sines of positions first … first + n - 1: float32 (n, n_rot)."""
+        positions = np.arange(first, first + n, dtype=np.float32)
+        angles = positions[:, None] * self.frequencies
+        table = np.empty((n, self.n_rot), np.float32)
+        np.cos(angles, out=table[:, : self.n_rot // 2])
+        np.sin(angles, out=table[:, self.n_rot // 2 :])
+        if self.magnitude != 1.0:
+            table *= np.float32(self.magnitude)
+        return table
+
+
+def yarn_magnitude(factor: float) -> float:
+    """YaRN's factor of the attention's logits, as its square root on queries and keys (Peng et al. 2023, section 3.4)."""
+    return 0.1 * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+
+
+def _yarn(
+    base: np.ndarray, n_rot: int, freq_base: float, factor: float, n_ctx: int, fast: float, slow: float
+) -> np.ndarray:
+    """Frequencies by parts (Peng et al. 2023, section 3.2): slow rotations are interpolated, fast ones kept."""
+
+    def dimension(rotations: float) -> float:
+        return n_rot * math.log(n_ctx / (rotations * 2 * math.pi)) / (2 * math.log(freq_base))
+
+    low, high = max(math.floor(dimension(fast)), 0), min(math.ceil(dimension(slow)), n_rot - 1)
+    ramp = np.clip((np.arange(n_rot // 2) - low) / max(high - low, 0.001), 0, 1)
+    return base / factor * ramp + base * (1 - ramp)
+
+
+def read_rope(file: "GGUFFile", arch: str, n_rot: int) -> Rope:
+    """The rotary embedding of a file.
+
+    Raises
+    ------
+    UnsupportedError
+        A kind of scaling that isn't known.
+    GGUFError
+        A key of the wrong type, or `rope_freqs` of the wrong length.
+    """
+    freq_base = file.get(f"{arch}.rope.freq_base", float, default=10000.0)
+    base = freq_base ** -(np.arange(0, n_rot, 2) / n_rot)
+    kind = file.get(f"{arch}.rope.scaling.type", str, default="none")
+    # Files from before `rope.scaling.*` say only how positions are divided.
+    linear = file.get(f"{arch}.rope.scale_linear", float, default=1.0)
+    factor = file.get(f"{arch}.rope.scaling.factor", float, default=linear)
+    magnitude = 1.0
+    if kind == "linear" or (kind == "none" and linear != 1.0):
+        base = base / factor
+    elif kind == "yarn":
+        n_ctx = file.get(f"{arch}.rope.scaling.original_context_length", int)
+        fast = file.get(f"{arch}.rope.scaling.yarn_beta_fast", float, default=32.0)
+        slow = file.get(f"{arch}.rope.scaling.yarn_beta_slow", float, default=1.0)
+        base = _yarn(base, n_rot, freq_base, factor, n_ctx, fast, slow)
+        magnitude = yarn_magnitude(factor) * file.get(f"{arch}.rope.scaling.attn_factor", float, default=1.0)
+    elif kind not in ("none", "linear"):
+        raise UnsupportedError(f"{file.path}: rope scaling {kind!r}; there are none, linear, yarn")
+    factors = file.tensors.get("rope_freqs.weight")
+    if factors is not None:  # Llama 3's scaling, as divisors worked out by the converter
+        values = factors.dequantize()
+        if values.shape != base.shape:
+            raise UnsupportedError(f"{file.path}: rope_freqs.weight has shape {values.shape}, expected {base.shape}")
+        base = base / values
+    return Rope(n_rot, base.astype(np.float32), magnitude)
