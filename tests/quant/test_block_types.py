@@ -1,6 +1,7 @@
 """Block types against `gguf.quants` (bit for bit) and the C code in `libgguf`."""
 
 import math
+import tracemalloc
 
 import gguf
 import libgguf
@@ -219,3 +220,20 @@ def test_other_dtypes_are_refused():
         block_type("Q4_0").quantize(np.zeros((2, 32)))
     with pytest.raises(ValueError, match="int8"):
         block_type("Q4_0").dequantize(np.zeros((2, 18), np.int8))
+
+
+@pytest.mark.parametrize("name", DECODED_BY_GGUF)
+def test_big_tensors_need_little_memory_beside_the_result(name):
+    kind = block_type(name)
+    blocks = np.zeros((64, kind.row_bytes(1 << 16)), np.uint8)
+    tracemalloc.start()
+    try:
+        values = kind.dequantize(blocks)
+        beside_values = tracemalloc.get_traced_memory()[1] - values.nbytes
+        tracemalloc.reset_peak()
+        encoded = kind.quantize(values) if kind.encode else blocks
+        beside_encoded = tracemalloc.get_traced_memory()[1] - values.nbytes - encoded.nbytes
+    finally:
+        tracemalloc.stop()
+    assert values.nbytes == 1 << 24
+    assert max(beside_values, beside_encoded) < 1 << 23
