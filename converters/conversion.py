@@ -18,6 +18,7 @@ from gguf import GGMLQuantizationType, LlamaFileType
 
 from ggpy.errors import ConversionError, Error, UnsupportedError
 from ggpy.file import writing_aside
+from ggpy.quant import block_type
 
 from . import llama
 from .checkpoint import FILE_PATTERNS, Checkpoint, ComputedRows, Rows
@@ -244,14 +245,14 @@ def plan_tensors(checkpoint: Checkpoint, family: Family, types: FileType) -> lis
 
 
 def _plan_tensor(name: str, rows: Rows, wanted: str) -> TensorPlan:
-    type_ = GGMLQuantizationType[wanted]
-    n_block, n_block_bytes = gguf.GGML_QUANT_SIZES[type_]
+    n_columns = rows.shape[-1]
+    type_ = block_type(wanted)
     if len(rows.shape) == 1:
-        type_ = GGMLQuantizationType.F32
-    elif rows.shape[-1] % n_block:
-        type_ = GGMLQuantizationType.F16
-    n_block, n_block_bytes = gguf.GGML_QUANT_SIZES[type_]
-    return TensorPlan(name, rows.sources, rows.shape, type_.name, math.prod(rows.shape) // n_block * n_block_bytes, rows)
+        type_ = block_type("F32")
+    elif n_columns % type_.block_size:
+        type_ = block_type("F16")
+    n_bytes = math.prod(rows.shape[:-1]) * type_.row_bytes(n_columns)
+    return TensorPlan(name, rows.sources, rows.shape, type_.name, n_bytes, rows)
 
 
 def write_metadata(
@@ -321,7 +322,7 @@ def encoded_chunks(tensor: TensorPlan) -> Iterator[np.ndarray]:
     n_rows = math.prod(tensor.shape[:-1])
     step = max(1, CHUNK_VALUES // n_columns)
     largest = LARGEST.get(tensor.type, math.inf)
-    type_ = GGMLQuantizationType[tensor.type]
+    type_ = block_type(tensor.type)
     source = ", ".join(tensor.sources) or tensor.name
     for start in range(0, n_rows, step):
         values = tensor.rows.read(start, min(start + step, n_rows))
@@ -331,7 +332,7 @@ def encoded_chunks(tensor: TensorPlan) -> Iterator[np.ndarray]:
             raise ConversionError(f"tensor {source}: holds NaN or infinity")
         if max(high, -low) > largest:
             raise ConversionError(f"tensor {source}: {max(high, -low):.4g} is too large for {tensor.type}; convert to bf16")
-        yield np.ascontiguousarray(gguf.quants.quantize(values, type_)).view(np.uint8)
+        yield type_.quantize(values)
 
 
 def _pad(file: BinaryIO, alignment: int) -> None:
