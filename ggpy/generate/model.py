@@ -1,14 +1,14 @@
 """A model, ready to use: text in, text out."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import Error
+from ..errors import ContextFullError, Error
 from ..file import GGUFFile
 from ..graph import Graph, Team, default_threads
 from ..models import build_graph, read_architecture
@@ -60,7 +60,7 @@ class Model:
         progress: "Progress | None" = None,
     ):
         started = time.perf_counter()
-        if n_ctx is not None and n_ctx < 1 or n_batch < 1:
+        if (n_ctx is not None and n_ctx < 1) or n_batch < 1:
             raise Error(f"n_ctx and n_batch are at least 1, not {n_ctx} and {n_batch}")
         self.file = GGUFFile(path)
         self._team: Team | None = None
@@ -228,8 +228,6 @@ class Generation:
         if not prompt_ids:
             raise Error("the prompt is empty")
         if len(prompt_ids) > model.n_ctx:
-            from ..errors import ContextFullError
-
             raise ContextFullError(f"the prompt has {len(prompt_ids)} tokens, the context holds {model.n_ctx}")
         self._model, self._sampler, self._max_tokens, self._stop = model, sampler, max_tokens, stop
         self.prompt_ids = prompt_ids
@@ -260,7 +258,7 @@ class Generation:
         """Generated tokens per second, without the first, which comes from the prompt's run."""
         return (len(self.ids) - 1) / self.decode_seconds if self.decode_seconds and len(self.ids) > 1 else 0.0
 
-    def _run(self) -> Iterator[str]:
+    def _run(self) -> Generator[str, None, None]:
         model, sequence = self._model, self._model.sequence
         tokenizer = model.tokenizer
         decoder, stops = StreamDecoder(tokenizer), StopMatcher(self._stop)

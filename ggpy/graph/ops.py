@@ -160,7 +160,7 @@ def _rms_norm_reference(run: "Reference", x: np.ndarray, w: np.ndarray, eps: flo
 def _rms_norm_lower(p: "Plan", node: "Tensor") -> None:
     x, w = node.inputs
     n = node.shape[-1]
-    rows = {"n_cols": n, "n_rows_per_token": _row(node) // n, "x_stride": 4 * n, "out_stride": 4 * n}
+    rows: dict[str, Any] = {"n_cols": n, "n_rows_per_token": _row(node) // n, "x_stride": 4 * n, "out_stride": 4 * n}
     p.step("rms_norm", node, x=x, w=w, out=node, eps=float(node.attrs["eps"]), **rows)
 
 
@@ -237,7 +237,7 @@ def _rope_reference(run: "Reference", x: np.ndarray, table: np.ndarray, kind: st
 
 def _rope_lower(p: "Plan", node: "Tensor") -> None:
     x, table = node.inputs
-    sizes = {"n_head": x.shape[1], "head_dim": x.shape[2], "n_rot": table.shape[1]}
+    sizes: dict[str, Any] = {"n_head": x.shape[1], "head_dim": x.shape[2], "n_rot": table.shape[1]}
     p.step(f"rope_{node.attrs['kind']}", node, x=x, table=table, out=node, **sizes)
 
 
@@ -275,11 +275,18 @@ def _attention_lower(p: "Plan", node: "Tensor") -> None:
     q, k, v, cache = node.inputs
     n_head, head_dim = q.shape[1:]
     n_head_kv = k.shape[1]
-    store = {"n_head_kv": n_head_kv, "head_dim": head_dim, "n_ctx": p.n_ctx}
+    store: dict[str, Any] = {"n_head_kv": n_head_kv, "head_dim": head_dim, "n_ctx": p.n_ctx}
     keys, values = p.cache(cache)
     p.step("store_k", node, writes=("cache",), k=k, cache=keys, **store)
     p.step("store_v", node, writes=("cache",), v=v, cache=values, **store)
-    take = {"q": q, "k_cache": keys, "v_cache": values, "out": node, "n_head": n_head, "scale": float(node.attrs["scale"])}
+    take: dict[str, Any] = {
+        "q": q,
+        "k_cache": keys,
+        "v_cache": values,
+        "out": node,
+        "n_head": n_head,
+        "scale": float(node.attrs["scale"]),
+    }
     if node.shape[0] == 1:
         partial = p.buffer(4 * (p.n_ctx // KEYS_PER_ITEM + 1) * n_head * (head_dim + 16))
         p.step("attention_one", node, writes=("partial",), partial=partial, **take, **store)

@@ -1,4 +1,4 @@
-"""Llama 1, 2 and 3, Mistral, SmolLM2 and their like (Touvron et al. 2023): RMS norm, rotary embedding, grouped heads, SwiGLU."""
+"""Llama 1, 2, 3, Mistral, SmolLM2 and their like (Touvron et al. 2023): RMS norm, rotary embedding, SwiGLU."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING

@@ -1,0 +1,5 @@
+"""`python -m ggpy`."""
+
+from .cli import main
+
+main()

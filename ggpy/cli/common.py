@@ -1,0 +1,101 @@
+"""What commands share: finding the model, showing progress."""
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import Error
+
+if TYPE_CHECKING:
+    from ..generate.model import Model
+    from ..kernels.build import Progress
+
+
+@contextmanager
+def kernel_progress() -> Iterator["Progress"]:
+    """One line on stderr that counts the kernels as they are compiled; nothing if none must be."""
+    shown = False
+
+    def progress(done: int, total: int, name: str) -> None:
+        nonlocal shown
+        end = "\n" if done == total else ""
+        line = f"compiling kernels for this processor (once): {done}/{total} {name}"
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{line}", end=end, file=sys.stderr, flush=True)
+        elif done in (0, total):
+            print(line, file=sys.stderr, flush=True)
+        shown = done < total
+
+    try:
+        yield progress
+    finally:
+        if shown:
+            print(file=sys.stderr)
+
+
+@contextmanager
+def conversion_progress() -> Iterator:
+    """A bar on stderr for a conversion: progress(done_bytes, total_bytes, tensor)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("converting", total=None)
+
+        def progress(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=name or "converting")
+
+        yield progress
+
+
+def find_model(model: str, type: str = "q8_0") -> Path:
+    """The .gguf file of a MODEL argument. A checkpoint folder or hub id is converted once and kept in the cache.
+
+    Raises
+    ------
+    Error
+        There is no such file or folder.
+    """
+    path = Path(model)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise Error(f"{path}: a folder without config.json is no checkpoint; name a .gguf file or a checkpoint")
+        stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(path.iterdir()) if p.is_file()]
+        key = hashlib.sha256(repr((str(path.resolve()), stamp, type)).encode()).hexdigest()[:16]
+    elif model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith(".gguf"):
+        key = hashlib.sha256(repr((model, type)).encode()).hexdigest()[:16]
+    else:
+        raise Error(f"{model}: no such file or folder")
+    from ..kernels.build import cache_dir
+
+    name = path.resolve().name if path.is_dir() else model.replace("/", "--")
+    out = cache_dir() / "models" / f"{name}-{type}-{key}.gguf"
+    if not out.exists():
+        from converters import convert
+
+        out.parent.mkdir(parents=True, exist_ok=True)
+        print(f"converting {model} to {type}, once, into {out}", file=sys.stderr)
+        with conversion_progress() as progress:
+            convert(model, out, type, progress=progress)
+    return out
+
+
+def open_model(path: str, n_ctx: int | None, n_threads: int | None) -> "Model":
+    """Loads the model of a MODEL argument, with progress."""
+    from ..generate.model import Model
+
+    file = find_model(path)
+    with kernel_progress() as progress:
+        return Model(file, n_ctx=n_ctx, n_threads=n_threads, progress=progress)

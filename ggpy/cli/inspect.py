@@ -1,0 +1,83 @@
+"""`ggpy inspect`: what is in a GGUF file."""
+
+import json as json_format
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_SHOWN = 6  # items of an array
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A .gguf file.", metavar="MODEL")],
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Print the metadata and tensors of a GGUF file."""
+    from ..file import GGUFFile
+
+    with GGUFFile(path) as file:
+        if json:
+            print(json_format.dumps(_as_json(file), indent=1, ensure_ascii=False))
+        else:
+            _print(file)
+
+
+def _plain(value: Any) -> Any:
+    """A metadata value as JSON has it; long arrays by their length and beginning."""
+    if hasattr(value, "tolist"):
+        if len(value) > _SHOWN:
+            return {"length": len(value), "first": [_plain(v) for v in value[:_SHOWN]]}
+        return [_plain(v) for v in value.tolist()]
+    return value
+
+
+def _as_json(file: Any) -> dict[str, Any]:
+    tensors = [
+        {"name": t.name, "type": t.type, "shape": list(t.shape), "n_bytes": t.n_bytes, "offset": t.offset}
+        for t in file.tensors.values()
+    ]
+    metadata = {key: _plain(file.metadata[key]) for key in file.metadata}
+    return {"path": str(file.path), "version": file.version, "metadata": metadata, "tensors": tensors}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        first = ", ".join(_text(v) for v in value["first"])
+        return f"[{first}, …] ({value['length']:,} items)"
+    if isinstance(value, str):
+        # A file's strings come from strangers: no control characters to the terminal.
+        text = "".join(c if c.isprintable() else {"\n": "\\n", "\t": "\\t"}.get(c, "�") for c in value)
+        return text if len(text) <= 80 else f"{text[:77]}…"
+    return str(value)
+
+
+def _print(file: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    facts = _as_json(file)
+    metadata = Table("key", "value", title=f"GGUF version {file.version}", box=None, title_justify="left")
+    for key, value in facts["metadata"].items():
+        metadata.add_row(Text(_text(key)), Text(_text(value)))
+    console.print(metadata, "")
+    tensors = Table("tensor", "type", "shape", box=None)
+    tensors.add_column("bytes", justify="right")
+    for t in facts["tensors"]:
+        tensors.add_row(Text(_text(t["name"])), t["type"], "×".join(map(str, t["shape"])), f"{t['n_bytes']:,}")
+    console.print(tensors, "")
+    by_type: dict[str, list[int]] = {}
+    for t in facts["tensors"]:
+        by_type.setdefault(t["type"], []).append(t["n_bytes"])
+    kinds = ", ".join(f"{len(sizes)} {name} ({sum(sizes) / 1e6:,.1f} MB)" for name, sizes in by_type.items())
+    n_values = sum(_product(t["shape"]) for t in facts["tensors"])
+    console.print(Text(f"{len(facts['tensors'])} tensors, {n_values / 1e6:,.1f} M values: {kinds}"))
+
+
+def _product(shape: list[int]) -> int:
+    n = 1
+    for d in shape:
+        n *= d
+    return n

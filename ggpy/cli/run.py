@@ -1,0 +1,117 @@
+"""`ggpy run`: continue a prompt, or talk."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .common import open_model
+
+if TYPE_CHECKING:
+    from ..generate.model import Generation, Model
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="A .gguf file, a checkpoint folder or a hub id.", metavar="MODEL")],
+    prompt: Annotated[
+        str | None, typer.Option("-p", "--prompt", help="Text to continue; without it: standard input.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Take the prompt as a user's message, by the chat template.")
+    ] = False,
+    system: Annotated[str | None, typer.Option("--system", help="The system message of a chat.")] = None,
+    max_tokens: Annotated[int | None, typer.Option("-n", "--max-tokens", min=1, help="Tokens at most.")] = None,
+    temp: Annotated[float, typer.Option("--temp", min=0, help="Temperature; 0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Candidates at most; 0: all.")] = 40,
+    top_p: Annotated[float, typer.Option("--top-p", min=0, max=1, help="Probability of the candidates.")] = 0.95,
+    min_p: Annotated[float, typer.Option("--min-p", min=0, max=1, help="Least share of the likeliest.")] = 0.05,
+    repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", min=0.01)] = 1.0,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="The same seed gives the same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="A text that ends the answer; may be repeated.")] = None,
+    ctx: Annotated[int | None, typer.Option("-c", "--ctx", min=1, help="Tokens of context.")] = None,
+    threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Default: physical cores.")] = None,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print timings at the end.")] = False,
+) -> None:
+    """Continue a prompt, streaming the text. In a terminal without -p: talk to the model."""
+    talk = prompt is None and sys.stdin.isatty()
+    if prompt is None and not talk:
+        prompt = sys.stdin.read()
+    with open_model(model, ctx, threads) as opened:
+        options = {
+            "max_tokens": max_tokens,
+            "temperature": temp,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+            "stop": stop or [],
+        }
+        first = [{"role": "system", "content": system}] if system else []
+        if talk:
+            _talk(opened, first, options, verbose)
+        elif chat:
+            _stream(opened, _render(opened, [*first, {"role": "user", "content": prompt or ""}]), options, verbose)
+        else:
+            _stream(opened, prompt or "", options, verbose)
+
+
+def _render(model: "Model", messages: list[dict[str, str]]) -> list[int]:
+    from ..errors import UnsupportedError
+
+    template = model.chat_template
+    if template is None:
+        raise UnsupportedError(f"{model.file.path}: the file has no chat template; use -p without --chat")
+    text = template.render(messages)
+    # Most templates write the beginning-of-sequence token themselves.
+    has_bos = bool(template.bos) and text.startswith(template.bos)
+    return model.tokenize(text, bos=False if has_bos else None)
+
+
+def _stream(model: "Model", prompt: str | list[int], options: dict, verbose: bool) -> str:
+    generation = model.generate(prompt, **options)
+    pieces = []
+    try:
+        for piece in generation:
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        generation.cancel()
+        print(flush=True)
+        raise
+    print(flush=True)
+    if generation.finish_reason == "context":
+        print(f"(the context of {model.n_ctx} tokens is full; -c N gives more)", file=sys.stderr)
+    if verbose:
+        _timings(model, generation)
+    return "".join(pieces)
+
+
+def _talk(model: "Model", messages: list[dict[str, str]], options: dict, verbose: bool) -> None:
+    print("Say something; an empty line or Ctrl-D ends. Ctrl-C stops an answer.", file=sys.stderr)
+    while True:
+        try:
+            said = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not said:
+            return
+        messages.append({"role": "user", "content": said})
+        try:
+            answer = _stream(model, _render(model, messages), options, verbose)
+        except KeyboardInterrupt:
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _timings(model: "Model", generation: "Generation") -> None:
+    prompt = len(generation.prompt_ids) - generation.n_reused
+    lines = [
+        f"load    {model.load_seconds:8.2f} s ({model.n_threads} threads)",
+        f"prompt  {generation.prompt_seconds:8.2f} s  {prompt:6} tokens  {generation.prompt_rate:9.1f} tok/s",
+        f"decode  {generation.decode_seconds:8.2f} s  {len(generation.ids):6} tokens  {generation.decode_rate:9.1f} tok/s",
+        f"ended   by {generation.finish_reason}",
+    ]
+    print("\n".join(lines), file=sys.stderr)
