@@ -12,7 +12,8 @@ from ..errors import GGUFError
 class Mapped:
     """A whole file, mapped for reading.
 
-    The map is given back when the file is closed and the last array that views it is gone.
+    The map is given back when the file is closed and the last array that views it is gone. Whoever shortens the file in
+    place meanwhile makes the system end this process (SIGBUS): replace files, see `writing_aside`.
 
     Parameters
     ----------
