@@ -25,11 +25,11 @@ def inspect(
 
 def _plain(value: Any) -> Any:
     """A metadata value as JSON has it; long arrays by their length and beginning."""
-    if hasattr(value, "tolist"):
-        if len(value) > _SHOWN:
-            return {"length": len(value), "first": [_plain(v) for v in value[:_SHOWN]]}
-        return [_plain(v) for v in value.tolist()]
-    return value
+    if isinstance(value, str) or not hasattr(value, "__len__"):
+        return value
+    first = value[:_SHOWN]
+    items = first.tolist() if hasattr(first, "tolist") else list(first)
+    return items if len(value) <= _SHOWN else {"length": len(value), "first": items}
 
 
 def _as_json(file: Any) -> dict[str, Any]:
@@ -45,6 +45,8 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):
         first = ", ".join(_text(v) for v in value["first"])
         return f"[{first}, …] ({value['length']:,} items)"
+    if isinstance(value, list):
+        return f"[{', '.join(_text(v) for v in value)}]"
     if isinstance(value, str):
         # A file's strings come from strangers: no control characters to the terminal.
         text = "".join(c if c.isprintable() else {"\n": "\\n", "\t": "\\t"}.get(c, "�") for c in value)
