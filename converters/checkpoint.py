@@ -23,7 +23,7 @@ FLOAT_TYPES: dict[str, np.dtype[Any]] = {
 }
 
 # The files that a conversion can use, as patterns of huggingface_hub.
-FILE_PATTERNS = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "README.md")
+FILE_PATTERNS = ("model*.safetensors", "*.json", "tokenizer.model", "*.jinja", "README.md")
 
 # The safetensors format allows headers up to this size.
 MAX_HEADER_BYTES = 100_000_000
@@ -254,7 +254,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConversionError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConversionError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(values, dict):
         raise ConversionError(f"{path}: not a JSON object")
@@ -282,7 +282,7 @@ def read_safetensors(path: Path) -> dict[str, StoredRows]:
             raise ConversionError(f"{path}: not a safetensors file, or cut short inside its header")
         try:
             header = json.loads(file.read(n_header))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConversionError(f"{path}: its header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise ConversionError(f"{path}: its header is not a JSON object")

@@ -23,7 +23,7 @@ from ggpy.quant import block_type
 from . import llama
 from .checkpoint import FILE_PATTERNS, Checkpoint, ComputedRows, Rows
 from .family import Family
-from .vocabulary import check_vocabulary, write_vocabulary
+from .vocabulary import check_vocabulary, read_encoder, write_vocabulary
 
 FAMILIES: tuple[Family, ...] = (llama.FAMILY,)
 
@@ -163,6 +163,7 @@ def convert(
     checkpoint = Checkpoint(folder)
     family = find_family(checkpoint)
     path = Path(out)
+    encoder = read_encoder(checkpoint)
     tensors = plan_tensors(checkpoint, family, TYPES[type])
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[family.arch])
     for tensor in tensors:
@@ -171,7 +172,8 @@ def convert(
         )
     write_metadata(writer, checkpoint, family, TYPES[type], hub_id)
     plan = Plan(path, type, {key: value.value for key, value in writer.kv_data[0].items()}, tuple(tensors))
-    check_vocabulary(plan.metadata, checkpoint)
+    if encoder is not None:
+        check_vocabulary(plan.metadata, encoder)
     if not dry_run:
         write_file(plan, writer, progress)
     return plan

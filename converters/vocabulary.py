@@ -14,7 +14,7 @@ from typing import Any
 import gguf
 from gguf import TokenType
 
-from ggpy.errors import ConversionError, UnsupportedError
+from ggpy.errors import ConversionError, Error, UnsupportedError
 
 from .checkpoint import Checkpoint
 
@@ -121,12 +121,10 @@ def write_vocabulary(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
 def _kind(checkpoint: Checkpoint, tokenizer: dict[str, Any]) -> tuple[str, bool]:
     """GGUF's tokenizer.ggml.model for a tokenizer.json, and whether a space is put before the text."""
     model = tokenizer.get("model") or {}
-    decoder = tokenizer.get("decoder") or {}
     where = checkpoint.folder / "tokenizer.json"
-    if model.get("type") != "BPE":
-        raise UnsupportedError(f"{where}: model type {model.get('type')!r}; known: BPE")
-    if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
-        raise ConversionError(f"{where}: its BPE model has no vocab or no merges")
+    kind = model.get("type", "BPE" if "merges" in model else None)  # old files don't say
+    if kind != "BPE":
+        raise UnsupportedError(f"{where}: model type {kind!r}; known: BPE")
     if model.get("byte_fallback"):
         steps = _steps(tokenizer.get("normalizer"), "normalizers") + _steps(tokenizer.get("pre_tokenizer"), "pretokenizers")
         adds_prefix = any(
@@ -135,7 +133,7 @@ def _kind(checkpoint: Checkpoint, tokenizer: dict[str, Any]) -> tuple[str, bool]
             for step in steps
         )
         return "llama", adds_prefix
-    if not any(step.get("type") == "ByteLevel" for step in _steps(decoder, "decoders")):
+    if not any(step.get("type") == "ByteLevel" for step in _steps(tokenizer.get("decoder"), "decoders")):
         raise UnsupportedError(f"{where}: a BPE of characters; known: BPE of bytes, and with byte fallback")
     return "gpt2", False
 
@@ -216,10 +214,13 @@ def _added(text: str, special: bool) -> tuple[str, float, int]:
 def _added_tokens(checkpoint: Checkpoint, settings: dict[str, Any]) -> dict[int, tuple[str, float, int]]:
     """Tokens that files beside a tokenizer.model add to it, or whose type they change."""
     rows: dict[int, tuple[str, float, int]] = {}
-    for text, i in checkpoint.json("added_tokens.json", optional=True).items():
-        rows[i] = (text, -1000.0, TokenType.USER_DEFINED)
-    for i, token in (settings.get("added_tokens_decoder") or {}).items():
-        rows[int(i)] = _added(token["content"], bool(token.get("special")))
+    try:
+        for text, i in checkpoint.json("added_tokens.json", optional=True).items():
+            rows[int(i)] = (text, -1000.0, TokenType.USER_DEFINED)
+        for i, token in (settings.get("added_tokens_decoder") or {}).items():
+            rows[int(i)] = _added(token["content"], bool(token.get("special")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConversionError(f"{checkpoint.folder}: its added tokens can't be read: {error}") from error
     return rows
 
 
@@ -334,11 +335,46 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         at += size
 
 
-def check_vocabulary(metadata: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    """Compare the tokenizer that GGUF metadata makes with the checkpoint's own, on `CHECK_TEXTS`.
+@dataclass(frozen=True)
+class Encoder:
+    """A checkpoint's own tokenizer: the file that it was read from, and text -> token ids without special ones."""
 
-    The checkpoint's own is its tokenizer.json or, where it only has a tokenizer.model and the sentencepiece package is
-    installed, that one; else nothing is compared.
+    file: Path
+    encode: Callable[[str], list[int]]
+
+
+def read_encoder(checkpoint: Checkpoint) -> Encoder | None:
+    """The checkpoint's tokenizer.json, else its tokenizer.model; None for the latter without the sentencepiece package.
+
+    Raises
+    ------
+    ConversionError
+        A broken tokenizer.json.
+    """
+    file = checkpoint.folder / "tokenizer.json"
+    if file.is_file():
+        from tokenizers import Tokenizer
+
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the package raises plain Exceptions
+            raise ConversionError(f"{file}: not a tokenizer: {error}") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return Encoder(file, lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
+    file = checkpoint.folder / "tokenizer.model"
+    if file.is_file() and importlib.util.find_spec("sentencepiece") is not None:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            return Encoder(file, SentencePieceProcessor(model_file=str(file)).encode)
+        except (RuntimeError, OSError) as error:
+            raise ConversionError(f"{file}: not a SentencePiece model: {error}") from error
+    return None
+
+
+def check_vocabulary(metadata: Mapping[str, Any], own: Encoder) -> None:
+    """Compare the tokenizer that GGUF metadata makes with the checkpoint's own, on `CHECK_TEXTS`.
 
     Raises
     ------
@@ -348,41 +384,21 @@ def check_vocabulary(metadata: Mapping[str, Any], checkpoint: Checkpoint) -> Non
     # Only here: what reads GGUF's tokenizers stands to the right of what converts.
     from ggpy.generate.tokenizer import Tokenizer
 
-    own = _own_encoder(checkpoint)
-    if own is None:
-        return
-    name, encode = own
     tokens = metadata["tokenizer.ggml.tokens"]
-    written = Tokenizer.from_metadata(metadata)
+    try:
+        written = Tokenizer.from_metadata(metadata)
+    except Error as error:
+        raise ConversionError(f"{own.file}: as GGUF it would be refused: {error}") from error
     for text in CHECK_TEXTS:
         if metadata["tokenizer.ggml.model"] == "llama":
             # Before a text that begins with a space, some tokenizer.json put no second one; GGUF's readers always do.
             text = text.lstrip(" ")
-        theirs, ours = encode(text), written.encode(text, special=True, bos=False)
+        theirs, ours = own.encode(text), written.encode(text, special=True, bos=False)
         if theirs != ours:
             at = next(
                 (i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours))
             )
             a, b = (" ".join(repr(tokens[i]) for i in ids[at : at + 3]) or "nothing" for ids in (theirs, ours))
             raise ConversionError(
-                f"{checkpoint.folder / name}: as GGUF it would give other tokens: for {text!r}, {b} instead of {a} at {at}"
+                f"{own.file}: as GGUF it would give other tokens: for {text!r}, {b} instead of {a} at {at}"
             )
-
-
-def _own_encoder(checkpoint: Checkpoint) -> tuple[str, Callable[[str], list[int]]] | None:
-    if (checkpoint.folder / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer
-
-        try:
-            tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
-        except Exception as error:  # the package raises plain Exceptions
-            raise ConversionError(f"{checkpoint.folder / 'tokenizer.json'}: {error}") from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return "tokenizer.json", lambda text: tokenizer.encode(text, add_special_tokens=False).ids
-    if importlib.util.find_spec("sentencepiece") is not None:
-        from sentencepiece import SentencePieceProcessor
-
-        processor = SentencePieceProcessor(model_file=str(checkpoint.folder / "tokenizer.model"))
-        return "tokenizer.model", processor.encode
-    return None
