@@ -286,7 +286,7 @@ class Tokenizer:
         if not 0 <= token < self.n_vocab:
             raise TokenizerError(f"token id {token} is outside the vocabulary of {self.n_vocab} tokens")
         text, type_ = self._tokens[token], self._types[token]
-        if type_ in (CONTROL, UNKNOWN):
+        if type_ in (CONTROL, UNKNOWN) or (type_ == USER_DEFINED and self._byte_level):
             return text.encode()
         if type_ == BYTE:
             return bytes([int(text[3:5], 16)])  # <0x0A>
@@ -294,7 +294,7 @@ class Tokenizer:
             return text.replace(SPACE, " ").encode()
         try:
             return bytes([_BYTES[char] for char in text])
-        except KeyError:  # user-defined tokens, and those that nothing encodes to
+        except KeyError:  # a token that nothing encodes to
             return text.encode()
 
     def is_hidden(self, token: int) -> bool:
