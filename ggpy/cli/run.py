@@ -30,13 +30,14 @@ def run(
     stop: Annotated[list[str] | None, typer.Option("--stop", help="A text that ends the answer; may be repeated.")] = None,
     ctx: Annotated[int | None, typer.Option("-c", "--ctx", min=1, help="Tokens of context.")] = None,
     threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Default: physical cores.")] = None,
+    kv_type: Annotated[str, typer.Option("--kv-type", help="Type of the KV cache: f16 or f32.")] = "f16",
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print timings at the end.")] = False,
 ) -> None:
     """Continue a prompt, streaming the text. In a terminal without -p: talk to the model."""
     talk = prompt is None and sys.stdin.isatty()
     if prompt is None and not talk:
         prompt = sys.stdin.read()
-    with open_model(model, ctx, threads) as opened:
+    with open_model(model, ctx, threads, kv_type) as opened:
         options = {
             "max_tokens": max_tokens,
             "temperature": temp,

@@ -39,6 +39,8 @@ class Model:
         By default one for each physical core that this process may use.
     n_batch : int
         Tokens of a prompt that are run at once.
+    kv_type : {"f16", "f32"}
+        Of the cached keys and values.
     progress : callable, optional
         Called as progress(done, total, kernel) while kernels are compiled, which happens once per machine.
 
@@ -57,6 +59,7 @@ class Model:
         n_ctx: int | None = None,
         n_threads: int | None = None,
         n_batch: int = DEFAULT_BATCH,
+        kv_type: str = "f16",
         progress: "Progress | None" = None,
     ):
         started = time.perf_counter()
@@ -68,7 +71,9 @@ class Model:
             self.architecture = read_architecture(self.file)
             self.n_ctx = n_ctx or min(self.architecture.n_ctx_train, DEFAULT_CONTEXT)
             self._team = Team(n_threads or default_threads(), progress)
-            self.sequence = TokenSequence(self.file, self.architecture, self.n_ctx, n_batch, self._team, progress)
+            self.sequence = TokenSequence(
+                self.file, self.architecture, self.n_ctx, n_batch, self._team, kv_type.upper(), progress
+            )
         except BaseException:
             self.close()
             raise

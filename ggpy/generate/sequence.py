@@ -30,6 +30,8 @@ class TokenSequence:
         The most tokens in one run.
     team : Team
         The threads.
+    kv_type : {"F16", "F32"}
+        Of the cached keys and values.
     progress : callable, optional
         Told of kernels that must be compiled first.
     """
@@ -41,11 +43,12 @@ class TokenSequence:
         n_ctx: int,
         n_batch: int,
         team: "Team",
+        kv_type: str = "F16",
         progress: Progress | None = None,
     ):
         self._file, self._arch, self._team = file, arch, team
         self.n_ctx, self._n_batch = n_ctx, min(n_batch, n_ctx)
-        self.caches = Caches(n_ctx)
+        self.caches = Caches(n_ctx, kv_type)
         self.ids: list[int] = []
         self._programs: dict[tuple[int, Logits], Program] = {}
         # One token, and a prompt: both are sure to be needed, so their kernels are compiled together.

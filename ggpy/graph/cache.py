@@ -1,4 +1,4 @@
-"""The memory of a sequence: keys and values of its tokens, in float16.
+"""The memory of a sequence: keys and values of its tokens, in float16 or float32.
 
 Keys are laid out (n_head_kv, n_ctx / 16, head_dim, 16) and values (n_head_kv, n_ctx, head_dim), as the attention kernels
 read them. Memory is touched, and so taken, only as tokens come.
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..kernels.table import KV_BLOCK
+from ..errors import UnsupportedError
+from ..kernels.table import KV_BLOCK, KV_TYPES
 
 if TYPE_CHECKING:
     from .tensor import Tensor
@@ -21,18 +22,29 @@ class Caches:
     ----------
     n_ctx : int
         Tokens that fit; rounded up to what the kernels take.
+    type : {"F16", "F32"}
+        Of the keys and values.
+
+    Raises
+    ------
+    UnsupportedError
+        Another type.
     """
 
-    def __init__(self, n_ctx: int):
+    def __init__(self, n_ctx: int, type: str = "F16"):
+        if type not in KV_TYPES:
+            raise UnsupportedError(f"KV cache of type {type!r}; there are {', '.join(KV_TYPES)}")
         self.n_ctx = -(-n_ctx // KV_BLOCK) * KV_BLOCK
+        self.type = type
+        self._dtype = {"F16": np.float16, "F32": np.float32}[type]
         self._arrays: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def arrays(self, cache: "Tensor") -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of a CACHE node."""
         if cache.name not in self._arrays:
             n_head_kv, head_dim = cache.shape
-            keys = np.zeros((n_head_kv, self.n_ctx // 16, head_dim, 16), np.float16)
-            self._arrays[cache.name] = (keys, np.zeros((n_head_kv, self.n_ctx, head_dim), np.float16))
+            keys = np.zeros((n_head_kv, self.n_ctx // 16, head_dim, 16), self._dtype)
+            self._arrays[cache.name] = (keys, np.zeros((n_head_kv, self.n_ctx, head_dim), self._dtype))
         return self._arrays[cache.name]
 
     @property

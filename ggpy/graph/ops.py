@@ -277,8 +277,9 @@ def _attention_lower(p: "Plan", node: "Tensor") -> None:
     n_head_kv = k.shape[1]
     store: dict[str, Any] = {"n_head_kv": n_head_kv, "head_dim": head_dim, "n_ctx": p.n_ctx}
     keys, values = p.cache(cache)
-    p.step("store_k", node, writes=("cache",), k=k, cache=keys, **store)
-    p.step("store_v", node, writes=("cache",), v=v, cache=values, **store)
+    kind = p.kv_type
+    p.step(f"store_k_{kind}", node, writes=("cache",), k=k, cache=keys, **store)
+    p.step(f"store_v_{kind}", node, writes=("cache",), v=v, cache=values, **store)
     take: dict[str, Any] = {
         "q": q,
         "k_cache": keys,
@@ -289,10 +290,10 @@ def _attention_lower(p: "Plan", node: "Tensor") -> None:
     }
     if node.shape[0] == 1:
         partial = p.buffer(4 * (p.n_ctx // KEYS_PER_ITEM + 1) * n_head * (head_dim + 16))
-        p.step("attention_one", node, writes=("partial",), partial=partial, **take, **store)
+        p.step(f"attention_one_{kind}", node, writes=("partial",), partial=partial, **take, **store)
         p.step("attention_merge", node, partial=partial, out=node, n_head=n_head, head_dim=head_dim)
     else:
-        p.step("attention_many", node, **take, **store)
+        p.step(f"attention_many_{kind}", node, **take, **store)
 
 
 OPS["ATTENTION"] = Op(_attention_shape, _attention_reference, _attention_lower)

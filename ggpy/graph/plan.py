@@ -74,7 +74,7 @@ class Plan:
 
     def __init__(self, graph: "Graph", caches: "Caches", n_threads: int, lanes: int):
         self.graph, self.n_ctx, self._caches, self._lanes = graph, caches.n_ctx, caches, lanes
-        self.n_threads = n_threads
+        self.n_threads, self.kv_type = n_threads, caches.type
         self.steps: list[Step] = []
         self._buffers: dict[Tensor, Buffer] = {}
         self._quantized: dict[tuple[Buffer, str], Buffer] = {}

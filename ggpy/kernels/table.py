@@ -58,6 +58,8 @@ def activation_bytes(n_cols: int) -> int:
     return (n_cols + 3 * n_cols // 8 + n_cols // 8 + 63) // 64 * 64
 
 
+#: types that the KV cache can have
+KV_TYPES = ("F16", "F32")
 #: keys that one work item of single-token attention takes; its results are merged in order, whatever the threads
 KEYS_PER_ITEM = 256
 #: what the KV cache's length is a multiple of
@@ -82,45 +84,18 @@ def _kernels() -> dict[str, Kernel]:
         "last_row": Kernel("rows", ("x", "out", "state", "n_cols")),
         "rope_norm": Kernel("rope", ("x", "table", "out", "state", "n_head", "head_dim", "n_rot")),
         "rope_neox": Kernel("rope", ("x", "table", "out", "state", "n_head", "head_dim", "n_rot")),
-        "store_k": Kernel("attention", ("k", "cache", "state", "n_head_kv", "head_dim", "n_ctx")),
-        "store_v": Kernel("attention", ("v", "cache", "state", "n_head_kv", "head_dim", "n_ctx")),
-        "attention_one": Kernel(
-            "attention",
-            (
-                "q",
-                "k_cache",
-                "v_cache",
-                "out",
-                "partial",
-                "state",
-                "counter",
-                "n_head",
-                "n_head_kv",
-                "head_dim",
-                "n_ctx",
-                "scale",
-            ),
-        ),
         "attention_merge": Kernel("attention", ("partial", "out", "state", "n_head", "head_dim")),
-        "attention_many": Kernel(
-            "attention",
-            (
-                "q",
-                "k_cache",
-                "v_cache",
-                "out",
-                "state",
-                "counter",
-                "n_head",
-                "n_head_kv",
-                "head_dim",
-                "n_ctx",
-                "scale",
-            ),
-        ),
         "quantize_q8_32": Kernel("activations", ("x", "out", "state", "n_cols", "out_stride")),
         "quantize_q8_256": Kernel("activations", ("x", "out", "state", "n_cols", "out_stride")),
     }
+    for name in KV_TYPES:
+        sizes = ("n_head", "n_head_kv", "head_dim", "n_ctx", "scale")
+        given = ("q", "k_cache", "v_cache", "out")
+        for part in "kv":
+            params = (part, "cache", "state", "n_head_kv", "head_dim", "n_ctx")
+            table[f"store_{part}_{name}"] = Kernel("attention", params)
+        table[f"attention_one_{name}"] = Kernel("attention", (*given, "partial", "state", "counter", *sizes))
+        table[f"attention_many_{name}"] = Kernel("attention", (*given, "state", "counter", *sizes))
     for name in (*QUANTIZED, *FLOAT):
         family = "matmul_int8" if name in QUANTIZED else "matmul_float"
         table[f"mul_mat_one_{name}"] = Kernel(family, _MUL_MAT)

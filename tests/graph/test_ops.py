@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ggpy.errors import GraphError
 from ggpy.graph import Caches, Graph, Program, Reference, Team
-from ggpy.kernels.table import FLOAT, QUANTIZED
+from ggpy.kernels.table import FLOAT, KV_TYPES, QUANTIZED
 
 from .weights import random_weight
 
@@ -134,13 +134,14 @@ def test_rope(teams, kind, n_head, n_rot, n_tokens, threads, seed):
     group=st.integers(1, 3),
     n_head_kv=st.integers(1, 3),
     head_dim=st.sampled_from([16, 32, 48, 64, 80, 128]),
+    kv_type=st.sampled_from(KV_TYPES),
     runs=st.lists(st.sampled_from([1, 2, 7, 8, 9, 30, 64, 100, 250]), min_size=1, max_size=5),
     threads=n_threads,
     seed=seeds,
 )
-def test_attention_over_runs_of_any_length(teams, group, n_head_kv, head_dim, runs, threads, seed):
+def test_attention_over_runs_of_any_length(teams, group, n_head_kv, head_dim, kv_type, runs, threads, seed):
     rng = np.random.default_rng(seed)
-    caches, n_past = (Caches(1300), Caches(1300)), 0
+    caches, n_past = (Caches(1300, kv_type), Caches(1300, kv_type)), 0
     for n_tokens in runs:
         g = Graph(n_tokens)
         q = g.input("q", (group * n_head_kv, head_dim))
