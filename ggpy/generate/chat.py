@@ -16,7 +16,7 @@ from datetime import datetime
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from ggpy.errors import TokenizerError
+from ..errors import TokenizerError
 
 if TYPE_CHECKING:
     import jinja2
@@ -53,22 +53,6 @@ class ChatTemplate:
         self.bos = bos
         self.eos = eos
         self._template = _compile(source)
-
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any], bos: str = "", eos: str = "") -> ChatTemplate | None:
-        """The template of a GGUF file, or None where the file has none: such a model just continues text.
-
-        Raises
-        ------
-        TokenizerError
-            The template isn't a string, or isn't valid Jinja.
-        """
-        source = metadata.get("tokenizer.chat_template")
-        if source is None:
-            return None
-        if not isinstance(source, str):
-            raise TokenizerError(f"tokenizer.chat_template should be a string, found {type(source).__name__}")
-        return cls(source, bos, eos)
 
     def render(
         self,
@@ -107,7 +91,7 @@ class ChatTemplate:
             _budget.reset(budget)
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """The template used up what it may use."""
 
 
@@ -122,9 +106,9 @@ class _Budget:
     def turn(self) -> None:
         self.turns += 1
         if self.turns > MAX_TURNS:
-            raise _Refused(f"its loops and calls take more than {MAX_TURNS} turns")
+            raise _RefusedError(f"its loops and calls take more than {MAX_TURNS} turns")
         if time.monotonic() > self.deadline:
-            raise _Refused(f"it takes more than {MAX_SECONDS:g} s")
+            raise _RefusedError(f"it takes more than {MAX_SECONDS:g} s")
 
     def write(self, value: Any) -> None:
         self.written += _size(value)
@@ -142,8 +126,8 @@ def _turn() -> None:
         budget.turn()
 
 
-def _too_large() -> _Refused:
-    return _Refused(f"it makes more than {MAX_TEXT} characters")
+def _too_large() -> _RefusedError:
+    return _RefusedError(f"it makes more than {MAX_TEXT} characters")
 
 
 def _size(*values: Any) -> int:
@@ -218,7 +202,7 @@ def _operator(operator: str, function: Callable[[Any, Any], Any], left: Any, rig
     if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
         bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
         if bits > _MAX_POWER_BITS:
-            raise _Refused("it makes a number that is too large")
+            raise _RefusedError("it makes a number that is too large")
     if operator == "+":
         _size(left, right)
     if operator == "%" and isinstance(left, str):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ggpy.errors import Error
+from ..errors import Error
 
 # How many neighbouring logits share one maximum when the highest are looked for.
 _CHUNK = 256
@@ -190,13 +190,8 @@ def _nucleus(logits: NDArray[np.float32], ids: NDArray[np.intp] | None, highest:
     if ids is not None:
         return _first_holding(logits, ids, highest, top_p, total=None)[0]
     total = float(np.exp(logits - np.float32(highest)).sum(dtype=np.float64))
-    k = _TOP_P_START
-    while True:
-        k = min(k, len(logits))
-        found, enough = _first_holding(logits, _highest(logits, k), highest, top_p, total)
-        if enough or k == len(logits):
-            return found
-        k *= 8
+    found, enough = _first_holding(logits, _highest(logits, _TOP_P_START), highest, top_p, total)
+    return found if enough else _first_holding(logits, _highest(logits, len(logits)), highest, top_p, total)[0]
 
 
 def _first_holding(

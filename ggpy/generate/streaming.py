@@ -5,8 +5,8 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Sequence
 
-from ggpy.errors import Error
-from ggpy.generate.tokenizer import Tokenizer
+from ..errors import Error
+from .tokenizer import Tokenizer
 
 
 class StreamDecoder:

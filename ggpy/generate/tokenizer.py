@@ -7,11 +7,12 @@ The merging itself is done by the `tokenizers` package. Two vocabularies are kno
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ggpy.errors import TokenizerError, UnsupportedError
-from ggpy.generate.pretokenizers import PRETOKENIZERS, PreTokenizer
+from ..errors import TokenizerError, UnsupportedError
+from .pretokenizers import PRETOKENIZERS, PreTokenizer
 
 if TYPE_CHECKING:
     import tokenizers
@@ -94,9 +95,10 @@ class _Fields:
             return default if default is None or default < n_vocab else None
         if not isinstance(value, Integral):
             raise _wrong(name, "a token id", value)
-        if not 0 <= value < n_vocab:
-            raise TokenizerError(f"tokenizer.ggml.{name} is {value}, but the vocabulary has {n_vocab} tokens")
-        return int(value)
+        token = int(value)
+        if not 0 <= token < n_vocab:
+            raise TokenizerError(f"tokenizer.ggml.{name} is {token}, but the vocabulary has {n_vocab} tokens")
+        return token
 
 
 def _wrong(name: str, wanted: str, value: Any) -> TokenizerError:
@@ -225,7 +227,7 @@ class Tokenizer:
             if not self._byte_level:
                 spaces = [normalizers.Prepend(SPACE)] if self.space_prefix else []
                 tokenizer.normalizer = normalizers.Sequence([*spaces, normalizers.Replace(" ", SPACE)])
-            elif pre.nfc:
+            elif pre is not None and pre.nfc:
                 tokenizer.normalizer = normalizers.NFC()
             if pre is not None:
                 splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
@@ -269,10 +271,11 @@ class Tokenizer:
             ids = tokenizer.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeEncodeError):
             raise TokenizerError(f"can't encode {type(text).__name__} {text!r:.60}: not a string of Unicode text") from None
-        if bos or (bos is None and self.add_bos and ids[:1] != [self.bos]):
-            ids.insert(0, self.bos)
-        if bos is None and self.add_eos:
-            ids.append(self.eos)
+        first, last = self.bos, self.eos
+        if first is not None and (bos or (bos is None and self.add_bos and ids[:1] != [first])):
+            ids.insert(0, first)
+        if last is not None and bos is None and self.add_eos:
+            ids.append(last)
         return ids
 
     def token_bytes(self, token: int) -> bytes:
@@ -335,7 +338,7 @@ def _pretokenizer(name: str) -> PreTokenizer:
 
 
 def _split_merges(merges: list[str]) -> list[tuple[str, str]]:
-    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    pairs = [(left, right) for left, _, right in map(str.partition, merges, repeat(" "))]
     for i, (left, right) in enumerate(pairs):
         if not (left and right):
             # The left part may begin with a space.
@@ -354,8 +357,8 @@ def _merges_by_score(vocab: dict[str, int], scores: list[float], types: list[int
     pieces = {text: i for text, i in vocab.items() if types[i] == NORMAL}
     ranked = sorted(pieces.items(), key=lambda piece: -scores[piece[1]])
     return [
-        (text[:cut], text[cut:])
+        (left, right)
         for text, _ in ranked
         for cut in range(1, len(text))
-        if text[:cut] in pieces and text[cut:] in pieces
+        if (left := text[:cut]) in pieces and (right := text[cut:]) in pieces
     ]
