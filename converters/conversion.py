@@ -271,7 +271,7 @@ def write_metadata(
     writer.add_type(gguf.GGUFType.MODEL)
     general.set_gguf_meta_model(writer)
     family.write_hparams(writer, checkpoint.config)
-    writer.add_file_type(types.id)
+    writer.add_file_type(int(types.id))
     write_vocabulary(writer, checkpoint)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 

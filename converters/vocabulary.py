@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +38,9 @@ SPLITTINGS: dict[tuple[tuple[Any, ...], ...], str] = {
     (("NFC",), ("Split", WORDS_WITH_SIGN % r"\p{N}", "Isolated"), ("ByteLevel", False)): "qwen2",
     (("Split", WORDS_BY_CASE, "Isolated"), ("ByteLevel", False), ("ignore_merges",)): "tekken",
 }
+
+# It warns of templates for pairs of texts, which no conversion needs.
+logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
 
 # Added tokens that take part in a model's format although tokenizer.json doesn't call them special.
 FORMAT_TOKENS = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)

@@ -1,0 +1,139 @@
+"""Reading safetensors files, against the safetensors package and torch."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from converters.checkpoint import Config, ReorderedRows, read_safetensors
+from ggpy.errors import ConversionError, Error, UnsupportedError
+
+FILES = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def pack(header, data=b"", length=None):
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(encoded) if length is None else length) + encoded + data
+
+
+def write(tmp_path, content):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    return path
+
+
+@FILES
+@given(
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+    shape=st.lists(st.integers(1, 7), min_size=1, max_size=3),
+    data=st.data(),
+)
+def test_any_rows_are_read_as_torch_widens_them(dtype, shape, data, tmp_path):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    path = tmp_path / "model.safetensors"
+    save_file({"before": torch.ones(3), "weight": values, "zone": torch.zeros(2)}, path)
+    rows = read_safetensors(path)["weight"]
+    assert rows.shape == tuple(shape)
+    expected = values.float().reshape(-1, shape[-1]).numpy()
+    start = data.draw(st.integers(0, len(expected) - 1))
+    stop = data.draw(st.integers(start + 1, len(expected)))
+    read = rows.read(start, stop)
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, expected[start:stop])
+
+
+@FILES
+@given(n_rows=st.integers(1, 20), n_columns=st.integers(1, 5), data=st.data())
+def test_reordered_rows_are_the_whole_tensors_rows_in_that_order(n_rows, n_columns, data, tmp_path):
+    values = torch.randn(n_rows, n_columns)
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": values, "bias": values[:, 0].clone()}, path)
+    order = np.array(data.draw(st.permutations(range(n_rows))))
+    start = data.draw(st.integers(0, n_rows - 1))
+    stop = data.draw(st.integers(start + 1, n_rows))
+    tensors = read_safetensors(path)
+    weight = ReorderedRows(tensors["weight"], order).read(start, stop)
+    np.testing.assert_array_equal(weight, values.numpy()[order][start:stop])
+    bias = ReorderedRows(tensors["bias"], order).read(0, 1)
+    np.testing.assert_array_equal(bias, values.numpy()[None, order, 0])
+
+
+ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a safetensors file, or cut short"),
+        (b"PK\x03\x04 and more of it", "not a safetensors file, or cut short"),
+        (pack({}, length=100_000_001), "not a safetensors file, or cut short"),
+        (pack(b"{no json"), "its header is not JSON"),
+        (pack(b"\xff\xfe{}"), "its header is not JSON"),
+        (pack(b"[" * 100_000), "its header is not JSON"),
+        (pack([1]), "its header is not a JSON object"),
+        (pack({"w": 1}), "tensor w: its entry is not an object"),
+        (pack({"w": ENTRY | {"shape": "2, 3"}}), "tensor w: shape and data_offsets"),
+        (pack({"w": ENTRY | {"shape": [2, -3]}}), "tensor w: shape and data_offsets"),
+        (pack({"w": ENTRY | {"shape": [2, 3.0]}}), "tensor w: shape and data_offsets"),
+        (pack({"w": ENTRY | {"data_offsets": [24]}}, bytes(24)), "tensor w: .* doesn't fill"),
+        (pack({"w": ENTRY | {"data_offsets": [0, 20]}}, bytes(24)), "tensor w: .* doesn't fill"),
+        (pack({"w": ENTRY | {"shape": [2**40, 2**40]}}, bytes(24)), "tensor w: .* doesn't fill"),
+        (pack({"w": ENTRY}, bytes(23)), "tensor w: the file ends before"),
+        (pack({"w": ENTRY | {"dtype": "F8_E4M3"}}, bytes(24)), "tensor w: type F8_E4M3; known: F64, F32, F16, BF16"),
+        (pack({"w": ENTRY | {"dtype": ["F32"]}}, bytes(24)), "tensor w: type .*; known"),
+    ],
+)
+def test_unsound_file_is_refused_naming_file_and_tensor(content, message, tmp_path):
+    path = write(tmp_path, content)
+    with pytest.raises((ConversionError, UnsupportedError), match=f"model.safetensors: {message}") as caught:
+        read_safetensors(path)
+    assert "\n" not in str(caught.value)
+
+
+@FILES
+@given(data=st.data())
+def test_file_cut_anywhere_is_refused(data, tmp_path):
+    whole = pack({"__metadata__": {"format": "pt"}, "w": ENTRY}, bytes(24))
+    path = write(tmp_path, whole[: data.draw(st.integers(0, len(whole) - 1))])
+    with pytest.raises(ConversionError):
+        read_safetensors(path)
+
+
+@FILES
+@given(at=st.integers(0, 200), byte=st.integers(0, 255))
+def test_file_with_a_changed_byte_is_read_or_refused(at, byte, tmp_path):
+    whole = bytearray(pack({"__metadata__": {"format": "pt"}, "w": ENTRY}, bytes(24)))
+    whole[at % len(whole)] = byte
+    path = write(tmp_path, bytes(whole))
+    try:
+        for rows in read_safetensors(path).values():
+            rows.read(0, 1)
+    except Error as error:
+        assert str(path) in str(error)
+
+
+def test_file_that_shrinks_after_opening_is_noticed(tmp_path):
+    path = write(tmp_path, pack({"w": ENTRY}, bytes(24)))
+    rows = read_safetensors(path)["w"]
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ConversionError, match="ends inside tensor w"):
+        rows.read(0, 2)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, "2", True, [2], None])
+def test_sizes_must_be_positive_integers(value):
+    with pytest.raises(ConversionError, match=r"config\.json: size must be a positive integer"):
+        Config({"size": value}, Path("config.json")).integer("size")
+
+
+@pytest.mark.parametrize("value", ["1e-5", False, float("nan"), float("inf"), None])
+def test_numbers_must_be_finite_numbers(value):
+    with pytest.raises(ConversionError, match=r"config\.json: eps must be a number"):
+        Config({"eps": value}, Path("config.json")).number("eps")
+    assert Config({"eps": 1}, Path("config.json")).number("eps") == 1.0
