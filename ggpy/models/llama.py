@@ -94,25 +94,17 @@ class Llama:
 
     def _attention(self, g: "Graph", w: "Weights", x: "Tensor", p: str) -> "Tensor":
         table = g.input("rope", (self.rope.n_rot,))
-        heads = {"q": self.n_head, "k": self.n_head_kv, "v": self.n_head_kv}
         parts = {}
-        for part, n in heads.items():
-            y = g.op("MUL_MAT", w(f"{p}.attn_{part}.weight", n * self.head_dim, self.n_embd), x, name=f"{p}.{part}")
-            bias = w.optional(f"{p}.attn_{part}.bias", n * self.head_dim)
-            if bias is not None:
-                y = g.op("ADD_BIAS", y, bias, name=f"{p}.{part}_bias")
+        for part, n in {"q": self.n_head, "k": self.n_head_kv, "v": self.n_head_kv}.items():
+            y = w.linear(f"{p}.attn_{part}", n * self.head_dim, x)
             parts[part] = g.op("RESHAPE", y, shape=(n, self.head_dim), name=f"{p}.{part}_heads")
         q = g.op("ROPE", parts["q"], table, kind="norm", name=f"{p}.q_rope")
         k = g.op("ROPE", parts["k"], table, kind="norm", name=f"{p}.k_rope")
         cache = g.cache(f"{p}.cache", self.n_head_kv, self.head_dim)
         y = g.op("ATTENTION", q, k, parts["v"], cache, scale=self.head_dim**-0.5, name=f"{p}.attn")
         y = g.op("RESHAPE", y, shape=(self.n_head * self.head_dim,), name=f"{p}.attn_rows")
-        y = g.op("MUL_MAT", w(f"{p}.attn_output.weight", self.n_embd, self.n_head * self.head_dim), y, name=f"{p}.attn_out")
-        bias = w.optional(f"{p}.attn_output.bias", self.n_embd)
-        return y if bias is None else g.op("ADD_BIAS", y, bias, name=f"{p}.attn_out_bias")
+        return w.linear(f"{p}.attn_output", self.n_embd, y)
 
     def _ffn(self, g: "Graph", w: "Weights", x: "Tensor", p: str) -> "Tensor":
-        gate = g.op("MUL_MAT", w(f"{p}.ffn_gate.weight", self.n_ff, self.n_embd), x, name=f"{p}.gate")
-        up = g.op("MUL_MAT", w(f"{p}.ffn_up.weight", self.n_ff, self.n_embd), x, name=f"{p}.up")
-        y = g.op("SWIGLU", gate, up, name=f"{p}.swiglu")
-        return g.op("MUL_MAT", w(f"{p}.ffn_down.weight", self.n_embd, self.n_ff), y, name=f"{p}.down")
+        gate, up = w.linear(f"{p}.ffn_gate", self.n_ff, x), w.linear(f"{p}.ffn_up", self.n_ff, x)
+        return w.linear(f"{p}.ffn_down", self.n_embd, g.op("SWIGLU", gate, up, name=f"{p}.ffn_act"))

@@ -40,3 +40,10 @@ class Weights:
     def optional(self, name: str, *shape: int) -> "Tensor | None":
         """The same, or None if the file has no such tensor."""
         return self(name, *shape) if name in self._file.tensors else None
+
+    def linear(self, name: str, n_rows: int, x: "Tensor") -> "Tensor":
+        """`{name}.weight` (n_rows, …) times x, plus `{name}.bias` if the file has one: (n_tokens, n_rows), named `name`."""
+        bias = self.optional(f"{name}.bias", n_rows)
+        weight = self(f"{name}.weight", n_rows, x.n_values // x.shape[0])
+        y = self._graph.op("MUL_MAT", weight, x, name=name if bias is None else f"{name}.product")
+        return y if bias is None else self._graph.op("ADD_BIAS", y, bias, name=name)
