@@ -1,0 +1,126 @@
+"""The commands as a user meets them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ggpy.cli import main
+from tests.models.checkpoints import converted, random_model
+from tests.models.test_llama import SIZES
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a checkpoint and its conversion, f32.gguf."""
+    folder = tmp_path_factory.mktemp("cli")
+    converted(folder, random_model(LlamaForCausalLM, LlamaConfig(**SIZES)))
+    return folder
+
+
+def call(capsys, *arguments):
+    """Exit code, stdout and stderr of a command."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(a) for a in arguments])
+    out = capsys.readouterr()
+    return caught.value.code or 0, out.out, out.err
+
+
+def test_run_streams_the_text_that_the_api_gives(folder, capsys):
+    import ggpy
+
+    code, out, err = call(capsys, "run", folder / "f32.gguf", "-p", "the hand", "-n", 8, "--temp", 0, "-v", "-t", 1)
+    assert code == 0
+    with ggpy.load(folder / "f32.gguf") as model:
+        assert out == "".join(model.generate("the hand", max_tokens=8, temperature=0)) + "\n"
+    assert "decode" in err and "tok/s" in err
+
+
+def test_run_takes_a_checkpoint_converts_it_once_and_caches_it(folder, capsys, monkeypatch, tmp_path):
+    from ggpy.kernels import build
+
+    kernels = build.cache_dir() / "kernels"
+    kernels.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "kernels").symlink_to(kernels)
+    monkeypatch.setenv("GGPY_CACHE", str(tmp_path))
+    first = call(capsys, "run", folder / "checkpoint", "-p", "the hand", "-n", 4, "--temp", 0)
+    second = call(capsys, "run", folder / "checkpoint", "-p", "the hand", "-n", 4, "--temp", 0)
+    assert first[0] == second[0] == 0 and first[1] == second[1]
+    assert "converting" in first[2] and "converting" not in second[2]
+
+
+def test_chat_goes_through_the_template(folder, capsys):
+    code, out, _ = call(capsys, "run", folder / "f32.gguf", "--chat", "-p", "hello", "-n", 4, "--temp", 0)
+    assert code == 0 and out.endswith("\n")
+
+
+def test_inspect_prints_metadata_and_tensors(folder, capsys):
+    code, out, _ = call(capsys, "inspect", folder / "f32.gguf")
+    assert code == 0 and "general.architecture" in out and "blk.2.ffn_down.weight" in out
+    code, out, _ = call(capsys, "inspect", "--json", folder / "f32.gguf")
+    facts = json.loads(out)
+    assert facts["metadata"]["llama.block_count"] == 3
+    assert {"name": "token_embd.weight", "type": "F32", "shape": [512, 64]}.items() <= facts["tensors"][0].items()
+
+
+def test_bench_gives_medians_as_json(folder, capsys):
+    code, out, _ = call(capsys, "bench", folder / "f32.gguf", "-p", 16, "-n", 4, "-r", 2, "-t", 1, "--json")
+    tests = json.loads(out)["tokens_per_second"]
+    assert code == 0 and [t["test"] for t in tests] == ["prompt 16", "decode 4"]
+    assert all(0 < t["min"] <= t["median"] <= t["max"] for t in tests)
+
+
+def test_convert_writes_and_dry_run_does_not(folder, capsys, tmp_path):
+    out = tmp_path / "new.gguf"
+    code, printed, _ = call(capsys, "convert", folder / "checkpoint", "-o", out, "--type", "q8_0", "--dry-run")
+    assert code == 0 and not out.exists() and "blk.0.attn_q.weight" in printed and "Q8_0" in printed
+    code, _, _ = call(capsys, "convert", folder / "checkpoint", "-o", out, "--type", "q8_0")
+    assert code == 0 and out.exists() and list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["run", "{folder}/missing.gguf", "-p", "x"], "missing.gguf: no such file"),
+        (["run", "{folder}/checkpoint/config.json", "-p", "x"], "config.json"),
+        (["inspect", "{folder}/checkpoint/config.json"], "config.json"),
+        (["run", "{folder}", "-p", "x"], "a folder without config.json"),
+        (["run", "{folder}/f32.gguf", "-p", "the " * 600, "-c", "32"], "the context holds 32"),
+        (["run", "{folder}/f32.gguf", "-p", ""], "the prompt is empty"),
+        (["run", "{folder}/f32.gguf", "-p", "x", "--kv-type", "f8"], "there are F16, F32"),
+        (["convert", "{folder}/checkpoint", "-o", "{folder}/x.gguf", "--type", "q9"], "q9"),
+        (["convert", "{folder}/nowhere", "-o", "{folder}/x.gguf"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_1(folder, capsys, arguments, message):
+    code, _, err = call(capsys, *[a.format(folder=folder) for a in arguments])
+    assert code == 1
+    lines = [line for line in err.strip().splitlines() if not line.startswith("compiling")]
+    assert len(lines) == 1 and lines[0].startswith("ggpy: ") and message in lines[0]
+
+
+def test_debug_shows_the_traceback(folder, capsys):
+    from ggpy import GGUFError
+
+    with pytest.raises(GGUFError):
+        main(["--debug", "inspect", str(folder / "checkpoint" / "config.json")])
+
+
+def test_starting_imports_nothing_heavy(folder):
+    code = (
+        "import sys; from ggpy.cli import main\n"
+        f"try: main(['run', {str(folder / 'f32.gguf')!r}, '-p', 'the', '-n', '2', '--temp', '0'])\n"
+        "except SystemExit as e: assert not e.code\n"
+        "heavy = {'numba', 'gguf', 'torch', 'transformers', 'converters', 'huggingface_hub', 'jinja2'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_output_that_nobody_reads_is_no_error(folder):
+    command = f"{sys.executable} -m ggpy inspect {folder / 'f32.gguf'} --json | head -c 10"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
