@@ -6,6 +6,7 @@ The merging itself is done by the `tokenizers` package. Two vocabularies are kno
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from numbers import Integral
@@ -47,6 +48,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTES = _byte_alphabet()
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 class _Fields:
@@ -134,6 +136,10 @@ class Tokenizer:
         n_vocab = self.n_vocab = len(self._tokens)
         typed = metadata.get("tokenizer.ggml.token_type") is not None
         self._types = fields.array("token_type", int, n_vocab) if typed else [NORMAL] * n_vocab
+
+        for text, type_ in zip(self._tokens, self._types, strict=True):
+            if type_ == BYTE and not _BYTE_TOKEN.fullmatch(text):
+                raise TokenizerError(f"tokenizer.ggml.tokens has {text!r}, whose type says that it is a byte like <0x0A>")
 
         pre = None if kind == "llama" else _pretokenizer("gemma4" if kind == "gemma4" else fields.string("pre", "default"))
         self._byte_level = pre is not None and pre.byte_level
@@ -292,7 +298,7 @@ class Tokenizer:
         if type_ in (CONTROL, UNKNOWN) or (type_ == USER_DEFINED and self._byte_level):
             return text.encode()
         if type_ == BYTE:
-            return bytes([int(text[3:5], 16)])  # <0x0A>
+            return bytes.fromhex(text[3:5])  # <0x0A>
         if not self._byte_level:
             return text.replace(SPACE, " ").encode()
         try:
