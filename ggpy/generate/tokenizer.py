@@ -12,6 +12,8 @@ from itertools import repeat
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from ..errors import TokenizerError, UnsupportedError
 from .pretokenizers import PRETOKENIZERS, PreTokenizer
 
@@ -72,7 +74,7 @@ class _Fields:
         value = self._value(name)
         if value is None:
             return default
-        if not (isinstance(value, Integral) or type(value).__name__ in ("bool", "bool_")):
+        if not isinstance(value, (Integral, np.bool_)):
             raise _wrong(name, "a boolean", value)
         return bool(value)
 

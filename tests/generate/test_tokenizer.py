@@ -5,6 +5,8 @@ import importlib.util
 import io
 import json
 import random
+import subprocess
+import sys
 import unicodedata
 from functools import cache
 from pathlib import Path
@@ -497,3 +499,10 @@ def test_text_that_is_no_unicode_is_refused():
     for text in ("a\ud800", b"bytes", None):
         with pytest.raises(TokenizerError, match="can't encode"):
             smollm2().encode(text)
+
+
+@pytest.mark.parametrize("module", ["tokenizer", "pretokenizers", "sampling", "streaming", "chat"])
+def test_importing_loads_no_heavy_package(module):
+    code = f"import sys, ggpy.generate.{module}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"tokenizers", "jinja2", "numba", "gguf", "torch", "transformers"} & set(loaded)
