@@ -77,18 +77,15 @@ class StoredRows:
 
 
 @dataclass(frozen=True)
-class ReorderedRows:
-    """Another tensor's rows in another order: row i is the other's row ``order[i]`` (implements `Rows`).
+class PickedRows:
+    """Another tensor's rows in another order, or some of them: row i is the other's row ``order[i]`` (implements `Rows`).
 
-    A tensor with one axis has one row; its values are reordered.
+    A tensor with one axis has one row; its values are picked.
     """
 
     rows: Rows
     order: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.rows.shape
+    shape: tuple[int, ...]
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -100,6 +97,48 @@ class ReorderedRows:
         wanted = self.order[start:stop]
         first = int(wanted.min())
         return self.rows.read(first, int(wanted.max()) + 1)[wanted - first]
+
+
+@dataclass(frozen=True)
+class StackedRows:
+    """Tensors of one shape, one after the other along a new first axis (implements `Rows`)."""
+
+    parts: tuple[Rows, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.parts), *self.parts[0].shape
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(name for part in self.parts for name in part.sources)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        n = math.prod(self.shape[1:-1])
+        pieces = [self.parts[i].read(max(start - i * n, 0), min(stop - i * n, n)) for i in range(start // n, -(-stop // n))]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+@dataclass(frozen=True)
+class TransposedRows:
+    """A tensor with three axes, its last two exchanged (implements `Rows`)."""
+
+    rows: Rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        n, n_rows, n_columns = self.rows.shape
+        return n, n_columns, n_rows
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.rows.sources
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        _, n_rows, n_columns = self.shape
+        first, last = start // n_rows, -(-stop // n_rows)
+        matrices = self.rows.read(first * n_columns, last * n_columns).reshape(last - first, n_columns, n_rows)
+        return matrices.swapaxes(1, 2).reshape(-1, n_columns)[start - first * n_rows : stop - first * n_rows]
 
 
 @dataclass(frozen=True)
@@ -140,18 +179,31 @@ class Config:
         value = self.values.get(key)
         return default if value is None else value
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A positive integer.
+    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """An integer, positive unless `least` says otherwise.
 
         Raises
         ------
         ConversionError
-            Missing without a default, or something else than a positive integer.
+            Missing without a default, or something else than such an integer.
         """
         value = self.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise ConversionError(f"{self.path}: {key} must be a positive integer, not {json.dumps(value)}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
+            raise ConversionError(f"{self.path}: {key} must be {wanted}, not {json.dumps(value)}")
         return value
+
+    def only(self, key: str, known: Any) -> None:
+        """Refuse any other value than the one that GGUF's readers take for granted; a missing key is fine.
+
+        Raises
+        ------
+        UnsupportedError
+            Another value.
+        """
+        value = self.get(key, known)
+        if value != known:
+            raise UnsupportedError(f"{self.path}: {key} {value!r}; known: {known}")
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number; the same errors as `integer`."""

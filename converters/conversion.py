@@ -20,12 +20,12 @@ from ggpy.errors import ConversionError, Error, UnsupportedError
 from ggpy.file import writing_aside
 from ggpy.quant import block_type
 
-from . import llama
+from . import deepseek2, llama, mixtral, olmoe, qwen
 from .checkpoint import FILE_PATTERNS, Checkpoint, ComputedRows, Rows
 from .family import Family
 from .vocabulary import check_vocabulary, read_encoder, write_vocabulary
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY,)
+FAMILIES: tuple[Family, ...] = (llama.FAMILY, mixtral.FAMILY, *qwen.FAMILIES, olmoe.FAMILY, deepseek2.FAMILY)
 
 Progress = Callable[[int, int, str], None]
 
@@ -60,6 +60,9 @@ TYPES = {
     "q8_0": FileType(LlamaFileType.MOSTLY_Q8_0, "Q8_0", "Q8_0"),
     "q4_0": FileType(LlamaFileType.MOSTLY_Q4_0, "Q4_0", "Q8_0"),
 }
+
+# Routers are small and decide much: llama.cpp keeps them, too, in float32.
+ROUTERS = ("ffn_gate_inp", "ffn_gate_inp_shexp")
 
 # Largest magnitudes that the types' float16, or float16 scales, can hold.
 LARGEST = {"F16": 65504.0, "Q8_0": 65504.0 * 127, "Q4_0": 65504.0 * 8}
@@ -140,7 +143,8 @@ def convert(
     out : str or path-like
         The file to write; one that is there is replaced.
     type : str
-        A key of `TYPES`. Norms and biases stay float32; matrices whose rows a block type doesn't divide become float16.
+        A key of `TYPES`. Norms, biases and routers stay float32; matrices whose rows a block type doesn't divide become
+        float16.
     dry_run : bool
         Plan and check, but write nothing.
     progress : callable, optional
@@ -219,7 +223,8 @@ def plan_tensors(checkpoint: Checkpoint, family: Family, types: FileType) -> lis
     names = gguf.get_tensor_name_map(family.arch, config.integer("num_hidden_layers"))
     shapes = family.shapes(config)
     sources: dict[str, Rows] = {}
-    for source, rows in checkpoint.tensors.items():
+    for source, rows in family.gather(checkpoint.tensors, config).items():
+        path = checkpoint.tensors[rows.sources[0]].path
         if source.endswith(".rotary_emb.inv_freq"):
             continue  # old checkpoints store what config.json determines
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))
@@ -227,12 +232,12 @@ def plan_tensors(checkpoint: Checkpoint, family: Family, types: FileType) -> lis
             continue  # tied to the embeddings, yet stored
         if name is None or name not in shapes:
             raise ConversionError(
-                f"{rows.path}: tensor {source} has no place in a {checkpoint.architecture} of this config.json"
+                f"{path}: tensor {rows.sources[0]} has no place in a {checkpoint.architecture} of this config.json"
             )
         if name in sources:
-            raise ConversionError(f"{rows.path}: tensors {source} and {sources[name].sources[0]} are both {name}")
+            raise ConversionError(f"{path}: tensors {source} and {sources[name].sources[0]} are both {name}")
         if rows.shape != shapes[name]:
-            raise ConversionError(f"{rows.path}: tensor {source} is {rows.shape}, config.json asks for {shapes[name]}")
+            raise ConversionError(f"{path}: tensor {source} is {rows.shape}, config.json asks for {shapes[name]}")
         sources[name] = rows
     for name in shapes:
         if name not in sources:
@@ -249,7 +254,7 @@ def plan_tensors(checkpoint: Checkpoint, family: Family, types: FileType) -> lis
 def _plan_tensor(name: str, rows: Rows, wanted: str) -> TensorPlan:
     n_columns = rows.shape[-1]
     type_ = block_type(wanted)
-    if len(rows.shape) == 1:
+    if len(rows.shape) == 1 or name.split(".")[-2] in ROUTERS:
         type_ = block_type("F32")
     elif n_columns % type_.block_size:
         type_ = block_type("F16")
@@ -325,7 +330,7 @@ def encoded_chunks(tensor: TensorPlan) -> Iterator[np.ndarray]:
     step = max(1, CHUNK_VALUES // n_columns)
     largest = LARGEST.get(tensor.type, math.inf)
     type_ = block_type(tensor.type)
-    source = ", ".join(tensor.sources) or tensor.name
+    source = tensor.sources[0] if len(tensor.sources) == 1 else tensor.name
     for start in range(0, n_rows, step):
         values = tensor.rows.read(start, min(start + step, n_rows))
         # NaN is propagated by max and min: one pass each finds NaN, infinity and overflow.

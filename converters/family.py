@@ -5,7 +5,7 @@ A new family is one file beside `converters.llama`, and a row in `converters.con
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import gguf
@@ -15,7 +15,21 @@ from ggpy.errors import ConversionError, UnsupportedError
 
 from .checkpoint import Config, Rows
 
+Shapes = dict[str, tuple[int, ...]]
+
 ROPE_SCALINGS = ("default", "linear", "llama3", "yarn")
+
+
+def _as_they_are(tensors: Mapping[str, Rows], config: Config) -> dict[str, Rows]:
+    return dict(tensors)
+
+
+def _unchanged(name: str, rows: Rows, config: Config) -> Rows:
+    return rows
+
+
+def _nothing(config: Config) -> dict[str, np.ndarray]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,9 @@ class Family:
         ``write_hparams(writer, config)`` adds the ``{arch}.*`` metadata.
     shapes : callable
         ``shapes(config)`` lists the model's tensors: NumPy shapes by GGUF name. The checkpoint must hold just these.
+    gather : callable
+        ``gather(tensors, config)`` joins, splits, renames or drops the checkpoint's tensors where GGUF's differ in more
+        than a name; what it returns has names that gguf's table knows.
     transform : callable
         ``transform(name, rows, config)`` gives the rows to write as GGUF tensor `name` for the checkpoint's `rows`.
     computed : callable
@@ -41,9 +58,10 @@ class Family:
     checkpoints: tuple[str, ...]
     arch: gguf.MODEL_ARCH
     write_hparams: Callable[[gguf.GGUFWriter, Config], None]
-    shapes: Callable[[Config], dict[str, tuple[int, ...]]]
-    transform: Callable[[str, Rows, Config], Rows]
-    computed: Callable[[Config], dict[str, np.ndarray]]
+    shapes: Callable[[Config], Shapes]
+    gather: Callable[[Mapping[str, Rows], Config], dict[str, Rows]] = _as_they_are
+    transform: Callable[[str, Rows, Config], Rows] = _unchanged
+    computed: Callable[[Config], dict[str, np.ndarray]] = _nothing
 
 
 def head_dim(config: Config) -> int:
@@ -54,6 +72,47 @@ def head_dim(config: Config) -> int:
     if n_embd % n_head:
         raise ConversionError(f"{config.path}: hidden_size {n_embd} can't be shared by {n_head} heads")
     return n_embd // n_head
+
+
+def model_shapes(config: Config, block: Callable[[int], Shapes]) -> Shapes:
+    """The tensors of a decoder; ``block(i)`` gives those of its layer i, without the prefix."""
+    n_embd, n_vocab = config.integer("hidden_size"), config.integer("vocab_size")
+    tensors: Shapes = {"token_embd.weight": (n_vocab, n_embd)}
+    for i in range(config.integer("num_hidden_layers")):
+        tensors |= {f"blk.{i}.{name}": shape for name, shape in block(i).items()}
+    tensors["output_norm.weight"] = (n_embd,)
+    if not config.get("tie_word_embeddings", False):
+        tensors["output.weight"] = (n_vocab, n_embd)
+    return tensors
+
+
+def attention_shapes(config: Config) -> Shapes:
+    """Norms and matrices of attention with grouped heads; the feed-forward part's norm too."""
+    n_embd, n_head = config.integer("hidden_size"), config.integer("num_attention_heads")
+    n_q = n_head * head_dim(config)
+    n_kv = config.integer("num_key_value_heads", n_head) * head_dim(config)
+    return {
+        "attn_norm.weight": (n_embd,),
+        "attn_q.weight": (n_q, n_embd),
+        "attn_k.weight": (n_kv, n_embd),
+        "attn_v.weight": (n_kv, n_embd),
+        "attn_output.weight": (n_embd, n_q),
+        "ffn_norm.weight": (n_embd,),
+    }
+
+
+def biases(block: Shapes, *names: str) -> Shapes:
+    """Biases of some of a layer's matrices."""
+    return {f"{name}.bias": block[f"{name}.weight"][:1] for name in names}
+
+
+def ffn_shapes(n_embd: int, n_ff: int, kind: str = "") -> Shapes:
+    """The matrices of a feed-forward part; `kind` is GGUF's suffix, such as ``_shexp``."""
+    return {
+        f"ffn_gate{kind}.weight": (n_ff, n_embd),
+        f"ffn_up{kind}.weight": (n_ff, n_embd),
+        f"ffn_down{kind}.weight": (n_embd, n_ff),
+    }
 
 
 def rope_parameters(config: Config) -> Config:
@@ -72,6 +131,7 @@ def rope_parameters(config: Config) -> Config:
 
 def write_decoder_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
     """Add the metadata that nearly all decoders have, named as in config.json for most of them."""
+    config.only("hidden_act", "silu")
     writer.add_block_count(config.integer("num_hidden_layers"))
     writer.add_context_length(config.integer("max_position_embeddings"))
     writer.add_embedding_length(config.integer("hidden_size"))

@@ -28,6 +28,14 @@ WORDS_BY_CASE = (
     r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+# DeepSeek V2's tokenizer lists all letters that have case, in hundreds of ranges; this stands for the list.
+CASED_LETTERS = "\\s?[letters with case]+"
+CASED_LETTERS_LISTED = re.compile(r"\\s\?\[A-Za-zµÀ-ÖØ-öø-[^\]]*\]\+")
+DEEPSEEK3_WORDS = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
+    r" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 # How a tokenizer.json splits text before merging (see `_splitting`) -> GGUF's name for it, tokenizer.ggml.pre.
 SPLITTINGS: dict[tuple[tuple[Any, ...], ...], str] = {
     (("ByteLevel", True),): "gpt-2",
@@ -37,6 +45,22 @@ SPLITTINGS: dict[tuple[tuple[Any, ...], ...], str] = {
     (("Split", WORDS_WITH_SIGN % r"\p{N}", "Isolated"), ("ByteLevel", False)): "deepseek-r1-qwen",
     (("NFC",), ("Split", WORDS_WITH_SIGN % r"\p{N}", "Isolated"), ("ByteLevel", False)): "qwen2",
     (("Split", WORDS_BY_CASE, "Isolated"), ("ByteLevel", False), ("ignore_merges",)): "tekken",
+    (("NFC",), ("ByteLevel", True)): "olmo",
+    (
+        ("Split", r"[\r\n]", "Isolated"),
+        ("Split", CASED_LETTERS, "Isolated"),
+        ("Split", "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+", "Isolated"),
+        ("Split", r"\s+$", "Isolated"),
+        ("Split", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", "Isolated"),
+        ("Digits", True),
+        ("ByteLevel", False),
+    ): "deepseek-llm",
+    (
+        ("Split", r"\p{N}{1,3}", "Isolated"),
+        ("Split", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", "Isolated"),
+        ("Split", DEEPSEEK3_WORDS, "Isolated"),
+        ("ByteLevel", False),
+    ): "deepseek-v3",
 }
 
 # It warns of templates for pairs of texts, which no conversion needs.
@@ -157,7 +181,12 @@ def _splitting(tokenizer: dict[str, Any]) -> tuple[tuple[Any, ...], ...]:
     for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers"):
         match step.get("type"):
             case "Split":
-                splitting.append(("Split", (step.get("pattern") or {}).get("Regex"), step.get("behavior")))
+                pattern = (step.get("pattern") or {}).get("Regex") or ""
+                # Some files have the line breaks themselves.
+                pattern = pattern.replace("\r", r"\r").replace("\n", r"\n")
+                if CASED_LETTERS_LISTED.fullmatch(pattern):
+                    pattern = CASED_LETTERS
+                splitting.append(("Split", pattern, step.get("behavior")))
             case "Digits":
                 splitting.append(("Digits", step.get("individual_digits", False)))
             case "ByteLevel" if not step.get("add_prefix_space"):
