@@ -266,7 +266,7 @@ class Generation:
     def _run(self) -> Generator[str, None, None]:
         model, sequence = self._model, self._model.sequence
         tokenizer = model.tokenizer
-        decoder, stops = StreamDecoder(tokenizer), StopMatcher(self._stop)
+        decoder, stops = StreamDecoder(tokenizer, self.prompt_ids), StopMatcher(self._stop)
         if self._max_tokens is not None and self._max_tokens < 1:
             self.finish_reason = "length"
             return

@@ -1,7 +1,8 @@
 """The memory of a sequence: keys and values of its tokens, in float16 or float32.
 
 Keys are laid out (n_head_kv, n_ctx / 16, head_dim, 16) and values (n_head_kv, n_ctx, head_dim), as the attention kernels
-read them. Memory is touched, and so taken, only as tokens come.
+read them; latent caches, whose keys serve as values too, are (n_ctx, n_values). Memory is touched, and so taken, only as
+tokens come.
 """
 
 from typing import TYPE_CHECKING
@@ -37,24 +38,27 @@ class Caches:
         self.n_ctx = -(-n_ctx // KV_BLOCK) * KV_BLOCK
         self.type = type
         self._dtype = {"F16": np.float16, "F32": np.float32}[type]
-        self._arrays: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._arrays: dict[str, tuple[np.ndarray, ...]] = {}
 
-    def arrays(self, cache: "Tensor") -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values of a CACHE node."""
+    def arrays(self, cache: "Tensor") -> tuple[np.ndarray, ...]:
+        """Keys and values of a CACHE node, or the rows of a latent one."""
         if cache.name not in self._arrays:
-            n_head_kv, head_dim = cache.shape
-            keys = np.zeros((n_head_kv, self.n_ctx // 16, head_dim, 16), self._dtype)
-            self._arrays[cache.name] = (keys, np.zeros((n_head_kv, self.n_ctx, head_dim), self._dtype))
+            if len(cache.shape) == 1:
+                shapes: list[tuple[int, ...]] = [(self.n_ctx, *cache.shape)]
+            else:
+                n_head_kv, head_dim = cache.shape
+                shapes = [(n_head_kv, self.n_ctx // 16, head_dim, 16), (n_head_kv, self.n_ctx, head_dim)]
+            self._arrays[cache.name] = tuple(np.zeros(shape, self._dtype) for shape in shapes)
         return self._arrays[cache.name]
 
     @property
     def n_bytes(self) -> int:
         """Bytes of all caches when full."""
-        return sum(k.nbytes + v.nbytes for k, v in self._arrays.values())
+        return sum(a.nbytes for arrays in self._arrays.values() for a in arrays)
 
-    def view(self, cache: "Tensor") -> "CacheView":
+    def view(self, cache: "Tensor") -> "CacheView | LatentView":
         """The cache in numpy's terms, for the reference executor."""
-        return CacheView(*self.arrays(cache))
+        return (LatentView if len(cache.shape) == 1 else CacheView)(*self.arrays(cache))
 
 
 class CacheView:
@@ -71,3 +75,16 @@ class CacheView:
         self._values[:, n_past:n] = v.transpose(1, 0, 2)
         keys = self._keys.transpose(1, 3, 0, 2).reshape(-1, *k.shape[1:])  # (n_ctx, n_head_kv, head_dim)
         return keys[:n].astype(np.float32), self._values.transpose(1, 0, 2)[:n].astype(np.float32)
+
+
+class LatentView:
+    """A latent cache, likewise."""
+
+    def __init__(self, rows: np.ndarray):
+        self._rows = rows
+
+    def append(self, rows: np.ndarray, n_past: int) -> np.ndarray:
+        """Stores (n_tokens, n_values) after `n_past` tokens; all rows so far, as float32."""
+        n = n_past + len(rows)
+        self._rows[n_past:n] = rows
+        return self._rows[:n].astype(np.float32)

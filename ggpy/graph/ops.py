@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..errors import GraphError
-from ..kernels.table import FLOAT, KEYS_PER_ITEM, QUANTIZED
+from ..kernels.table import FLOAT, HEADS_PER_ITEM, KEYS_PER_ITEM, MOST_EXPERTS, QUANTIZED
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -66,11 +66,15 @@ OPS["GET_ROWS"] = Op(_get_rows_shape, lambda run, w, ids: w[ids], _get_rows_lowe
 # --- MUL_MAT: weights × activations -----------------------------------------------------------------------------------
 
 
+def _columns(w: "Tensor") -> None:
+    _need(w.type in QUANTIZED or w.type in FLOAT, f"no kernel for {w.type}")
+    _need(w.shape[-1] % 32 == 0, f"{w.shape[-1]} columns; the kernels take multiples of 32")
+
+
 def _mul_mat_shape(w: "Tensor", x: "Tensor") -> Shape:
     _need(len(w.shape) == 2 and x.type == "F32", "takes a weight matrix and float32 activations")
-    _need(w.type in QUANTIZED or w.type in FLOAT, f"no kernel for {w.type}")
-    _need(w.shape[1] == _row(x), f"{w.shape[1]} columns against rows of {_row(x)} values")
-    _need(w.shape[1] % 32 == 0, f"{w.shape[1]} columns; the kernels take multiples of 32")
+    _need(len(x.shape) == 2 and w.shape[1] == x.shape[1], f"{w.shape[1]} columns against rows of {_row(x)} values")
+    _columns(w)
     return (x.shape[0], w.shape[0])
 
 
@@ -84,14 +88,15 @@ def _mul_mat_lower(p: "Plan", node: "Tensor") -> None:
         if other is not node and p.is_computed(other):
             residual = other
     out = node if residual is None or total is None else total
-    p.mul_mat(w, x, out, residual)
+    source, stride = p.activations(x, w.type, w.shape[1])
+    sizes: dict[str, Any] = {"x_stride": stride, "out_stride": 4 * w.shape[0], "x_slot_stride": 0, "out_slot_stride": 0}
+    added = 0 if residual is None else residual
+    p.product(w, out, x.shape[0] == 1, x=source, out=out, residual=added, n_slots=1, **sizes)
     if out is not node:
         p.mark_computed(out)
 
 
-OPS["MUL_MAT"] = Op(
-    _mul_mat_shape, lambda run, w, x: x.reshape(len(x), -1).astype(np.float32) @ w.T.astype(np.float32), _mul_mat_lower
-)
+OPS["MUL_MAT"] = Op(_mul_mat_shape, lambda run, w, x: x @ w.T, _mul_mat_lower)
 
 
 # --- element by element -----------------------------------------------------------------------------------------------
@@ -148,22 +153,25 @@ OPS["SCALE"] = Op(_scale_shape, lambda run, x, factor: x * np.float32(factor), _
 
 
 def _rms_norm_shape(x: "Tensor", w: "Tensor", eps: float) -> Shape:
-    _need(w.type == "F32" and w.shape == x.shape[-1:], "takes float32 weights as long as a row")
-    _vectors(x.shape[-1])
-    return x.shape
+    n = w.shape[-1]
+    _need(w.type == "F32" and len(w.shape) == 1 and n <= x.shape[-1], "takes float32 weights, no more than a row's values")
+    _vectors(n)
+    return (*x.shape[:-1], n)
 
 
 def _rms_norm_reference(run: "Reference", x: np.ndarray, w: np.ndarray, eps: float) -> np.ndarray:
+    x = x[..., : len(w)]
     return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + np.float32(eps)) * w
 
 
 def _rms_norm_lower(p: "Plan", node: "Tensor") -> None:
     x, w = node.inputs
     n = node.shape[-1]
-    rows: dict[str, Any] = {"n_cols": n, "n_rows_per_token": _row(node) // n, "x_stride": 4 * n, "out_stride": 4 * n}
-    p.step("rms_norm", node, x=x, w=w, out=node, eps=float(node.attrs["eps"]), **rows)
+    rows: dict[str, Any] = {"n_cols": n, "n_rows_per_token": _row(node) // n, "out_stride": 4 * n}
+    p.step("rms_norm", node, x=x, w=w, out=node, eps=float(node.attrs["eps"]), x_stride=4 * x.shape[-1], **rows)
 
 
+# Of rows longer than the weights, the beginning is taken.
 OPS["RMS_NORM"] = Op(_rms_norm_shape, _rms_norm_reference, _rms_norm_lower)
 
 
@@ -218,29 +226,34 @@ OPS["RESHAPE"] = Op(_reshape_shape, lambda run, x, shape: x.reshape(len(x), *sha
 # --- ROPE -------------------------------------------------------------------------------------------------------------
 
 
-def _rope_shape(x: "Tensor", table: "Tensor", kind: str) -> Shape:
+def _rope_shape(x: "Tensor", table: "Tensor", kind: str, first: int = 0) -> Shape:
     _need(kind in ("norm", "neox"), f"unknown kind {kind}")
     _need(len(x.shape) == 3 and len(table.shape) == 2, "takes (n_tokens, n_head, head_dim) and a table (n_tokens, n_rot)")
-    _need(table.shape[1] <= x.shape[2] and table.shape[1] % 2 == 0, f"can't rotate {table.shape[1]} of {x.shape[2]} values")
-    return x.shape
+    n, n_rot = x.shape[2] - first, table.shape[1]
+    _need(0 < n_rot <= n and n_rot % 2 == 0, f"can't rotate {n_rot} of {n} values")
+    return (*x.shape[:2], n)
 
 
-def _rope_reference(run: "Reference", x: np.ndarray, table: np.ndarray, kind: str) -> np.ndarray:
-    n = table.shape[1]
+def _rope_reference(run: "Reference", x: np.ndarray, table: np.ndarray, kind: str, first: int = 0) -> np.ndarray:
+    n, x = table.shape[1], x[..., first:]
     cos, sin = table[:, None, : n // 2], table[:, None, n // 2 :]
-    first, second = (slice(0, n, 2), slice(1, n, 2)) if kind == "norm" else (slice(0, n // 2), slice(n // 2, n))
+    a, b = (slice(0, n, 2), slice(1, n, 2)) if kind == "norm" else (slice(0, n // 2), slice(n // 2, n))
     out = x.copy()
-    out[..., first] = x[..., first] * cos - x[..., second] * sin
-    out[..., second] = x[..., first] * sin + x[..., second] * cos
+    out[..., a] = x[..., a] * cos - x[..., b] * sin
+    out[..., b] = x[..., a] * sin + x[..., b] * cos
     return out
 
 
 def _rope_lower(p: "Plan", node: "Tensor") -> None:
     x, table = node.inputs
-    sizes: dict[str, Any] = {"n_head": x.shape[1], "head_dim": x.shape[2], "n_rot": table.shape[1]}
-    p.step(f"rope_{node.attrs['kind']}", node, x=x, table=table, out=node, **sizes)
+    _, n_head, width = x.shape
+    sizes: dict[str, Any] = {"n_head": n_head, "head_dim": node.shape[2], "n_rot": table.shape[1]}
+    sizes |= {"x_stride": 4 * n_head * width, "x_head_stride": 4 * width}
+    source = p.at(x, 4 * node.attrs.get("first", 0))
+    p.step(f"rope_{node.attrs['kind']}", node, x=source, table=table, out=node, **sizes)
 
 
+# Values of a head before `first` are left out.
 OPS["ROPE"] = Op(_rope_shape, _rope_reference, _rope_lower)
 
 
@@ -297,3 +310,224 @@ def _attention_lower(p: "Plan", node: "Tensor") -> None:
 
 
 OPS["ATTENTION"] = Op(_attention_shape, _attention_reference, _attention_lower)
+
+
+# --- MUL_MAT_HEADS: each head's activations × its own matrix ---------------------------------------------------------
+
+
+def _heads_shape(w: "Tensor", x: "Tensor") -> Shape:
+    _need(len(w.shape) == 3 and len(x.shape) == 3, "takes weights (n_head, n_rows, n_cols) and (n_tokens, n_head, …)")
+    _need(w.shape[0] == x.shape[1] and w.shape[2] <= x.shape[2], "heads or columns differ")
+    _columns(w)
+    return (*x.shape[:2], w.shape[1])
+
+
+def _heads_lower(p: "Plan", node: "Tensor") -> None:
+    w, x = node.inputs
+    n_head, n_rows, n_cols = w.shape
+    source, stride = p.activations(x, w.type, n_cols)
+    sizes: dict[str, Any] = {"x_stride": n_head * stride, "x_slot_stride": stride, "n_slots": n_head}
+    sizes |= {"out_stride": 4 * n_head * n_rows, "out_slot_stride": 4 * n_rows}
+    p.product(w, node, x.shape[0] == 1, x=source, out=node, **sizes)
+
+
+def _heads_reference(run: "Reference", w: np.ndarray, x: np.ndarray) -> np.ndarray:
+    return np.einsum("hrc,thc->thr", w, x[..., : w.shape[2]], optimize=True)
+
+
+# Of heads longer than the matrices' rows, the beginning is taken.
+OPS["MUL_MAT_HEADS"] = Op(_heads_shape, _heads_reference, _heads_lower)
+
+
+# --- ROUTE: which experts, and how much of each ----------------------------------------------------------------------
+
+
+def _route_shape(logits: "Tensor", *bias: "Tensor", n_used: int, gating: str, **how: Any) -> Shape:
+    n_expert = logits.shape[1]
+    _need(len(logits.shape) == 2 and n_expert <= MOST_EXPERTS, f"takes logits (n_tokens, n_expert ≤ {MOST_EXPERTS})")
+    _need(0 < n_used <= n_expert, f"{n_used} of {n_expert} experts")
+    _need(gating in ("softmax", "sigmoid"), f"unknown gating {gating}")
+    n_group = how.get("n_group", 1)
+    _need(n_expert % n_group == 0 and n_used <= n_expert // n_group * how.get("n_group_used", 1), "too few in the groups")
+    _need(not bias or bias[0].shape == (n_expert,), "takes one bias for each expert")
+    return (logits.shape[0], n_used, 2)
+
+
+def _route_reference(
+    run: "Reference",
+    logits: np.ndarray,
+    *bias: np.ndarray,
+    n_used: int,
+    gating: str,
+    normalize: bool = False,
+    scale: float = 1.0,
+    n_group: int = 1,
+    n_group_used: int = 1,
+) -> np.ndarray:
+    n = len(logits)
+    if gating == "sigmoid":
+        probs = 1 / (1 + np.exp(-logits))
+    else:
+        probs = _soft_max_reference(run, logits)
+    scores = probs + bias[0] if bias else probs.copy()
+    if n_group > 1:
+        groups = np.sort(scores.reshape(n, n_group, -1), -1)
+        worth = groups[..., -2:].sum(-1) if gating == "sigmoid" else groups[..., -1]
+        out = np.argsort(-worth, -1, kind="stable")[:, n_group_used:]
+        for t in range(n):
+            scores.reshape(n, n_group, -1)[t, out[t]] = -np.inf
+    chosen = np.argsort(-scores, -1, kind="stable")[:, :n_used]
+    weights = np.take_along_axis(probs, chosen, -1)
+    if normalize:
+        weights = weights / (weights.sum(-1, keepdims=True) + np.float32(1e-20))
+    return np.stack([chosen, weights * np.float32(scale)], -1).astype(np.float32)
+
+
+def _route_lower(p: "Plan", node: "Tensor") -> None:
+    logits, *bias = node.inputs
+    a = node.attrs
+    how: dict[str, Any] = {"sigmoid": a["gating"] == "sigmoid", "normalize": a.get("normalize", False)}
+    how |= {"factor": float(a.get("scale", 1.0)), "n_group": a.get("n_group", 1), "n_group_used": a.get("n_group_used", 1)}
+    sizes: dict[str, Any] = {"n_expert": logits.shape[1], "n_used": a["n_used"]}
+    p.step("route", node, logits=logits, bias=bias[0] if bias else 0, out=node, **sizes, **how)
+
+
+# The result is (n_tokens, n_used, 2): pairs of an expert's number and its weight, the best first. With groups of experts,
+# only those of the best groups count: a group's worth is its best expert (softmax, DeepSeek-V2) or its best two (sigmoid,
+# DeepSeek-V3).
+OPS["ROUTE"] = Op(_route_shape, _route_reference, _route_lower)
+
+
+# --- MUL_MAT_ID: each token's activations × the matrices of its experts ----------------------------------------------
+
+
+def _id_shape(w: "Tensor", x: "Tensor", route: "Tensor") -> Shape:
+    n_used = route.shape[1]
+    _need(len(w.shape) == 3 and x.shape[-1] == w.shape[2], f"weights {w.shape} against rows of {x.shape[-1]} values")
+    _need(len(x.shape) == 2 or x.shape[1:-1] == (n_used,), "takes one row a token, or one for each of its experts")
+    _columns(w)
+    return (x.shape[0], n_used, w.shape[1])
+
+
+def _id_reference(run: "Reference", w: np.ndarray, x: np.ndarray, route: np.ndarray) -> np.ndarray:
+    n, n_used = route.shape[:2]
+    rows = x if x.ndim == 3 else np.repeat(x[:, None], n_used, 1)
+    out = np.empty((n, n_used, w.shape[1]), np.float32)
+    experts = route[..., 0].astype(int)
+    for e in np.unique(experts):
+        out[experts == e] = rows[experts == e] @ w[e].T
+    return out
+
+
+def _id_lower(p: "Plan", node: "Tensor") -> None:
+    w, x, route = node.inputs
+    n_expert, n_rows, n_cols = w.shape
+    n_used = route.shape[1]
+    source, stride = p.activations(x, w.type, n_cols)
+    shared = len(x.shape) == 2  # all experts of a token take the same row
+    sizes: dict[str, Any] = {"out_stride": 4 * n_rows, "out_slot_stride": 4 * n_rows, "x_stride": stride}
+    if x.shape[0] == 1:
+        slots: dict[str, Any] = {"n_slots": n_used, "x_slot_stride": 0 if shared else stride}
+        p.product(w, node, True, x=source, out=node, ids=route, **slots, **sizes)
+        return
+    # Each expert's rows are brought together, so that its matrix is unpacked once for all of them.
+    n_sorted = x.shape[0] * n_used + 7 * n_expert + 8
+    given = p.place_of(route)
+
+    def group(out: Any) -> None:
+        p.step("group_by_expert", route, route=given, out=out, n_expert=n_expert, n_used=n_used)
+
+    groups = p.once(("groups", given), 8 * n_expert + 4 * n_sorted, group)
+
+    def gather(out: Any) -> None:
+        per_row = n_used if shared else 1
+        p.step("gather_rows", x, x=source, groups=groups, out=out, n_expert=n_expert, per_row=per_row, row_bytes=stride)
+
+    rows = p.once(("gathered", source, given), stride * n_sorted, gather)
+    p.product(w, node, False, x=rows, out=node, groups=groups, n_slots=n_expert, x_slot_stride=0, **sizes)
+
+
+OPS["MUL_MAT_ID"] = Op(_id_shape, _id_reference, _id_lower)
+
+
+# --- COMBINE, SIGMOID_GATE: what the experts say, by weight ------------------------------------------------------------
+
+
+def _combine_shape(x: "Tensor", route: "Tensor") -> Shape:
+    _need(len(x.shape) == 3 and x.shape[:2] == route.shape[:2], "takes (n_tokens, n_used, …) and their route")
+    _vectors(x.shape[2])
+    return (x.shape[0], x.shape[2])
+
+
+def _combine_lower(p: "Plan", node: "Tensor") -> None:
+    x, route = node.inputs
+    p.step("combine", node, x=x, route=route, out=node, n_used=x.shape[1], n_cols=x.shape[2])
+
+
+OPS["COMBINE"] = Op(_combine_shape, lambda run, x, route: (x * route[..., 1:]).sum(1), _combine_lower)
+
+
+def _gate_shape(x: "Tensor", gate: "Tensor") -> Shape:
+    _need(gate.shape == (x.shape[0], 1) and len(x.shape) == 2, "takes one gate a token")
+    _vectors(x.shape[1])
+    return x.shape
+
+
+def _gate_lower(p: "Plan", node: "Tensor") -> None:
+    x, gate = node.inputs
+    p.step("sigmoid_gate", node, x=x, gate=gate, out=node, n_cols=x.shape[1])
+
+
+OPS["SIGMOID_GATE"] = Op(_gate_shape, lambda run, x, gate: x / (1 + np.exp(-gate)), _gate_lower)
+
+
+# --- ATTENTION_LATENT: causal, all heads over the same latent keys and values ------------------------------------------
+
+
+def _latent_shape(q: "Tensor", q_rot: "Tensor", latent: "Tensor", k_rot: "Tensor", cache: "Tensor", scale: float) -> Shape:
+    _need(len(q.shape) == 3 and q.shape[:2] == q_rot.shape[:2], "takes queries (n_tokens, n_head, …)")
+    _need(latent.shape[1:] == q.shape[2:] and k_rot.shape[2:] == q_rot.shape[2:], "queries and keys differ in length")
+    _need(cache.shape == (q.shape[2] + q_rot.shape[2],), "the cache holds other rows")
+    _vectors(q.shape[2])
+    _vectors(q_rot.shape[2])
+    return q.shape
+
+
+def _latent_reference(
+    run: "Reference",
+    q: np.ndarray,
+    q_rot: np.ndarray,
+    latent: np.ndarray,
+    k_rot: np.ndarray,
+    cache: Any,
+    scale: float,
+) -> np.ndarray:
+    n, n_latent = latent.shape
+    keys = cache.append(np.concatenate([latent, k_rot.reshape(n, -1)], 1), run.n_past)  # (n_kv, n_latent + n_rot)
+    scores = np.einsum("qhd,kd->hqk", np.concatenate([q, q_rot], -1), keys, optimize=True) * np.float32(scale)
+    seen = np.arange(len(keys))[None, :] <= run.n_past + np.arange(n)[:, None]
+    scores = np.where(seen[None], scores, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("hqk,kd->qhd", p / p.sum(-1, keepdims=True), keys[:, :n_latent], optimize=True)
+
+
+def _latent_lower(p: "Plan", node: "Tensor") -> None:
+    q, q_rot, latent, k_rot, cache = node.inputs
+    _, n_head, n_latent = q.shape
+    n_rot = q_rot.shape[2]
+    (rows,) = p.cache(cache)
+    kind, width = p.kv_type, n_latent + n_rot
+    store: dict[str, Any] = {"latent": latent, "k_rot": k_rot, "n_latent": n_latent, "n_rot": n_rot}
+    p.step(f"store_latent_{kind}", node, writes=("cache",), cache=rows, **store)
+    p.scratch(4 * HEADS_PER_ITEM * (width + n_latent) + 64 * width)
+    sizes: dict[str, Any] = {"n_head": n_head, "n_latent": n_latent, "n_rot": n_rot, "scale": float(node.attrs["scale"])}
+    take: dict[str, Any] = {"q_latent": q, "q_rot": q_rot, "cache": rows, **sizes}
+    if node.shape[0] == 1:
+        partial = p.buffer(4 * (p.n_ctx // KEYS_PER_ITEM + 1) * n_head * (n_latent + 16))
+        p.step(f"latent_attention_one_{kind}", node, writes=("partial",), partial=partial, **take)
+        p.step("attention_merge", node, partial=partial, out=node, n_head=n_head, head_dim=n_latent)
+    else:
+        p.step(f"latent_attention_many_{kind}", node, out=node, **take)
+
+
+OPS["ATTENTION_LATENT"] = Op(_latent_shape, _latent_reference, _latent_lower)

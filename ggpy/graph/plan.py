@@ -7,6 +7,7 @@ one since the last barrier has written, or writes what one has read.
 
 import struct
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,14 @@ class Memory:
 
     address: int
     n_bytes: int
+
+
+@dataclass(frozen=True)
+class At:
+    """A place within a buffer."""
+
+    buffer: Buffer
+    offset: int
 
 
 @dataclass(eq=False)
@@ -77,7 +86,7 @@ class Plan:
         self.n_threads, self.kv_type = n_threads, caches.type
         self.steps: list[Step] = []
         self._buffers: dict[Tensor, Buffer] = {}
-        self._quantized: dict[tuple[Buffer, str], Buffer] = {}
+        self._made: dict[tuple, Buffer] = {}
         self._computed: set[Tensor] = set()
         self._users = Counter(i for node in graph for i in node.inputs)
         self._user = {i: node for node in graph for i in node.inputs}
@@ -93,39 +102,65 @@ class Plan:
     # What operations use to lower themselves
 
     def step(self, kernel: str, node: "Tensor", writes: tuple[str, ...] = ("out",), **params) -> None:
-        """Emits a kernel call. Tensors stand for their addresses; `state` and `counter` are filled in."""
+        """Emits a kernel call. Tensors stand for their addresses; `state`, `counter`, `scratch` are filled in."""
         for key, value in params.items():
             if hasattr(value, "op"):
-                params[key] = self._place_of(value)
+                params[key] = self.place_of(value)
         self.steps.append(Step(kernel, node, params, writes))
 
     def buffer(self, n_bytes: int) -> Buffer:
         """A new piece of the arena."""
         return Buffer(-(-n_bytes // _ALIGN) * _ALIGN)
 
-    def cache(self, cache: "Tensor") -> tuple[Memory, Memory]:
-        """The keys and values of a cache."""
-        return tuple(self._memory(a) for a in self._caches.arrays(cache))  # type: ignore[return-value]
+    def cache(self, cache: "Tensor") -> tuple[Memory, ...]:
+        """The arrays of a cache."""
+        return tuple(self._memory(a) for a in self._caches.arrays(cache))
 
-    def mul_mat(self, w: "Tensor", x: "Tensor", out: "Tensor", residual: "Tensor | None") -> None:
-        """A matrix product, of activations quantized once for all products that take them."""
-        n_rows, n_cols = w.shape
-        one = x.shape[0] == 1
-        source = self._place_of(x)
-        stride = 4 * n_cols
-        if w.type in QUANTIZED:
-            fmt, stride = QUANTIZED[w.type], activation_bytes(n_cols)
-            assert isinstance(source, Buffer)
-            if (source, fmt) not in self._quantized:
-                quantized = self.buffer(stride * self._padded(x))
-                self.step(f"quantize_{fmt}", x, x=source, out=quantized, n_cols=n_cols, out_stride=stride)
-                self._quantized[source, fmt] = quantized
-            source = self._quantized[source, fmt]
-        row_bytes = w.attrs["weight"].n_bytes // n_rows
-        self._scratch_stride = max(self._scratch_stride, scratch_bytes(w.type, n_cols, row_bytes, self._lanes))
-        sizes: dict[str, Any] = {"n_rows": n_rows, "n_cols": n_cols, "x_stride": stride, "out_stride": 4 * n_rows}
-        added = 0 if residual is None else residual
-        self.step(f"mul_mat_{'one_' if one else ''}{w.type}", out, w=w, x=source, out=out, residual=added, **sizes)
+    def at(self, t: "Tensor", offset: int) -> At:
+        """The place `offset` bytes into a tensor."""
+        buffer = self.place_of(t)
+        assert isinstance(buffer, Buffer)
+        return At(buffer, offset)
+
+    def scratch(self, n_bytes: int) -> None:
+        """Sees to it that each thread has n_bytes of scratch, which `scratch` and `scratch_stride` name."""
+        self._scratch_stride = max(self._scratch_stride, -(-n_bytes // _ALIGN) * _ALIGN)
+
+    def once(self, key: tuple, n_bytes: int, make: Callable[[Buffer], None]) -> Buffer:
+        """What `make` leaves in a buffer of n_bytes; made once for all that ask with the same key."""
+        if key not in self._made:
+            buffer = self.buffer(n_bytes)
+            make(buffer)
+            self._made[key] = buffer
+        return self._made[key]
+
+    def activations(self, x: "Tensor", weight_type: str, n_cols: int) -> "tuple[Buffer, int]":
+        """The first n_cols values of each row (last dimension) of x as weights of a type take them, and a row's bytes.
+
+        Quantized once for all products that take them.
+        """
+        source = self.place_of(x)
+        assert isinstance(source, Buffer)
+        width = x.shape[-1]
+        if weight_type not in QUANTIZED:
+            return source, 4 * width
+        fmt, stride = QUANTIZED[weight_type], activation_bytes(n_cols)
+        n_rows = x.n_values // x.shape[0] // width
+        sizes: dict[str, Any] = {"n_cols": n_cols, "n_rows_per_token": n_rows, "out_stride": stride}
+        sizes |= {"x_stride": 4 * width * n_rows, "x_row_stride": 4 * width}
+
+        def quantize(out: Buffer) -> None:
+            self.step(f"quantize_{fmt}", x, x=source, out=out, **sizes)
+
+        return self.once((source, fmt, width, n_cols), stride * n_rows * self.padded(x), quantize), stride
+
+    def product(self, w: "Tensor", node: "Tensor", one: bool, **params: Any) -> None:
+        """A matrix product: `params` are those of the kernel that don't follow from the weights."""
+        data = w.attrs["weight"].data
+        n_rows, n_cols = w.shape[-2:]
+        self.scratch(scratch_bytes(w.type, n_cols, data.shape[-1], self._lanes))
+        params = {"residual": 0, "ids": 0, "groups": 0, "w_stride": data.strides[0], **params}
+        self.step(f"mul_mat_{'one_' if one else ''}{w.type}", node, w=w, n_rows=n_rows, n_cols=n_cols, **params)
 
     def only_user(self, node: "Tensor") -> "Tensor | None":
         """The node that alone takes `node`, unless `node` is also a result."""
@@ -141,7 +176,7 @@ class Plan:
 
     def alias(self, node: "Tensor", of: "Tensor") -> None:
         """Gives `node` the place of `of`."""
-        place = self._place_of(of)
+        place = self.place_of(of)
         assert isinstance(place, Buffer)
         self._buffers[node] = place
 
@@ -155,14 +190,16 @@ class Plan:
                 OPS[node.op].lower(self, node)
                 self._computed.add(node)
 
-    def _padded(self, t: "Tensor") -> int:
+    def padded(self, t: "Tensor") -> int:
+        """Tokens that buffers for t have room for."""
         return 1 if t.shape[0] == 1 else -(-t.shape[0] // _PAD_TOKENS) * _PAD_TOKENS
 
-    def _place_of(self, t: "Tensor") -> "Buffer | Memory | int":
+    def place_of(self, t: "Tensor") -> "Buffer | int":
+        """Where a tensor is: its buffer, or a weight's address."""
         if t.op == "WEIGHT":
             return t.attrs["weight"].data.ctypes.data
         if t not in self._buffers:
-            self._buffers[t] = self.buffer(4 * t.n_values // t.shape[0] * self._padded(t))
+            self._buffers[t] = self.buffer(4 * t.n_values // t.shape[0] * self.padded(t))
         return self._buffers[t]
 
     def _memory(self, array: np.ndarray) -> Memory:
@@ -177,7 +214,7 @@ class Plan:
     def _place(self) -> None:
         end = len(self.steps)
         for i, step in enumerate(self.steps):
-            for value in step.params.values():
+            for value in map(_buffer, step.params.values()):
                 if isinstance(value, Buffer):
                     value.first = i if value.first < 0 else value.first
                     value.last = i
@@ -188,7 +225,7 @@ class Plan:
                 buffer.last = end
         arena = _Arena()
         self._scratch.offset = arena.take(self._scratch.n_bytes)
-        used = {v for s in self.steps for v in s.params.values() if isinstance(v, Buffer)}
+        used = {v for s in self.steps for v in map(_buffer, s.params.values()) if isinstance(v, Buffer)}
         used |= {self._buffers[t] for t in self.graph.outputs.values()}
         by_first: dict[int, list[Buffer]] = {}
         by_last: dict[int, list[Buffer]] = {}
@@ -209,6 +246,7 @@ class Plan:
             step_reads: list[tuple[int, int]] = []
             step_writes: list[tuple[int, int]] = []
             for key, value in step.params.items():
+                value = _buffer(value)
                 if isinstance(value, Buffer):
                     span = (value.offset, value.offset + value.n_bytes)
                 elif isinstance(value, Memory):
@@ -247,7 +285,9 @@ class Plan:
             starts.append((len(values), int(step.barrier)))
             for key in KERNELS[step.kernel].params:
                 value = params[key]
-                if isinstance(value, Buffer):
+                if isinstance(value, At):
+                    value = arena + value.buffer.offset + value.offset
+                elif isinstance(value, Buffer):
                     value = arena + value.offset
                 elif isinstance(value, Memory):
                     value = value.address
@@ -255,6 +295,10 @@ class Plan:
                     value = struct.unpack("<i", struct.pack("<f", value))[0]
                 values.append(int(value))
         return np.array(values, np.int64), starts
+
+
+def _buffer(value: Any) -> Any:
+    return value.buffer if isinstance(value, At) else value
 
 
 def _overlap(a: list[tuple[int, int]], b: list[tuple[int, int]]) -> bool:

@@ -116,9 +116,10 @@ class Graph:
             return found
         return self._add(Tensor("INPUT", (), (self.n_tokens, *shape), type, name))
 
-    def cache(self, name: str, n_head_kv: int, head_dim: int) -> Tensor:
-        """Keys and values of the tokens before this run; ATTENTION adds those of the run."""
-        return self._add(Tensor("CACHE", (), (n_head_kv, head_dim), "F16", name))
+    def cache(self, name: str, *shape: int) -> Tensor:
+        """What a run knows of the tokens before it, and adds its own to: for ATTENTION (n_head_kv, head_dim), keys and
+        values of a token; for ATTENTION_LATENT (n_latent + n_rot,)."""
+        return self._add(Tensor("CACHE", (), shape, "F16", name))
 
     # What is computed
 

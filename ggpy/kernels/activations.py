@@ -86,15 +86,14 @@ def quantize_row_256(x, out, n):
             st_i32(negated + 8 * j + 4, i32(-s1))
 
 
-@kernel("quantize_q8_32")
-def quantize_q8_32(ith, nth, x, out, state, n_cols, out_stride):
-    start, stop = share(ld_state(state, 0), ith, nth)
-    for t in range(start, stop):
-        quantize_row_32(x + 4 * n_cols * t, out + out_stride * t, n_cols)
+def _define(name, quantize_row):
+    @kernel(f"quantize_{name}")
+    def quantize(ith, nth, x, out, state, n_cols, n_rows_per_token, x_stride, x_row_stride, out_stride):
+        start, stop = share(ld_state(state, 0) * n_rows_per_token, ith, nth)
+        for i in range(start, stop):
+            row = x + i // n_rows_per_token * x_stride + i % n_rows_per_token * x_row_stride
+            quantize_row(row, out + out_stride * i, n_cols)
 
 
-@kernel("quantize_q8_256")
-def quantize_q8_256(ith, nth, x, out, state, n_cols, out_stride):
-    start, stop = share(ld_state(state, 0), ith, nth)
-    for t in range(start, stop):
-        quantize_row_256(x + 4 * n_cols * t, out + out_stride * t, n_cols)
+_define("q8_32", quantize_row_32)
+_define("q8_256", quantize_row_256)

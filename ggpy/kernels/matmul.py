@@ -1,4 +1,4 @@
-"""Weights × activations: out[t, r] = sum over k of w[r, k] x[t, k] (+ residual[t, r]).
+"""Weights × activations: out[t, r] = sum over k of w[r, k] x[t, k] (+ residual[t, r]), for one matrix or several alike.
 
 One weight row sits in each lane, so nothing is summed across lanes, and the order of the additions never depends on the
 threads. Two kernels for each type of weights:
@@ -8,9 +8,26 @@ threads. Two kernels for each type of weights:
 - `mul_mat_T`, many tokens: LANES rows are unpacked into scratch once and multiplied by all tokens, TOKENS at a time, whose
   accumulators stay in registers. Bound by the rate of the dot products. Buffers hold a multiple of TOKENS tokens; what
   stands in the surplus rows is meaningless.
+
+Both take `n_slots` products at once, `*_slot_stride` bytes apart, of matrices `w_stride` bytes apart: the heads of an
+attention, or the experts of a mixture. Experts are named by `ids`, the router's pairs of (expert, weight): for one token,
+slot s is multiplied with matrix ids[s]. For many tokens `groups` (see `moe`) says which rows of x go to which matrix, and
+where the results belong.
 """
 
-from ..simd.vector import LANES, TOKENS, copy_bytes, ld_f32, load_f32, load_tile_f32, st_f32, stack, store, store_tile
+from ..simd.vector import (
+    LANES,
+    TOKENS,
+    copy_bytes,
+    ld_f32,
+    ld_i32,
+    load_f32,
+    load_tile_f32,
+    st_f32,
+    stack,
+    store,
+    store_tile,
+)
 from .common import ld_state, next_item
 from .source import function, kernel
 
@@ -28,6 +45,16 @@ def _rows_at(w, row, n_rows, row_bytes, copy):
     return copy
 
 
+@function
+def _store_few(out, residual, values, n):
+    """The first n of the values, of a vector stored at `values`."""
+    for i in range(n):
+        v = ld_f32(values + 4 * i)
+        if residual:
+            v += ld_f32(residual + 4 * i)
+        st_f32(out + 4 * i, v)
+
+
 def define_products(name, block, n_bytes, one_token, unpack, tokens, unpacked):
     """Defines the two kernels of a type whose blocks hold `block` values in `n_bytes`.
 
@@ -41,61 +68,133 @@ def define_products(name, block, n_bytes, one_token, unpack, tokens, unpacked):
 
     @kernel(f"mul_mat_one_{name}")
     def mul_mat_one(
-        ith, nth, w, x, out, residual, scratch, scratch_stride, counter, state, n_rows, n_cols, x_stride, out_stride
+        ith,
+        nth,
+        w,
+        x,
+        out,
+        residual,
+        ids,
+        groups,
+        scratch,
+        scratch_stride,
+        counter,
+        state,
+        n_slots,
+        n_rows,
+        n_cols,
+        w_stride,
+        x_stride,
+        x_slot_stride,
+        out_stride,
+        out_slot_stride,
     ):
         row_bytes = n_cols // block * n_bytes
         n_tiles = (n_rows + LANES - 1) // LANES
-        chunk = max(1, n_tiles // (8 * nth))
+        chunk = max(1, n_slots * n_tiles // (8 * nth))
         tail = stack(_V)
         while True:
             first = next_item(counter) * chunk
-            if first >= n_tiles:
+            if first >= n_slots * n_tiles:
                 break
-            for tile in range(first, min(first + chunk, n_tiles)):
+            for item in range(first, min(first + chunk, n_slots * n_tiles)):
+                slot, tile = item // n_tiles, item % n_tiles
+                matrix = slot
+                if ids:
+                    matrix = int(ld_f32(ids + 8 * slot))
                 row = tile * LANES
-                at = _rows_at(w, row, n_rows, row_bytes, scratch + ith * scratch_stride)
+                at = _rows_at(w + matrix * w_stride, row, n_rows, row_bytes, scratch + ith * scratch_stride)
                 ahead = LANES * row_bytes if tile + 1 < n_tiles else 0
-                acc = one_token(at, row_bytes, n_cols, x, ahead)
+                acc = one_token(at, row_bytes, n_cols, x + slot * x_slot_stride, ahead)
+                to = out + slot * out_slot_stride + 4 * row
+                more = residual
+                if residual:
+                    more = residual + 4 * row
                 if row + LANES <= n_rows:
                     if residual:
-                        acc = acc + load_f32(residual + 4 * row)
-                    store(out + 4 * row, acc)
+                        acc = acc + load_f32(more)
+                    store(to, acc)
                 else:
                     store(tail, acc)
-                    for i in range(n_rows - row):
-                        v = ld_f32(tail + 4 * i)
-                        if residual:
-                            v += ld_f32(residual + 4 * (row + i))
-                        st_f32(out + 4 * (row + i), v)
+                    _store_few(to, more, tail, n_rows - row)
+
+    @function
+    def tile_of_rows(unpacked_rows, n_cols, x, x_stride, n_tokens, out, out_stride, residual, n, tail):
+        """n of LANES unpacked rows times all tokens of a matrix; out[t] is `out_stride` from out[t + 1]."""
+        for t in range(0, n_tokens, TOKENS):
+            f = tokens(unpacked_rows, n_cols, x + t * x_stride, x_stride)
+            at = t * out_stride
+            if n == LANES:
+                if residual:
+                    f = f + load_tile_f32(residual + at, out_stride, TOKENS)
+                store_tile(out + at, out_stride, f)
+            else:
+                store(tail, f)
+                for k in range(TOKENS):
+                    more = residual
+                    if residual:
+                        more = residual + at + k * out_stride
+                    _store_few(out + at + k * out_stride, more, tail + _V * k, n)
+
+    @function
+    def scattered_tile(unpacked_rows, n_cols, x, x_stride, n_tokens, out, out_stride, order, n, tail):
+        """The same for an expert's tokens: the result of row t belongs to row order[t]."""
+        for t in range(0, n_tokens, TOKENS):
+            store(tail, tokens(unpacked_rows, n_cols, x + t * x_stride, x_stride))
+            for k in range(min(TOKENS, n_tokens - t)):
+                to = out + ld_i32(order + 4 * (t + k)) * out_stride
+                if n == LANES:
+                    store(to, load_f32(tail + _V * k))
+                else:
+                    _store_few(to, 0, tail + _V * k, n)
 
     @kernel(f"mul_mat_{name}")
     def mul_mat(
-        ith, nth, w, x, out, residual, scratch, scratch_stride, counter, state, n_rows, n_cols, x_stride, out_stride
+        ith,
+        nth,
+        w,
+        x,
+        out,
+        residual,
+        ids,
+        groups,
+        scratch,
+        scratch_stride,
+        counter,
+        state,
+        n_slots,
+        n_rows,
+        n_cols,
+        w_stride,
+        x_stride,
+        x_slot_stride,
+        out_stride,
+        out_slot_stride,
     ):
-        n_tokens = ld_state(state, 0)
         row_bytes = n_cols // block * n_bytes
         n_tiles = (n_rows + LANES - 1) // LANES
         mine = scratch + ith * scratch_stride
         copy = mine + n_cols // 32 * unpacked
         tail = stack(_TILE)
         while True:
-            tile = next_item(counter)
-            if tile >= n_tiles:
+            item = next_item(counter)
+            if item >= n_slots * n_tiles:
                 break
+            slot, tile = item // n_tiles, item % n_tiles
+            first, n_tokens = 0, ld_state(state, 0)
+            if groups:
+                first, n_tokens = ld_i32(groups + 8 * slot), ld_i32(groups + 8 * slot + 4)
+                if n_tokens == 0:
+                    continue
             row = tile * LANES
-            unpack(_rows_at(w, row, n_rows, row_bytes, copy), row_bytes, n_cols, mine)
-            for t in range(0, n_tokens, TOKENS):
-                f = tokens(mine, n_cols, x + t * x_stride, x_stride)
-                at = 4 * row + t * out_stride
-                if row + LANES <= n_rows:
-                    if residual:
-                        f = f + load_tile_f32(residual + at, out_stride, TOKENS)
-                    store_tile(out + at, out_stride, f)
-                else:
-                    store(tail, f)
-                    for k in range(TOKENS):
-                        for i in range(n_rows - row):
-                            v = ld_f32(tail + _V * k + 4 * i)
-                            if residual:
-                                v += ld_f32(residual + at + k * out_stride + 4 * i)
-                            st_f32(out + at + k * out_stride + 4 * i, v)
+            unpack(_rows_at(w + slot * w_stride, row, n_rows, row_bytes, copy), row_bytes, n_cols, mine)
+            n = min(LANES, n_rows - row)
+            if groups:
+                order = groups + 8 * n_slots + 4 * first
+                xs = x + first * x_stride
+                scattered_tile(mine, n_cols, xs, x_stride, n_tokens, out + 4 * row, out_stride, order, n, tail)
+            else:
+                to, more = out + slot * out_slot_stride + 4 * row, residual
+                if residual:
+                    more = residual + 4 * row
+                tile_of_rows(mine, n_cols, x + slot * x_slot_stride, x_stride, n_tokens, to, out_stride, more, n, tail)

@@ -13,13 +13,14 @@ def _define(name, step, half):
     """`step`: bytes from a pair to the next; `half`: a pair's second member is n_rot / 2 values on, else the next value."""
 
     @kernel(name)
-    def rope(ith, nth, x, table, out, state, n_head, head_dim, n_rot):
+    def rope(ith, nth, x, table, out, state, n_head, head_dim, n_rot, x_stride, x_head_stride):
         start, stop = share(ld_state(state, 0) * n_head, ith, nth)
         pairs = n_rot // 2
         partner = 4 * pairs if half else 4
         for row in range(start, stop):
             angles = table + row // n_head * (4 * n_rot)
-            xr, outr = x + 4 * head_dim * row, out + 4 * head_dim * row
+            xr = x + row // n_head * x_stride + row % n_head * x_head_stride
+            outr = out + 4 * head_dim * row
             for i in range(pairs):
                 c, s = ld_f32(angles + 4 * i), ld_f32(angles + 4 * (pairs + i))
                 a, b = ld_f32(xr + step * i), ld_f32(xr + step * i + partner)

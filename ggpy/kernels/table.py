@@ -39,9 +39,11 @@ QUANTIZED = {
 #: weight types that are multiplied in float32
 FLOAT = ("F32", "F16", "BF16")
 
+_ROPE = ("x", "table", "out", "state", "n_head", "head_dim", "n_rot", "x_stride", "x_head_stride")
+_QUANTIZE = ("x", "out", "state", "n_cols", "n_rows_per_token", "x_stride", "x_row_stride", "out_stride")
 _MUL_MAT = (
-    *("w", "x", "out", "residual", "scratch", "scratch_stride", "counter", "state"),
-    *("n_rows", "n_cols", "x_stride", "out_stride"),
+    *("w", "x", "out", "residual", "ids", "groups", "scratch", "scratch_stride", "counter", "state"),
+    *("n_slots", "n_rows", "n_cols", "w_stride", "x_stride", "x_slot_stride", "out_stride", "out_slot_stride"),
 )
 
 
@@ -58,6 +60,10 @@ def activation_bytes(n_cols: int) -> int:
     return (n_cols + 3 * n_cols // 8 + n_cols // 8 + 63) // 64 * 64
 
 
+#: experts that a router can have
+MOST_EXPERTS = 1024
+#: heads that one work item of latent attention takes
+HEADS_PER_ITEM = 16
 #: types that the KV cache can have
 KV_TYPES = ("F16", "F32")
 #: keys that one work item of single-token attention takes; its results are merged in order, whatever the threads
@@ -82,11 +88,22 @@ def _kernels() -> dict[str, Kernel]:
         "soft_max": Kernel("rows", ("x", "out", "state", "n_cols")),
         "scale": Kernel("rows", ("x", "out", "state", "n_cols", "factor")),
         "last_row": Kernel("rows", ("x", "out", "state", "n_cols")),
-        "rope_norm": Kernel("rope", ("x", "table", "out", "state", "n_head", "head_dim", "n_rot")),
-        "rope_neox": Kernel("rope", ("x", "table", "out", "state", "n_head", "head_dim", "n_rot")),
+        "rope_norm": Kernel("rope", _ROPE),
+        "rope_neox": Kernel("rope", _ROPE),
         "attention_merge": Kernel("attention", ("partial", "out", "state", "n_head", "head_dim")),
-        "quantize_q8_32": Kernel("activations", ("x", "out", "state", "n_cols", "out_stride")),
-        "quantize_q8_256": Kernel("activations", ("x", "out", "state", "n_cols", "out_stride")),
+        "route": Kernel(
+            "moe",
+            (
+                *("logits", "bias", "out", "state", "n_expert", "n_used"),
+                *("sigmoid", "normalize", "factor", "n_group", "n_group_used"),
+            ),
+        ),
+        "group_by_expert": Kernel("moe", ("route", "out", "state", "n_expert", "n_used")),
+        "gather_rows": Kernel("moe", ("x", "groups", "out", "n_expert", "per_row", "row_bytes")),
+        "combine": Kernel("moe", ("x", "route", "out", "state", "n_used", "n_cols")),
+        "sigmoid_gate": Kernel("moe", ("x", "gate", "out", "state", "n_cols")),
+        "quantize_q8_32": Kernel("activations", _QUANTIZE),
+        "quantize_q8_256": Kernel("activations", _QUANTIZE),
     }
     for name in KV_TYPES:
         sizes = ("n_head", "n_head_kv", "head_dim", "n_ctx", "scale")
@@ -96,6 +113,11 @@ def _kernels() -> dict[str, Kernel]:
             table[f"store_{part}_{name}"] = Kernel("attention", params)
         table[f"attention_one_{name}"] = Kernel("attention", (*given, "partial", "state", "counter", *sizes))
         table[f"attention_many_{name}"] = Kernel("attention", (*given, "state", "counter", *sizes))
+        given = ("scratch", "scratch_stride", "state", "counter", "n_head", "n_latent", "n_rot", "scale")
+        table[f"store_latent_{name}"] = Kernel("latent", ("latent", "k_rot", "cache", "state", "n_latent", "n_rot"))
+        for kind, result in (("one", "partial"), ("many", "out")):
+            params = ("q_latent", "q_rot", "cache", result, *given)
+            table[f"latent_attention_{kind}_{name}"] = Kernel("latent", params)
     for name in (*QUANTIZED, *FLOAT):
         family = "matmul_int8" if name in QUANTIZED else "matmul_float"
         table[f"mul_mat_one_{name}"] = Kernel(family, _MUL_MAT)

@@ -184,3 +184,103 @@ def test_wrong_shapes_are_refused_by_name():
         g.op("FLY", x)
     with pytest.raises(GraphError, match="takes two equal shapes"):
         g.op("ADD", x, g.input("y", (64,)))
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "F16", "F32"])
+@SETTINGS
+@given(n_head=st.integers(1, 5), n_rows=st.integers(1, 40), n_tokens=st.integers(1, 12), threads=n_threads, seed=seeds)
+def test_products_by_head(teams, kind, n_head, n_rows, n_tokens, threads, seed):
+    rng = np.random.default_rng(seed)
+    g = Graph(n_tokens)
+    w = g.weight(random_weight("w", kind, (n_head, n_rows, 64), rng))
+    g.output(g.op("MUL_MAT_HEADS", w, g.input("x", (n_head, 96))), "out")
+    got, expected = both(g, {"x": rng.standard_normal((n_tokens, n_head, 96)).astype(np.float32)}, teams(threads))
+    close(got["out"], expected["out"], 0.03 if kind == "Q8_0" else 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "F16"])
+@SETTINGS
+@given(
+    n_expert=st.sampled_from([2, 8, 33]),
+    n_rows=st.sampled_from([16, 32, 40]),
+    n_tokens=st.integers(1, 30),
+    threads=n_threads,
+    seed=seeds,
+)
+def test_experts(teams, kind, n_expert, n_rows, n_tokens, threads, seed):
+    rng = np.random.default_rng(seed)
+    n_used = min(n_expert, 3)
+    g = Graph(n_tokens)
+    x = g.input("x", (256,))
+    route = g.op("ROUTE", g.input("logits", (n_expert,)), n_used=n_used, gating="softmax")
+    w = g.weight(random_weight("w", kind, (n_expert, n_rows, 256), rng))
+    up = g.op("MUL_MAT_ID", w, x, route, name="up")
+    g.output(up, "up")
+    back = g.weight(random_weight("back", "F32", (n_expert, 32, 32), rng))
+    if n_rows == 32:
+        g.output(g.op("COMBINE", g.op("MUL_MAT_ID", back, up, route), route), "out")
+    inputs = {
+        "x": rng.standard_normal((n_tokens, 256)).astype(np.float32),
+        "logits": 2 * rng.standard_normal((n_tokens, n_expert)).astype(np.float32),
+    }
+    got, expected = both(g, inputs, teams(threads))
+    for name in got:
+        close(got[name], expected[name], 1e-5 if kind == "F16" else 0.03)
+
+
+@pytest.mark.parametrize("gating", ["softmax", "sigmoid"])
+@SETTINGS
+@given(
+    n_tokens=st.integers(1, 9),
+    n_group=st.sampled_from([1, 4]),
+    normalize=st.booleans(),
+    bias=st.booleans(),
+    threads=n_threads,
+    seed=seeds,
+)
+def test_routes(teams, gating, n_tokens, n_group, normalize, bias, threads, seed):
+    rng = np.random.default_rng(seed)
+    g = Graph(n_tokens)
+    given_bias = [g.weight(random_weight("bias", "F32", (16,), rng))] if bias else []
+    how = {"n_used": 3, "gating": gating, "normalize": normalize, "scale": 2.5, "n_group": n_group}
+    g.output(g.op("ROUTE", g.input("logits", (16,)), *given_bias, **how, n_group_used=min(n_group, 2)), "out")
+    logits = 3 * rng.standard_normal((n_tokens, 16)).astype(np.float32)
+    got, expected = both(g, {"logits": logits}, teams(threads))
+    np.testing.assert_array_equal(got["out"][..., 0], expected["out"][..., 0])
+    np.testing.assert_allclose(got["out"][..., 1], expected["out"][..., 1], rtol=1e-5)
+
+
+@SETTINGS
+@given(n_tokens=st.integers(1, 5), n=st.integers(1, 4), threads=n_threads, seed=seeds)
+def test_sigmoid_gate(teams, n_tokens, n, threads, seed):
+    rng = np.random.default_rng(seed)
+    g = Graph(n_tokens)
+    g.output(g.op("SIGMOID_GATE", g.input("x", (16 * n,)), g.input("gate", (1,))), "out")
+    inputs = {"x": rng.standard_normal((n_tokens, 16 * n)), "gate": 4 * rng.standard_normal((n_tokens, 1))}
+    got, expected = both(g, {k: v.astype(np.float32) for k, v in inputs.items()}, teams(threads))
+    close(got["out"], expected["out"], 2e-6)
+
+
+@SETTINGS
+@given(
+    n_head=st.sampled_from([1, 4, 8, 16, 21]),
+    n_latent=st.sampled_from([32, 64]),
+    kv_type=st.sampled_from(KV_TYPES),
+    runs=st.lists(st.sampled_from([1, 2, 9, 64, 200, 300]), min_size=1, max_size=4),
+    threads=n_threads,
+    seed=seeds,
+)
+def test_latent_attention_over_runs_of_any_length(teams, n_head, n_latent, kv_type, runs, threads, seed):
+    rng = np.random.default_rng(seed)
+    caches, n_past = (Caches(1300, kv_type), Caches(1300, kv_type)), 0
+    for n_tokens in runs:
+        g = Graph(n_tokens)
+        q, q_rot = g.input("q", (n_head, n_latent)), g.input("q_rot", (n_head, 32))
+        latent, k_rot = g.input("latent", (n_latent,)), g.input("k_rot", (1, 32))
+        cache = g.cache("cache", n_latent + 32)
+        g.output(g.op("ATTENTION_LATENT", q, q_rot, latent, k_rot, cache, scale=0.2), "out")
+        parts = (q, q_rot, latent, k_rot)
+        inputs = {t.name: rng.standard_normal((n_tokens, *t.shape[1:])).astype(np.float32) for t in parts}
+        got, expected = both(g, inputs, teams(threads), n_past, caches)
+        close(got["out"], expected["out"], 1e-5)
+        n_past += n_tokens
