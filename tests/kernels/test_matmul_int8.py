@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType, quants
 from gguf.constants import GGML_QUANT_SIZES
 
 from ggpy.kernels.build import KERNEL_TYPE, load
-from ggpy.kernels.table import QUANTIZED, activation_bytes, scratch_bytes
+from ggpy.kernels.table import KERNELS, QUANTIZED, activation_bytes, scratch_bytes
 from ggpy.simd.target import target
 
 HALVES = {
@@ -29,10 +29,12 @@ def aligned(n_bytes):
     return raw[start : start + n_bytes]
 
 
-def run(address, params, n_threads=1):
-    values = np.array(params, np.int64)
+def run(kernels, name, n_threads=1, **params):
+    """Calls a kernel; arrays stand for their addresses, what isn't named is 0."""
+    places = [params.get(key, 0) for key in KERNELS[name].params]
+    values = np.array([p.ctypes.data if isinstance(p, np.ndarray) else p for p in places], np.int64)
     spare = np.zeros(2 * n_threads, np.int64)
-    kernel = KERNEL_TYPE(address)
+    kernel = KERNEL_TYPE(kernels[name])
 
     def call(ith):
         slot = spare.ctypes.data + 16 * ith
@@ -67,7 +69,8 @@ def test_product_equals_dequantized_product_of_the_same_activations(name, n_rows
 
     stride = activation_bytes(n_cols)
     xq, state = aligned(16 * stride), np.array([n_tokens, 0])
-    run(kernels[f"quantize_{fmt}"], [x.ctypes.data, xq.ctypes.data, state.ctypes.data, n_cols, stride], n_threads)
+    sizes = {"n_cols": n_cols, "n_rows_per_token": 1, "x_stride": 4 * n_cols, "out_stride": stride}
+    run(kernels, f"quantize_{fmt}", n_threads, x=x, out=xq, state=state, **sizes)
     rows = xq.reshape(16, stride)[:n_tokens]
     q = rows[:, :n_cols].view(np.int8).reshape(n_tokens, -1, block)
     d = rows[:, n_cols : n_cols + 4 * (n_cols // block)].copy().view(np.float32)
@@ -81,8 +84,8 @@ def test_product_equals_dequantized_product_of_the_same_activations(name, n_rows
     for kernel, n in ((f"mul_mat_{name}", n_tokens), (f"mul_mat_one_{name}", 1)):
         out = np.zeros((16, n_rows), np.float32)
         counter[:] = 0
-        places = (w, xq, out, residual, scratch)
-        params = [*(a.ctypes.data for a in places), per_thread, counter.ctypes.data, state.ctypes.data]
-        run(kernels[kernel], [*params, n_rows, n_cols, stride, 4 * n_rows], n_threads)
+        given = {"w": w, "x": xq, "out": out, "residual": residual, "scratch": scratch, "scratch_stride": per_thread}
+        sizes = {"n_slots": 1, "n_rows": n_rows, "n_cols": n_cols, "x_stride": stride, "out_stride": 4 * n_rows}
+        run(kernels, kernel, n_threads, counter=counter, state=state, **given, **sizes)
         error = np.abs(out[:n] - residual[:n] - expected[:n]).max()
         assert error <= 2e-6 * np.abs(expected).max() + 1e-6
