@@ -41,6 +41,8 @@ class Model:
         Tokens of a prompt that are run at once.
     kv_type : {"f16", "f32"}
         Of the cached keys and values.
+    n_expert_used : int, optional
+        Experts for each token of a mixture, instead of the file's number.
     progress : callable, optional
         Called as progress(done, total, kernel) while kernels are compiled, which happens once per machine.
 
@@ -60,6 +62,7 @@ class Model:
         n_threads: int | None = None,
         n_batch: int = DEFAULT_BATCH,
         kv_type: str = "f16",
+        n_expert_used: int | None = None,
         progress: "Progress | None" = None,
     ):
         started = time.perf_counter()
@@ -68,7 +71,7 @@ class Model:
         self.file = GGUFFile(path)
         self._team: Team | None = None
         try:
-            self.architecture = read_architecture(self.file)
+            self.architecture = read_architecture(self.file, n_expert_used)
             self.n_ctx = n_ctx or min(self.architecture.n_ctx_train, DEFAULT_CONTEXT)
             self._team = Team(n_threads or default_threads(), progress)
             self.sequence = TokenSequence(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 
 from ..errors import UnsupportedError
+from .deepseek2 import DeepSeek2
 from .llama import Llama
 from .rope import Rope
 from .weights import Weights
@@ -14,25 +15,44 @@ if TYPE_CHECKING:
     from ..graph import Graph, Tensor
 
 #: `general.architecture` -> the class that reads it
-ARCHITECTURES = {"llama": Llama}
+ARCHITECTURES: dict[str, type[Llama] | type[DeepSeek2]] = {
+    "llama": Llama,
+    "qwen2": Llama,
+    "qwen3": Llama,
+    "qwen2moe": Llama,
+    "qwen3moe": Llama,
+    "olmoe": Llama,
+    "deepseek2": DeepSeek2,
+}
 
 
 class Architecture(Protocol):
     """What an architecture offers. Activations are (n_tokens, n_embd) between its parts."""
 
-    n_layer: int
-    n_embd: int
-    n_vocab: int
-    n_ctx_train: int
-    rope: Rope
+    @property
+    def n_layer(self) -> int: ...
+    @property
+    def n_embd(self) -> int: ...
+    @property
+    def n_vocab(self) -> int: ...
+    @property
+    def n_ctx_train(self) -> int: ...
+    @property
+    def rope(self) -> Rope: ...
 
     def embed(self, g: "Graph", w: Weights, ids: "Tensor") -> "Tensor": ...
     def layer(self, g: "Graph", w: Weights, x: "Tensor", i: int) -> "Tensor": ...
     def head(self, g: "Graph", w: Weights, x: "Tensor") -> "Tensor": ...
 
 
-def read_architecture(file: "GGUFFile") -> Architecture:
+def read_architecture(file: "GGUFFile", n_expert_used: int | None = None) -> Architecture:
     """The hyperparameters of the model in a file.
+
+    Parameters
+    ----------
+    file : GGUFFile
+    n_expert_used : int, optional
+        Experts for each token, instead of the file's number.
 
     Raises
     ------
@@ -42,7 +62,7 @@ def read_architecture(file: "GGUFFile") -> Architecture:
     name = file.get("general.architecture", str)
     if name not in ARCHITECTURES:
         raise UnsupportedError(f"{file.path}: architecture {name!r}; there are {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[name].read(file)  # type: ignore[return-value]
+    return ARCHITECTURES[name].read(file, n_expert_used)
 
 
 Logits = Literal["all", "last"]

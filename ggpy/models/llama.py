@@ -1,15 +1,24 @@
-"""Llama 1, 2, 3, Mistral, SmolLM2 and their like (Touvron et al. 2023): RMS norm, rotary embedding, SwiGLU."""
+"""Llama 1, 2, 3 (Touvron et al. 2023) and their like: RMS norm, rotary embedding, grouped heads, SwiGLU.
+
+Mistral and SmolLM2 differ in sizes alone. Mixtral has experts. Qwen 2 and 3 and OLMoE have the other kind of rotary
+embedding, biases or norms on queries and keys: what the file holds is used.
+"""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import GGUFError
+from .moe import Experts
 from .rope import Rope, read_rope
 
 if TYPE_CHECKING:
     from ..file import GGUFFile
     from ..graph import Graph, Tensor
     from .weights import Weights
+
+
+#: architectures whose experts' weights sum to 1
+_NORMALIZED = ("llama", "qwen3moe")
 
 
 @dataclass(frozen=True)
@@ -26,9 +35,11 @@ class Llama:
     n_ctx_train: int
     rms_eps: float
     rope: Rope
+    rope_kind: str
+    experts: Experts | None
 
     @classmethod
-    def read(cls, file: "GGUFFile") -> "Llama":
+    def read(cls, file: "GGUFFile", n_expert_used: int | None = None) -> "Llama":
         """Reads them from a file's metadata.
 
         Raises
@@ -55,13 +66,15 @@ class Llama:
         n_rot = size("rope.dimension_count", head_dim)
         if n_rot > head_dim or n_rot % 2:
             raise GGUFError(f"{file.path}: key {arch}.rope.dimension_count: {n_rot} of {head_dim} values")
+        # Models of experts alone may leave it out.
+        n_ff = size("feed_forward_length", file.get(f"{arch}.expert_feed_forward_length", int, default=None))
         embedding = file.tensors.get("token_embd.weight")
         if embedding is None or len(embedding.shape) != 2:
             raise GGUFError(f"{file.path}: tensor token_embd.weight is missing or no matrix")
         return cls(
             n_layer=size("block_count"),
             n_embd=n_embd,
-            n_ff=size("feed_forward_length"),
+            n_ff=n_ff,
             n_head=n_head,
             n_head_kv=n_head_kv,
             head_dim=head_dim,
@@ -69,6 +82,8 @@ class Llama:
             n_ctx_train=size("context_length"),
             rms_eps=file.get(f"{arch}.attention.layer_norm_rms_epsilon", float),
             rope=read_rope(file, arch, n_rot),
+            rope_kind="norm" if arch == "llama" else "neox",
+            experts=Experts.read(file, arch, n_ff, arch in _NORMALIZED, n_expert_used),
         )
 
     def embed(self, g: "Graph", w: "Weights", ids: "Tensor") -> "Tensor":
@@ -78,33 +93,37 @@ class Llama:
     def layer(self, g: "Graph", w: "Weights", x: "Tensor", i: int) -> "Tensor":
         """Layer i: (n_tokens, n_embd) to the same."""
         p = f"blk.{i}"
-        x = g.op("ADD", x, self._attention(g, w, self._norm(g, w, x, f"{p}.attn_norm"), p), name=f"{p}.attn_residual")
-        return g.op("ADD", x, self._ffn(g, w, self._norm(g, w, x, f"{p}.ffn_norm"), p), name=f"{p}.out")
+        y = self._attention(g, w, w.norm(f"{p}.attn_norm", x, self.rms_eps), p)
+        x = g.op("ADD", x, y, name=f"{p}.attn_residual")
+        y = w.norm(f"{p}.ffn_norm", x, self.rms_eps)
+        y = w.swiglu(p, self.n_ff, y) if self.experts is None else self.experts.build(g, w, y, p)
+        return g.op("ADD", x, y, name=f"{p}.out")
 
     def head(self, g: "Graph", w: "Weights", x: "Tensor") -> "Tensor":
-        """(n_tokens, n_embd) to logits (n_tokens, n_vocab). Without `output.weight` the embedding serves."""
-        x = self._norm(g, w, x, "output_norm")
-        matrix = w.optional("output.weight", self.n_vocab, self.n_embd)
-        if matrix is None:
-            matrix = w("token_embd.weight", self.n_vocab, self.n_embd)
-        return g.op("MUL_MAT", matrix, x, name="logits")
-
-    def _norm(self, g: "Graph", w: "Weights", x: "Tensor", name: str) -> "Tensor":
-        return g.op("RMS_NORM", x, w(f"{name}.weight", self.n_embd), eps=self.rms_eps, name=name)
+        """(n_tokens, n_embd) to logits (n_tokens, n_vocab)."""
+        return w.head(w.norm("output_norm", x, self.rms_eps), self.n_vocab)
 
     def _attention(self, g: "Graph", w: "Weights", x: "Tensor", p: str) -> "Tensor":
         table = g.input("rope", (self.rope.n_rot,))
-        parts = {}
-        for part, n in {"q": self.n_head, "k": self.n_head_kv, "v": self.n_head_kv}.items():
-            y = w.linear(f"{p}.attn_{part}", n * self.head_dim, x)
-            parts[part] = g.op("RESHAPE", y, shape=(n, self.head_dim), name=f"{p}.{part}_heads")
-        q = g.op("ROPE", parts["q"], table, kind="norm", name=f"{p}.q_rope")
-        k = g.op("ROPE", parts["k"], table, kind="norm", name=f"{p}.k_rope")
+        q, k, v = (
+            self._heads(g, w, x, f"{p}.attn_{part}", n)
+            for part, n in (("q", self.n_head), ("k", self.n_head_kv), ("v", self.n_head_kv))
+        )
+        q = g.op("ROPE", q, table, kind=self.rope_kind, name=f"{p}.q_rope")
+        k = g.op("ROPE", k, table, kind=self.rope_kind, name=f"{p}.k_rope")
         cache = g.cache(f"{p}.cache", self.n_head_kv, self.head_dim)
-        y = g.op("ATTENTION", q, k, parts["v"], cache, scale=self.head_dim**-0.5, name=f"{p}.attn")
+        y = g.op("ATTENTION", q, k, v, cache, scale=self.head_dim**-0.5, name=f"{p}.attn")
         y = g.op("RESHAPE", y, shape=(self.n_head * self.head_dim,), name=f"{p}.attn_rows")
         return w.linear(f"{p}.attn_output", self.n_embd, y)
 
-    def _ffn(self, g: "Graph", w: "Weights", x: "Tensor", p: str) -> "Tensor":
-        gate, up = w.linear(f"{p}.ffn_gate", self.n_ff, x), w.linear(f"{p}.ffn_up", self.n_ff, x)
-        return w.linear(f"{p}.ffn_down", self.n_embd, g.op("SWIGLU", gate, up, name=f"{p}.ffn_act"))
+    def _heads(self, g: "Graph", w: "Weights", x: "Tensor", name: str, n_head: int) -> "Tensor":
+        """Queries, keys or values (n_tokens, n_head, head_dim), normalized where the file has weights for that: all heads
+        together, or one by one."""
+        y = w.linear(name, n_head * self.head_dim, x)
+        norm = w.stored_shape(f"{name}_norm.weight")
+        if norm == (n_head * self.head_dim,):
+            y = w.norm(f"{name}_norm", y, self.rms_eps)
+        y = g.op("RESHAPE", y, shape=(n_head, self.head_dim), name=f"{name}.heads")
+        if norm is not None and norm != (n_head * self.head_dim,):
+            y = w.norm(f"{name}_norm", y, self.rms_eps)
+        return y

@@ -1,0 +1,177 @@
+"""DeepSeek-V2 and V3 (DeepSeek-AI 2024): latent attention (MLA) and a mixture of experts with shared ones.
+
+Keys and values of a token are one latent vector and one rotated key, shared by all heads. In the *absorbed* form queries
+are brought into the latent space (by attn_k_b, head by head) and attend there; what comes out is brought back (by
+attn_v_b). The cache holds n_latent + n_rot values a token. In the *naive* form keys and values are expanded to full heads
+first, and cached so.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import GGUFError
+from ..quant import block_type
+from .moe import Experts
+from .rope import Rope, read_rope, yarn_magnitude
+from .weights import DerivedWeight
+
+if TYPE_CHECKING:
+    from ..file import GGUFFile
+    from ..graph import Graph, Tensor
+    from .weights import Weights
+
+
+@dataclass(frozen=True)
+class DeepSeek2:
+    """The hyperparameters, and how they make a graph."""
+
+    file: "GGUFFile"
+    n_layer: int
+    n_embd: int
+    n_ff: int
+    n_head: int
+    n_q_lora: int
+    n_latent: int
+    n_nope: int
+    head_dim_v: int
+    n_vocab: int
+    n_ctx_train: int
+    n_dense: int
+    rms_eps: float
+    scale: float
+    experts: Experts
+    rope: Rope
+
+    @classmethod
+    def read(cls, file: "GGUFFile", n_expert_used: int | None = None) -> "DeepSeek2":
+        """Reads them from a file's metadata. Raises GGUFError where a key is missing or makes no sense."""
+        arch = file.get("general.architecture", str)
+
+        def size(key: str, default: int | None = None) -> int:
+            options = {} if default is None else {"default": default}
+            value = file.get(f"{arch}.{key}", int, **options)
+            if not 0 < value < 1 << 31:
+                raise GGUFError(f"{file.path}: key {arch}.{key}: {value} makes no sense")
+            return value
+
+        n_rot = size("rope.dimension_count")
+        # Files with split attn_kv_b have the length of a latent key in key_length, and a head's in key_length_mla.
+        head_dim_k = size("attention.key_length_mla", size("attention.key_length"))
+        n_nope = head_dim_k - n_rot
+        if n_nope <= 0 or n_rot % 2:
+            raise GGUFError(f"{file.path}: {n_rot} of {head_dim_k} values of a key are rotated")
+        n_ff = size("feed_forward_length")
+        experts = Experts.read(file, arch, n_ff, False, n_expert_used)
+        if experts is None:
+            raise GGUFError(f"{file.path}: key {arch}.expert_count is missing")
+        embedding = file.tensors.get("token_embd.weight")
+        if embedding is None or len(embedding.shape) != 2:
+            raise GGUFError(f"{file.path}: tensor token_embd.weight is missing or no matrix")
+        rope, scale = _read_scaling(file, arch, n_rot, head_dim_k)
+        return cls(
+            file=file,
+            n_layer=size("block_count"),
+            n_embd=size("embedding_length"),
+            n_ff=n_ff,
+            n_head=size("attention.head_count"),
+            n_q_lora=file.get(f"{arch}.attention.q_lora_rank", int, default=0),
+            n_latent=size("attention.kv_lora_rank"),
+            n_nope=n_nope,
+            head_dim_v=size("attention.value_length_mla", size("attention.value_length")),
+            n_vocab=embedding.shape[0],
+            n_ctx_train=size("context_length"),
+            n_dense=file.get(f"{arch}.leading_dense_block_count", int, default=0),
+            rms_eps=file.get(f"{arch}.attention.layer_norm_rms_epsilon", float),
+            scale=scale,
+            experts=experts,
+            rope=rope,
+        )
+
+    def embed(self, g: "Graph", w: "Weights", ids: "Tensor") -> "Tensor":
+        """Token ids (n_tokens,) to (n_tokens, n_embd)."""
+        return g.op("GET_ROWS", w("token_embd.weight", self.n_vocab, self.n_embd), ids, name="embd")
+
+    def layer(self, g: "Graph", w: "Weights", x: "Tensor", i: int) -> "Tensor":
+        """Layer i: (n_tokens, n_embd) to the same."""
+        p = f"blk.{i}"
+        y = self._attention(g, w, w.norm(f"{p}.attn_norm", x, self.rms_eps), p)
+        x = g.op("ADD", x, y, name=f"{p}.attn_residual")
+        y = w.norm(f"{p}.ffn_norm", x, self.rms_eps)
+        y = w.swiglu(p, self.n_ff, y) if i < self.n_dense else self.experts.build(g, w, y, p)
+        return g.op("ADD", x, y, name=f"{p}.out")
+
+    def head(self, g: "Graph", w: "Weights", x: "Tensor") -> "Tensor":
+        """(n_tokens, n_embd) to logits (n_tokens, n_vocab)."""
+        return w.head(w.norm("output_norm", x, self.rms_eps), self.n_vocab)
+
+    def _attention(self, g: "Graph", w: "Weights", x: "Tensor", p: str) -> "Tensor":
+        n_rot, n_latent, n_head = self.rope.n_rot, self.n_latent, self.n_head
+        table = g.input("rope", (n_rot,))
+        q = x
+        if self.n_q_lora:
+            q = w.norm(f"{p}.attn_q_a_norm", w.linear(f"{p}.attn_q_a", self.n_q_lora, x), self.rms_eps)
+        head_dim = self.n_nope + n_rot
+        q = w.linear(f"{p}.attn_q_b" if self.n_q_lora else f"{p}.attn_q", n_head * head_dim, q)
+        q = g.op("RESHAPE", q, shape=(n_head, head_dim), name=f"{p}.q_heads")
+        q_rot = g.op("ROPE", q, table, kind="norm", first=self.n_nope, name=f"{p}.q_rope")
+        both = w.linear(f"{p}.attn_kv_a_mqa", n_latent + n_rot, x)
+        latent = w.norm(f"{p}.attn_kv_a_norm", both, self.rms_eps, n_latent)
+        one_head = g.op("RESHAPE", both, shape=(1, n_latent + n_rot), name=f"{p}.k_head")
+        k_rot = g.op("ROPE", one_head, table, kind="norm", first=n_latent, name=f"{p}.k_rope")
+        to_latent, from_latent = self._latent_weights(w, p)
+        q = g.op("MUL_MAT_HEADS", to_latent, q, name=f"{p}.q_latent")
+        cache = g.cache(f"{p}.cache", n_latent + n_rot)
+        y = g.op("ATTENTION_LATENT", q, q_rot, latent, k_rot, cache, scale=self.scale, name=f"{p}.attn")
+        y = g.op("MUL_MAT_HEADS", from_latent, y, name=f"{p}.attn_heads")
+        y = g.op("RESHAPE", y, shape=(n_head * self.head_dim_v,), name=f"{p}.attn_rows")
+        return w.linear(f"{p}.attn_output", self.n_embd, y)
+
+    def _latent_weights(self, w: "Weights", p: str) -> "tuple[Tensor, Tensor]":
+        """The matrices into the latent space (n_head, n_latent, n_nope) and out of it (n_head, head_dim_v, n_latent)."""
+        if f"{p}.attn_k_b.weight" in self.file.tensors:
+            to_latent = w(f"{p}.attn_k_b.weight", self.n_head, self.n_latent, self.n_nope)
+            return to_latent, w(f"{p}.attn_v_b.weight", self.n_head, self.head_dim_v, self.n_latent)
+        rows = self.n_nope + self.head_dim_v
+        w.check(f"{p}.attn_kv_b.weight", self.n_head * rows, self.n_latent)
+        keys, values = split_kv_b(self.file, f"{p}.attn_kv_b.weight", self.n_head, self.n_nope)
+        return w.derived(keys), w.derived(values)
+
+
+@lru_cache(maxsize=512)
+def split_kv_b(file: "GGUFFile", name: str, n_head: int, n_nope: int) -> tuple[DerivedWeight, DerivedWeight]:
+    """Both parts of an attn_kv_b, as newer files hold them.
+
+    The values' part is a view. The keys' part must be transposed, which blocks don't allow: it is made anew as Q8_0, two
+    hundred times finer than the 4 bits it mostly comes from.
+    """
+    stored = file.tensors[name]
+    blocks = stored.data.reshape(n_head, -1, stored.data.shape[-1])
+    n_latent = stored.shape[1]
+    kind = block_type("Q8_0" if n_nope % 32 == 0 and stored.type not in ("F32", "F16", "BF16") else "F32")
+    keys = block_type(stored.type).dequantize(blocks[:, :n_nope])  # (n_head, n_nope, n_latent)
+    turned = kind.quantize(np.ascontiguousarray(keys.transpose(0, 2, 1)))
+    head_dim_v = blocks.shape[1] - n_nope
+    to_latent = DerivedWeight(f"{name}.keys", kind.name, (n_head, n_latent, n_nope), turned)
+    return to_latent, DerivedWeight(f"{name}.values", stored.type, (n_head, head_dim_v, n_latent), blocks[:, n_nope:])
+
+
+def _read_scaling(file: "GGUFFile", arch: str, n_rot: int, head_dim: int) -> tuple[Rope, float]:
+    """The rotary embedding, and the factor of the attention's logits.
+
+    DeepSeek's YaRN has two magnitudes of the form 0.1 m ln(factor) + 1: cosines and sines get that for `mscale` over that
+    for `mscale_all_dim`, which are equal in every released model, so that their ratio is 1; the logits get the square of
+    the latter. Files hold 0.1 `mscale_all_dim` as yarn_log_multiplier.
+    """
+    rope, scale = read_rope(file, arch, n_rot), head_dim**-0.5
+    if file.get(f"{arch}.rope.scaling.type", str, default="none") != "yarn":
+        return rope, scale
+    factor = file.get(f"{arch}.rope.scaling.factor", float)
+    log_multiplier = file.get(f"{arch}.rope.scaling.yarn_log_multiplier", float, default=0.0)
+    if not log_multiplier:
+        return rope, scale
+    all_dims = log_multiplier * math.log(factor) + 1.0
+    return replace(rope, magnitude=rope.magnitude / yarn_magnitude(factor)), scale * all_dims**2
