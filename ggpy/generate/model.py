@@ -19,6 +19,7 @@ from .streaming import StopMatcher, StreamDecoder
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from ..graph import Hook
     from ..kernels.build import Progress
 
 DEFAULT_CONTEXT = 8192
@@ -99,6 +100,12 @@ class Model:
         """Threads at work."""
         assert self._team is not None
         return self._team.n_threads
+
+    @property
+    def hooks(self) -> "dict[str, Hook]":
+        """Functions that see, and may replace, values during runs: by the name of a node of the graph (`Model.graph`),
+        called as hook(name, value) with float32 (n_tokens, …); what one returns, if not None, replaces the value."""
+        return self.sequence.hooks
 
     @property
     def metadata(self) -> Any:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import ContextFullError, Error
-from ..graph import Caches, Program
+from ..graph import Caches, Hook, Program
 from ..kernels.build import Progress, load
 from ..models import Architecture, Logits, build_graph, run_inputs
 
@@ -50,17 +50,20 @@ class TokenSequence:
         self.n_ctx, self._n_batch = n_ctx, min(n_batch, n_ctx)
         self.caches = Caches(n_ctx, kv_type)
         self.ids: list[int] = []
-        self._programs: dict[tuple[int, Logits], Program] = {}
+        #: see `Program`; may be changed between runs
+        self.hooks: dict[str, Hook] = {}
+        self._programs: dict[tuple, Program] = {}
         # One token, and a prompt: both are sure to be needed, so their kernels are compiled together.
         programs = [self.program(1, "last"), self.program(self._n_batch, "last")]
         load([name for p in programs for name in p.plan.names], progress)
 
     def program(self, n_tokens: int, logits: Logits) -> Program:
         """The program for up to n_tokens tokens."""
-        if (n_tokens, logits) not in self._programs:
+        key = (n_tokens, logits, *self.hooks.items())
+        if key not in self._programs:
             graph = build_graph(self._file, self._arch, n_tokens, logits)
-            self._programs[n_tokens, logits] = Program(graph, self.caches, self._team)
-        return self._programs[n_tokens, logits]
+            self._programs[key] = Program(graph, self.caches, self._team, self.hooks)
+        return self._programs[key]
 
     def keep(self, n: int) -> None:
         """Forgets all but the first n tokens."""

@@ -7,7 +7,7 @@ one since the last barrier has written, or writes what one has read.
 
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,8 @@ class Plan:
     n_threads : int
     lanes : int
         Weight rows that a matrix kernel takes at once (`simd.target`).
+    watched : collection of str
+        Names of nodes whose values must exist: they aren't fused away.
 
     Attributes
     ----------
@@ -81,7 +83,7 @@ class Plan:
         The kernels needed.
     """
 
-    def __init__(self, graph: "Graph", caches: "Caches", n_threads: int, lanes: int):
+    def __init__(self, graph: "Graph", caches: "Caches", n_threads: int, lanes: int, watched: Collection[str] = ()):
         self.graph, self.n_ctx, self._caches, self._lanes = graph, caches.n_ctx, caches, lanes
         self.n_threads, self.kv_type = n_threads, caches.type
         self.steps: list[Step] = []
@@ -91,6 +93,7 @@ class Plan:
         self._users = Counter(i for node in graph for i in node.inputs)
         self._user = {i: node for node in graph for i in node.inputs}
         self._keep = {id(t) for t in graph.outputs.values()}
+        self._watched = {id(graph[name]) for name in watched}
         self._scratch_stride = 0
         self._memories: dict[int, Memory] = {}
         self._lower()
@@ -163,8 +166,9 @@ class Plan:
         self.step(f"mul_mat_{'one_' if one else ''}{w.type}", node, w=w, n_rows=n_rows, n_cols=n_cols, **params)
 
     def only_user(self, node: "Tensor") -> "Tensor | None":
-        """The node that alone takes `node`, unless `node` is also a result."""
-        return self._user[node] if self._users[node] == 1 and id(node) not in self._keep else None
+        """The node that alone takes `node`, unless `node` is also a result or watched."""
+        alone = self._users[node] == 1 and id(node) not in self._keep | self._watched
+        return self._user[node] if alone else None
 
     def is_computed(self, node: "Tensor") -> bool:
         """Whether the steps so far compute `node`."""
@@ -210,6 +214,11 @@ class Plan:
         """Offset and bytes of a tensor in the arena."""
         buffer = self._buffers[t]
         return buffer.offset, buffer.n_bytes
+
+    def step_after(self, t: "Tensor") -> int:
+        """The index of the step after the one that completes a tensor."""
+        buffer = self._buffers[t]
+        return 1 + max(i for i, s in enumerate(self.steps) if any(_buffer(s.params[w]) is buffer for w in s.writes))
 
     def _place(self) -> None:
         end = len(self.steps)

@@ -1,13 +1,15 @@
 """A graph made ready to run: planned, its kernels loaded, its tape written."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import GraphError
 from ..kernels.build import Progress, load
 from ..simd.target import target
+from .ops import OPS
 from .plan import Plan
 from .threads import aligned
 
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
     from .cache import Caches
     from .tensor import Graph
     from .threads import Team
+
+
+Hook = Callable[[str, np.ndarray], Any]
 
 
 class Program:
@@ -27,11 +32,23 @@ class Program:
         Read and extended by each run.
     team : Team
         The threads.
+    hooks : mapping of str to callable
+        For names of computed nodes: called as hook(name, value) when the node's value, float32 (n_tokens, …), has just
+        been computed. What it returns, if not None, replaces the value.
+
+    Raises
+    ------
+    GraphError
+        A hook's node doesn't exist, or isn't computed.
     """
 
-    def __init__(self, graph: "Graph", caches: "Caches", team: "Team"):
+    def __init__(self, graph: "Graph", caches: "Caches", team: "Team", hooks: Mapping[str, Hook] = MappingProxyType({})):
         self.graph, self._team, self._n_ctx = graph, team, caches.n_ctx
-        self.plan = Plan(graph, caches, team.n_threads, target().lanes)
+        for name in hooks:
+            if name not in graph or graph[name].op not in OPS:
+                raise GraphError(f"hook on {name!r}, which is no computed node of the graph")
+        self._hooks = dict(hooks)
+        self.plan = Plan(graph, caches, team.n_threads, target().lanes, self._hooks)
         self._tape: np.ndarray | None = None
 
     def prepare(self, progress: Progress | None = None) -> None:
@@ -46,9 +63,15 @@ class Program:
         base = self._params.ctypes.data
         steps = zip(self.plan.steps, starts, strict=True)
         self._tape = np.array([(kernels[s.kernel], base + 8 * first, b) for s, (first, b) in steps], np.int64)
-        self._n_barriers = sum(b for _, b in starts)
+        self._barriers = np.array([b for _, b in starts])
+        stops = sorted((self.plan.step_after(self.graph[name]), name) for name in self._hooks)
+        self._stops = [(stop, name, self._view(self.graph[name])) for stop, name in stops]
         self._inputs = {n.name: self._view(n) for n in self.graph if n.op == "INPUT" and self._is_used(n)}
         self._outputs = {name: self._view(t) for name, t in self.graph.outputs.items()}
+
+    def _run(self, first: int, stop: int, profile: np.ndarray | None) -> None:
+        assert self._tape is not None
+        self._team.run(self._tape[first:stop], int(self._barriers[first:stop].sum()), profile)
 
     def _is_used(self, node) -> bool:
         return any(node in n.inputs for n in self.graph)
@@ -100,5 +123,14 @@ class Program:
         self._state[0:2] = n_tokens, n_past
         self._state[8:10] = 1, n_past + n_tokens - 1
         self._counters[:] = 0
-        self._team.run(self._tape, self._n_barriers, profile)
+        first = 0
+        for stop, name, place in self._stops:
+            if stop > first:
+                self._run(first, stop, None)
+            first = stop
+            value = place[:n_tokens]
+            new = self._hooks[name](name, value)
+            if new is not None:
+                value[...] = new
+        self._run(first, len(self._tape), profile)
         return {name: value[:n_tokens] for name, value in self._outputs.items()}

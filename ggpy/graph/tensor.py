@@ -93,6 +93,9 @@ class Graph:
     def __getitem__(self, name: str) -> Tensor:
         return self._by_name[name]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
     def _add(self, tensor: Tensor) -> Tensor:
         if tensor.name in self._by_name:
             raise GraphError(f"two nodes are named {tensor.name}")
