@@ -1,0 +1,115 @@
+"""`ggpy experts`: which experts a text uses."""
+
+import json as json_format
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import Error
+from .common import open_model
+
+if TYPE_CHECKING:
+    from ..generate.experts import ExpertUse
+
+_SHADES = " ░▒▓█"
+
+
+def experts(
+    model: Annotated[str, typer.Argument(help="A .gguf file or a checkpoint folder.", metavar="MODEL")],
+    text: Annotated[Path, typer.Option("--text", help="The text to run.")],
+    n: Annotated[int, typer.Option("-n", "--tokens", min=1, help="Tokens of it at most.")] = 2048,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    png: Annotated[Path | None, typer.Option("--png", help="Write a heat map.")] = None,
+    trace: Annotated[Path | None, typer.Option("--trace", help="Save the trace (npy: tokens, layers, experts).")] = None,
+    simulate_cache: Annotated[
+        bool, typer.Option("--simulate-cache", help="Replay the trace against cache sizes and policies.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Default: physical cores.")] = None,
+) -> None:
+    """Show how often each expert of each layer is chosen, and how balanced that is."""
+    from ..generate.experts import expert_use
+
+    with open_model(model, None, threads) as opened:
+        ids = opened.tokenize(text.read_text(encoding="utf-8"), special=False)[:n]
+        if not ids:
+            raise Error(f"{text}: no text")
+        use = expert_use(opened, ids)
+    if trace is not None:
+        import numpy as np
+
+        np.save(trace, use.trace)
+    if png is not None:
+        heat_map(use, png)
+    caches = _simulate(use) if simulate_cache else []
+    if json:
+        facts = {"n_tokens": len(ids), "layers": use.table(), "counts": use.counts.tolist(), "caches": caches}
+        print(json_format.dumps(facts, indent=1))
+        return
+    _print(use, len(ids))
+    for row in caches:
+        rates = ", ".join(f"{policy} {rate:.1%}" for policy, rate in row["hit_rate"].items())
+        print(f"cache of {row['share']:>4.0%} of the experts ({row['n_slots']}): {rates}")
+
+
+def _print(use: "ExpertUse", n_tokens: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{n_tokens} tokens, {use.trace.shape[2]} of {use.counts.shape[1]} experts each", box=None)
+    for name in ("layer", "CV", "entropy", "aux loss", "confidence", "most used", "least used", "unused"):
+        table.add_column(name, justify="right")
+    for r in use.table():
+        most, least = (f"{r[f'{k}_used']} ({r[f'{k}_share']:.1%})" for k in ("most", "least"))
+        numbers = (f"{r['cv']:.3f}", f"{r['entropy']:.3f}", f"{r['aux_loss']:.3f}", f"{r['confidence']:.3f}")
+        table.add_row(str(r["layer"]), *numbers, most, least, str(r["unused"]))
+    console = Console()
+    console.print(table)
+    print(picture(use))
+
+
+def picture(use: "ExpertUse") -> str:
+    """The use of experts as shaded cells, a line a layer; a full cell is twice the even share or more."""
+    lines = []
+    for layer, counts in zip(use.layers, use.counts, strict=True):
+        shares = counts / counts.mean()
+        cells = "".join(_SHADES[min(int(2 * s + 0.5), 4)] for s in shares)
+        lines.append(f"layer {layer:>3} |{cells}|")
+    return "\n".join(lines)
+
+
+def heat_map(use: "ExpertUse", path: Path) -> None:
+    """Writes the shares as a picture.
+
+    Raises
+    ------
+    Error
+        matplotlib isn't installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise Error("a heat map needs matplotlib: pip install 'ggpy[bench]'") from None
+    n_layers, n_expert = use.counts.shape
+    figure = Figure(figsize=(max(5.0, 0.16 * n_expert + 2), max(2.5, 0.22 * n_layers + 1.4)), layout="constrained")
+    axes = figure.subplots()
+    shares = use.counts / use.counts.sum(1, keepdims=True) * n_expert
+    image = axes.imshow(shares, aspect="auto", cmap="magma", vmin=0)
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer")
+    axes.set_yticks(range(n_layers), [str(i) for i in use.layers])
+    axes.set_title("How often each expert is chosen (1: its even share)")
+    figure.colorbar(image, ax=axes)
+    figure.savefig(path, dpi=150)
+
+
+def _simulate(use: "ExpertUse") -> list[dict[str, Any]]:
+    from ..generate.experts import simulate_cache
+
+    n_all = use.counts.size
+    rows = []
+    for share in (0.1, 0.25, 0.5, 0.75):
+        n_slots = max(1, int(share * n_all))
+        rates = {p: simulate_cache(use.trace, n_slots, p) for p in ("lru", "lfu", "best")}
+        rows.append({"share": share, "n_slots": n_slots, "hit_rate": rates})
+    return rows
