@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from converters.checkpoint import Config, ReorderedRows, read_safetensors
+from converters.checkpoint import ComputedRows, Config, PickedRows, StackedRows, TransposedRows, read_safetensors
 from ggpy.errors import ConversionError, Error, UnsupportedError
 
 FILES = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -48,20 +48,53 @@ def test_any_rows_are_read_as_torch_widens_them(dtype, shape, data, tmp_path):
     np.testing.assert_array_equal(read, expected[start:stop])
 
 
+def part_of(n_rows, data):
+    start = data.draw(st.integers(0, n_rows - 1))
+    return start, data.draw(st.integers(start + 1, n_rows))
+
+
 @FILES
 @given(n_rows=st.integers(1, 20), n_columns=st.integers(1, 5), data=st.data())
-def test_reordered_rows_are_the_whole_tensors_rows_in_that_order(n_rows, n_columns, data, tmp_path):
+def test_picked_rows_are_those_of_the_whole_tensor(n_rows, n_columns, data, tmp_path):
     values = torch.randn(n_rows, n_columns)
     path = tmp_path / "model.safetensors"
     save_file({"weight": values, "bias": values[:, 0].clone()}, path)
-    order = np.array(data.draw(st.permutations(range(n_rows))))
-    start = data.draw(st.integers(0, n_rows - 1))
-    stop = data.draw(st.integers(start + 1, n_rows))
+    order = np.array(data.draw(st.lists(st.integers(0, n_rows - 1), min_size=1, max_size=25, unique=True)))
+    start, stop = part_of(len(order), data)
     tensors = read_safetensors(path)
-    weight = ReorderedRows(tensors["weight"], order).read(start, stop)
+    weight = PickedRows(tensors["weight"], order, (len(order), n_columns)).read(start, stop)
     np.testing.assert_array_equal(weight, values.numpy()[order][start:stop])
-    bias = ReorderedRows(tensors["bias"], order).read(0, 1)
+    bias = PickedRows(tensors["bias"], order, (len(order),)).read(0, 1)
     np.testing.assert_array_equal(bias, values.numpy()[None, order, 0])
+
+
+SIZE = st.integers(1, 6)
+
+
+@given(n=SIZE, n_rows=SIZE, n_columns=SIZE, data=st.data())
+def test_stacked_and_transposed_rows_are_numpys(n, n_rows, n_columns, data):
+    values = np.random.default_rng(4).standard_normal((n, n_rows, n_columns), np.float32)
+    stacked = StackedRows(tuple(ComputedRows(matrix) for matrix in values))
+    assert stacked.shape == values.shape
+    start, stop = part_of(n * n_rows, data)
+    np.testing.assert_array_equal(stacked.read(start, stop), values.reshape(-1, n_columns)[start:stop])
+
+    transposed = TransposedRows(stacked)
+    expected = np.transpose(values, (0, 2, 1))
+    assert transposed.shape == expected.shape
+    start, stop = part_of(n * n_columns, data)
+    np.testing.assert_array_equal(transposed.read(start, stop), expected.reshape(-1, n_rows)[start:stop])
+
+
+class Unreadable(ComputedRows):
+    def read(self, start, stop):
+        raise AssertionError("read, though no row of it is wanted")
+
+
+def test_of_stacked_tensors_only_those_wanted_are_read():
+    parts = [ComputedRows(np.full((4, 3), i)) for i in range(5)]
+    parts[0], parts[3], parts[4] = (Unreadable(parts[i].values) for i in (0, 3, 4))
+    np.testing.assert_array_equal(StackedRows(tuple(parts)).read(6, 12)[:, 0], [1, 1, 2, 2, 2, 2])
 
 
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
