@@ -1,14 +1,17 @@
 """Tiny random checkpoints, made by transformers and tokenizers."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from ggpy.generate.pretokenizers import PRETOKENIZERS
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -27,26 +30,48 @@ LLAMA3_PATTERN = (
 )
 
 
-def splitting(name):
-    """The pre-tokenizer that models with this tokenizer.ggml.pre have in their tokenizer.json."""
-    if name == "smollm":
-        return pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    if name == "llama-bpe":
-        return pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+# The list of letters in DeepSeek V2's tokenizer.json, which has the characters themselves.
+CASED_LETTERS = re.sub(r"\\x\{(\w+)\}", lambda m: chr(int(m[1], 16)), PRETOKENIZERS["deepseek-llm"].patterns[1])
+DEEPSEEK3_PATTERN = (
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+|"
+    " ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+)
+GPT2_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
+DIGITS = pre_tokenizers.Digits(individual_digits=True)
+
+
+def patterns(*regexes, digits=()):
+    """Regular expressions in sequence, each applied to the pieces that the one before left."""
+    splits = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in regexes]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([*splits, *digits, byte_level])
+
+
+# The pre-tokenizers in the tokenizer.json of models with this tokenizer.ggml.pre.
+SPLITTINGS = {
+    "gpt-2": GPT2_WORDS,
+    "olmo": GPT2_WORDS,
+    "smollm": pre_tokenizers.Sequence([DIGITS, GPT2_WORDS]),
+    "llama-bpe": patterns(LLAMA3_PATTERN),
+    "qwen2": patterns(LLAMA3_PATTERN.replace("{1,3}", "")),
+    "deepseek-llm": patterns(
+        "[\r\n]",
+        CASED_LETTERS,
+        r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+        r"\s+$",
+        "[一-龥ࠀ-一가-\ud7ff]+",
+        digits=[DIGITS],
+    ),
+    "deepseek-v3": patterns(r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK3_PATTERN),
+}
 
 
 def train_tokenizer(pre):
     """A byte-level BPE tokenizer; that of "llama-bpe" puts <|endoftext|> first and ignores merges, as Llama 3's does."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
-    tokenizer.pre_tokenizer = splitting(pre)
+    tokenizer.pre_tokenizer = SPLITTINGS[pre]
+    if pre in ("olmo", "qwen2"):
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     if pre == "llama-bpe":
         tokenizer.post_processor = processors.TemplateProcessing(

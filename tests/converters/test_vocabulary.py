@@ -17,7 +17,7 @@ from converters.vocabulary import CHECK_TEXTS, check_vocabulary, read_encoder, r
 from ggpy.errors import ConversionError, Error, UnsupportedError
 from ggpy.generate.tokenizer import Tokenizer as WrittenTokenizer
 
-from .conftest import CHAT_TEMPLATE, TRAINING_TEXT, train_tokenizer
+from .conftest import CHAT_TEMPLATE, SPLITTINGS, TRAINING_TEXT, train_tokenizer
 
 
 def metadata_of(folder):
@@ -157,7 +157,7 @@ def test_piecewise_tokenizer_json_gets_scores_that_merge_alike(damaged_folder):
     assert metadata["tokenizer.ggml.add_space_prefix"] is False
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe"])
+@pytest.mark.parametrize("pre", SPLITTINGS)
 def test_splitting_is_recognised(pre, damaged_folder):
     train_tokenizer(pre).save(str(damaged_folder / "tokenizer.json"))
     metadata = metadata_of(damaged_folder)
