@@ -142,7 +142,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{END} $A", pair=f"{END} $A {END} $B", special_tokens=[(END, END_ID)]
+        single=f"{END} $A", pair=f"{END} $A $B", special_tokens=[(END, END_ID)]
     )
     return tokenizer
 
