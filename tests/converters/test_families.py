@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -12,12 +13,15 @@ import xllamacpp
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
+import ggpy
 from converters import conversion, convert
 from ggpy.errors import ConversionError, UnsupportedError
 from tests.models.checkpoints import ids, random_model, transformers_logits
 
 from .conftest import SIZES, save_tokenizer
 from .test_conversion import edit_config, edit_tensors, interleaved, written_fields, written_floats, written_tensors
+
+DEMO = Path(ggpy.__file__).parent / "demo_model"
 
 COMMON = {**SIZES, "num_hidden_layers": 3, "max_position_embeddings": 512}
 LATENT = {
@@ -174,7 +178,7 @@ def test_f32_file_holds_the_models_values(name, folder_of, tmp_path, monkeypatch
         np.testing.assert_array_equal(written[tensor], values, err_msg=tensor)
 
 
-def llama_cpp_logprobs(path, folder, prompts, n_ctx):
+def llama_cpp_logprobs(path, folder, prompts, n_ctx, n_vocab=SIZES["vocab_size"]):
     """Logarithms of the next token's probabilities after each prompt, in float32 throughout: (n_prompts, n_vocab)."""
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
@@ -184,7 +188,7 @@ def llama_cpp_logprobs(path, folder, prompts, n_ctx):
     server = xllamacpp.Server(params)
     # Logprobs come only with text, and half a character isn't text: a letter is forced on it. They aren't changed by that.
     letter = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id("a")
-    table = np.full((len(prompts), SIZES["vocab_size"]), np.nan)
+    table = np.full((len(prompts), n_vocab), np.nan)
     for row, prompt in zip(table, prompts, strict=True):
         request = {"prompt": prompt, "max_tokens": 1, "logprobs": len(row), "logit_bias": [[letter, 1000.0]]}
         reply = server.handle_completions(request)
@@ -204,6 +208,20 @@ def test_llama_cpp_computes_what_transformers_does(name, folder_of, tmp_path):
     expected = torch.log_softmax(torch.tensor(logits), -1).numpy()
     assert expected.std() > 0.5
     np.testing.assert_allclose(got, expected, atol=2e-3)
+
+
+@pytest.mark.skipif(not (DEMO / "model.safetensors").is_file(), reason="without the demo model")
+@pytest.mark.parametrize("type_", ["f16", "q8_0"])
+def test_llama_cpp_agrees_on_the_demo_model(type_, tmp_path):
+    convert(DEMO, tmp_path / "model.gguf", type_)
+    model = transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    tokens = Tokenizer.from_file(str(DEMO / "tokenizer.json")).encode((DEMO / "heldout.txt").read_text()).ids[:200]
+    lengths = range(8, 201, 16)
+    prompts = [tokens[:n] for n in lengths]
+    got = llama_cpp_logprobs(tmp_path / "model.gguf", DEMO, prompts, 256, model.config.vocab_size)
+    logits = transformers_logits(model, tokens)[[n - 1 for n in lengths]]
+    expected = torch.log_softmax(torch.tensor(logits), -1).numpy()
+    assert (np.exp(expected) * (expected - got)).sum(-1).mean() <= 2e-3
 
 
 DEEPSEEK2 = {
