@@ -13,6 +13,7 @@ from ..models import Architecture, Logits, build_graph, run_inputs
 if TYPE_CHECKING:
     from ..file import GGUFFile
     from ..graph import Team
+    from ..graph.plan import Step
 
 _LOGITS_BYTES = 64 << 20  # that a run which computes the logits of all its tokens may take for them
 
@@ -112,6 +113,22 @@ class TokenSequence:
         for chunk in self._chunks(ids, n):
             yield self._run(chunk, self.program(n, "all"))
 
+    def profile(self, ids: Sequence[int]) -> tuple[list["Step"], np.ndarray]:
+        """Evaluates more tokens in one run; its steps, and the processor's clock before each and at the end, in ticks.
+
+        Raises
+        ------
+        ContextFullError
+            They don't fit.
+        """
+        if len(ids) > self._n_batch:
+            raise Error(f"{len(ids)} tokens in one run; at most {self._n_batch} are possible")
+        program = self.program(1 if len(ids) == 1 else self._n_batch, "last")
+        clock = np.zeros(len(program.plan.steps) + 1, np.int64)
+        for chunk in self._chunks(ids, self._n_batch):
+            self._run(chunk, program, clock)
+        return program.plan.steps, clock
+
     def _chunks(self, ids: Sequence[int], n: int) -> Iterator[Sequence[int]]:
         if len(self.ids) + len(ids) > self.n_ctx:
             raise ContextFullError(f"{len(self.ids)} + {len(ids)} tokens don't fit into a context of {self.n_ctx}")
@@ -121,9 +138,9 @@ class TokenSequence:
         for first in range(0, len(ids), n):
             yield ids[first : first + n]
 
-    def _run(self, ids: Sequence[int], program: Program) -> np.ndarray:
+    def _run(self, ids: Sequence[int], program: Program, profile: np.ndarray | None = None) -> np.ndarray:
         n_past = len(self.ids)
         inputs = {"ids": np.array(ids, np.int32), **run_inputs(self._arch, n_past, len(ids))}
-        logits = program.run(inputs, n_past)["logits"]
+        logits = program.run(inputs, n_past, profile)["logits"]
         self.ids.extend(ids)
         return logits
