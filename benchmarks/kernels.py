@@ -1,6 +1,6 @@
 """Each matrix kernel against the limits of this machine, measured on the spot.
 
-    python benchmarks/kernels.py [--types Q4_0,Q4_K] [-t 1,2] [--tokens 8,48,512] [--forms avx512,avx2,portable] [--json OUT] [--png OUT]
+    python benchmarks/kernels.py [--types Q4_0,Q4_K] [-t 1,2] [--tokens 8,48,512] [--forms avx512,avx2] [--json OUT] [--png OUT]
 
 Matrix × vector: GB/s of weights, out of memory (256 MB) and out of the second-level cache, beside the bandwidth of plain
 reading. Matrix × matrix: GOP/s (2 per weight and token) for several numbers of tokens, beside the rate of int8 dot products
@@ -47,7 +47,7 @@ def seconds(kind: str, n_bytes: int, n_tokens: int, team, repeat: int = 7) -> tu
     n_products = max(1, (32 << 20) // (weight.n_bytes * n_tokens))  # enough that a run isn't over at once
     for i in range(n_products):
         graph.output(graph.op("MUL_MAT", w, x), f"out{i}")
-    program = Program(graph, Caches(64), team)
+    program = Program(graph, Caches(n_tokens), team)
     values = {"x": np.random.default_rng(1).standard_normal((n_tokens, N_COLS)).astype(np.float32)}
     clock = np.zeros(len(program.plan.steps) + 1, np.int64)
     shares = []

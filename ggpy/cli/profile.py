@@ -40,7 +40,7 @@ def _measure(model: "Model", n: int, depth: int, repeat: int, by_layer: bool) ->
     ids = [(7919 * i + 13) % model.architecture.n_vocab for i in range(depth + n)]
     if depth:
         sequence.extend(ids[:depth])
-    steps: "list[Step]" = []
+    steps: list[Step] = []
     times, totals = [], []
     for i in range(repeat + 1):
         sequence.keep(depth)
