@@ -71,6 +71,12 @@ KEYS_PER_ITEM = 256
 #: what the KV cache's length is a multiple of
 KV_BLOCK = 64
 
+#: types with encoders
+ENCODED = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ4_NL", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0"),
+)
+
 
 def _kernels() -> dict[str, Kernel]:
     table = {
@@ -123,6 +129,11 @@ def _kernels() -> dict[str, Kernel]:
         table[f"mul_mat_one_{name}"] = Kernel(family, _MUL_MAT)
         table[f"mul_mat_{name}"] = Kernel(family, _MUL_MAT)
         table[f"get_rows_{name}"] = Kernel("get_rows", ("w", "ids", "out", "state", "n_rows", "n_cols"))
+
+    # Encoders: `importance` is 0 or the address of n_cols float32.
+    for name in ENCODED:
+        table[f"encode_{name}"] = Kernel("encode", ("x", "importance", "out", "counter", "n_rows", "n_cols"))
+
     return table
 
 

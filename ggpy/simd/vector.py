@@ -889,3 +889,35 @@ def unpack_params(tyctx, address, n):
         return ctx.make_tuple(b, ret, values)
 
     return ret(ADDRESS, n), codegen
+
+
+# --- for the encoders -----------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def select_less(tyctx, x, y, a_, b_):
+    """a where x < y, else b, lane by lane (x, y float32; a, b of one type). NaN is never less."""
+
+    def codegen(ctx, b, sig, a):
+        return b.select(b.fcmp_ordered("<", a[0], a[1]), a[2], a[3])
+
+    return a_(x, y, a_, b_), codegen
+
+
+def stairs(edges, values, elem):
+    """A function of a float32 vector: values[k] for the number k of `edges` (ascending) that a lane reaches."""
+
+    @intrinsic
+    def step(tyctx, x):
+        ret = Vector(elem)
+
+        def codegen(ctx, b, sig, a):
+            out = _const(ret.ir_type, values[0])
+            for edge, value in zip(edges, values[1:], strict=True):
+                reached = b.fcmp_ordered(">=", a[0], _const(F32.ir_type, edge))
+                out = b.select(reached, _const(ret.ir_type, value), out)
+            return out
+
+        return ret(x), codegen
+
+    return step
