@@ -63,17 +63,16 @@ def _print(use: "ExpertUse", n_tokens: int) -> None:
         most, least = (f"{r[f'{k}_used']} ({r[f'{k}_share']:.1%})" for k in ("most", "least"))
         numbers = (f"{r['cv']:.3f}", f"{r['entropy']:.3f}", f"{r['aux_loss']:.3f}", f"{r['confidence']:.3f}")
         table.add_row(str(r["layer"]), *numbers, most, least, str(r["unused"]))
-    console = Console()
-    console.print(table)
+    Console().print(table)
     print(picture(use))
 
 
 def picture(use: "ExpertUse") -> str:
     """The use of experts as shaded cells, a line a layer; a full cell is twice the even share or more."""
-    lines = []
+    width, gap = (3, " ") if use.counts.shape[1] <= 16 else (1, "")
+    lines = [f"each expert's share of the choices: {_SHADES[1]} half of even, {_SHADES[2]} even, {_SHADES[4]} twice"]
     for layer, counts in zip(use.layers, use.counts, strict=True):
-        shares = counts / counts.mean()
-        cells = "".join(_SHADES[min(int(2 * s + 0.5), 4)] for s in shares)
+        cells = gap.join(width * _SHADES[min(int(2 * share + 0.5), 4)] for share in counts / counts.mean())
         lines.append(f"layer {layer:>3} |{cells}|")
     return "\n".join(lines)
 
@@ -87,6 +86,7 @@ def heat_map(use: "ExpertUse", path: Path) -> None:
         matplotlib isn't installed.
     """
     try:
+        from matplotlib.colors import TwoSlopeNorm
         from matplotlib.figure import Figure
     except ImportError:
         raise Error("a heat map needs matplotlib: pip install 'ggpy[bench]'") from None
@@ -94,12 +94,13 @@ def heat_map(use: "ExpertUse", path: Path) -> None:
     figure = Figure(figsize=(max(5.0, 0.16 * n_expert + 2), max(2.5, 0.22 * n_layers + 1.4)), layout="constrained")
     axes = figure.subplots()
     shares = use.counts / use.counts.sum(1, keepdims=True) * n_expert
-    image = axes.imshow(shares, aspect="auto", cmap="magma", vmin=0)
+    # White is even, whatever the greatest share: blue is less, red is more.
+    image = axes.imshow(shares, aspect="auto", cmap="RdBu_r", norm=TwoSlopeNorm(1, 0, max(2, shares.max())))
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
     axes.set_yticks(range(n_layers), [str(i) for i in use.layers])
-    axes.set_title("How often each expert is chosen (1: its even share)")
-    figure.colorbar(image, ax=axes)
+    axes.set_title("How often each expert is chosen")
+    figure.colorbar(image, ax=axes, label="share / even share")
     figure.savefig(path, dpi=150)
 
 

@@ -1,5 +1,6 @@
 """`ggpy graph`: the compute graph of a model, to look at."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -47,14 +48,16 @@ def _last_layer(graph: "Graph") -> int:
 
 def _compare(a: "Graph", b: "Graph", layer: int, name_a: str, name_b: str) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     from ..graph import pictures
 
     layers = [pictures.of_layer(g, min(layer, _last_layer(g))) for g in (a, b)]
-    table = Table("node", name_a, name_b, "", title=f"layer {layer}", title_justify="left")
+    table = Table("node", *(escape(Path(n).name) for n in (name_a, name_b)), title=f"layer {layer}", title_justify="left")
     for row in pictures.side_by_side(*layers):
-        table.add_row(*row, style="bold" if row[3] else "")
+        table.add_row(*map(Text, row), style="" if all(row) else "bold")
     console = Console()
     console.print(table)
     for name, nodes in zip((name_a, name_b), layers, strict=True):

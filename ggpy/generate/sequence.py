@@ -53,6 +53,7 @@ class TokenSequence:
         self.ids: list[int] = []
         #: see `Program`; may be changed between runs
         self.hooks: dict[str, Hook] = {}
+        self._evaluated_with: dict[str, Hook] = {}
         self._programs: dict[tuple, Program] = {}
         # One token, and a prompt: both are sure to be needed, so their kernels are compiled together.
         programs = [self.program(1, "last"), self.program(self._n_batch, "last")]
@@ -73,6 +74,8 @@ class TokenSequence:
     def reuse(self, ids: Sequence[int]) -> int:
         """Keeps what this sequence shares with `ids`, but for their last token, which must be evaluated for its logits.
 
+        Nothing is kept when the hooks have changed, which may have changed the cached values.
+
         Returns
         -------
         int
@@ -83,6 +86,7 @@ class TokenSequence:
             if a != b:
                 break
             n += 1
+        n = n if self.hooks == self._evaluated_with else 0
         self.keep(n)
         return n
 
@@ -143,4 +147,5 @@ class TokenSequence:
         inputs = {"ids": np.array(ids, np.int32), **run_inputs(self._arch, n_past, len(ids))}
         logits = program.run(inputs, n_past, profile)["logits"]
         self.ids.extend(ids)
+        self._evaluated_with = dict(self.hooks)
         return logits

@@ -23,12 +23,12 @@ def of_layer(graph: "Graph", layer: int) -> "list[Tensor]":
 
 
 def weight_bytes(t: "Tensor") -> int:
-    """Bytes of the weights that a node takes; of experts, of those that one token takes."""
+    """Bytes of the weights that a node reads for one token: of experts, the chosen ones; of the embedding, a row."""
     total = 0
     for i in t.inputs:
         if i.op == "WEIGHT":
-            n = i.attrs["weight"].n_bytes
-            total += n * t.inputs[2].shape[1] // i.shape[0] if t.op == "MUL_MAT_ID" else n
+            parts = {"MUL_MAT_ID": (t.shape[1], i.shape[0]), "GET_ROWS": (1, i.shape[0])}.get(t.op, (1, 1))
+            total += i.attrs["weight"].n_bytes * parts[0] // parts[1]
     return total
 
 
@@ -57,13 +57,18 @@ def _computed(nodes: "Iterable[Tensor]") -> "list[Tensor]":
 
 
 def text(nodes: "Iterable[Tensor]") -> str:
-    """One line a node: name, operation, shape, weights, what it takes."""
-    lines = []
+    """One line a node: name, operation, shape, weights, the bytes of them that one token reads, what it takes."""
+    rows = [("node", "operation", "shape", "weights", "reads", "takes")]
     for t in _computed(nodes):
         weights = ", ".join(f"{w.type} {_shape(w)}" for w in t.inputs if w.op == "WEIGHT")
         size = bytes_text(weight_bytes(t)) if weights else ""
         took = ", ".join(i.name for i in t.inputs if i.op != "WEIGHT")
-        lines.append(f"{t.name:<28} {t.op:<16} {_shape(t):<16} {weights:<24} {size:>9}  {took}".rstrip())
+        rows.append((t.name, t.op, _shape(t), weights, size, took))
+    width = [max(len(row[i]) for row in rows) for i in range(5)]
+    lines = []
+    for *cells, size, took in rows:
+        left = "  ".join(cell.ljust(n) for cell, n in zip(cells, width, strict=False))
+        lines.append(f"{left}  {size.rjust(width[4])}  {took}".rstrip())
     return "\n".join(lines)
 
 
@@ -97,17 +102,25 @@ def dot(nodes: "Iterable[Tensor]", name: str = "") -> str:
 FORMATS: dict[str, Callable[..., str]] = {"text": text, "mermaid": mermaid, "dot": dot}
 
 
-def side_by_side(a: "list[Tensor]", b: "list[Tensor]") -> list[tuple[str, ...]]:
-    """Two layers beside each other, nodes of the same name and operation in one row: (name, a, b, remark)."""
+def side_by_side(a: "list[Tensor]", b: "list[Tensor]") -> list[tuple[str, str, str]]:
+    """Two layers beside each other: rows (name, node of a, node of b), both in their order.
+
+    Nodes of the same name stand in one row; where a layer has none of the other's name, its cell is empty.
+    """
     left, right = ({_base(t): t for t in _computed(nodes)} for nodes in (a, b))
-    rows = []
-    for name in [*left, *(n for n in right if n not in left)]:
-        x, y = left.get(name), right.get(name)
-        remark = "" if x is not None and y is not None else ("only in the first" if x is not None else "only in the second")
-        rows.append(
-            (name, *("" if t is None else " ".join([t.op, _shape(t), _weights(t)]).strip() for t in (x, y)), remark)
-        )
-    return rows
+    names: list[str] = []
+    of_right = iter(right)
+    for name in left:
+        if name in right and name not in names:
+            # What stands before it in b comes before it here.
+            for other in of_right:
+                if other == name:
+                    break
+                if other not in left:
+                    names.append(other)
+        names.append(name)
+    names += [name for name in right if name not in names]
+    return [(name, _cell(left.get(name)), _cell(right.get(name))) for name in names]
 
 
 def _cell(t: "Tensor | None") -> str:
