@@ -4,15 +4,16 @@ These are the truth that the compiled kernels are tested against.
 """
 
 from ..errors import UnsupportedError
-from . import floats, k_quants, opaque, plain
+from . import codebooks, floats, i_quants, k_quants, opaque, plain, ternary
 from .blocks import BlockType
 
 __all__ = ["BLOCK_TYPES", "BlockType", "block_type"]
 
+_FAMILIES = (floats, plain, k_quants, codebooks, i_quants, ternary, opaque)
+
 #: name -> type, in the order of ggml's numbers
 BLOCK_TYPES: dict[str, BlockType] = {
-    known.name: known
-    for known in sorted((*floats.TYPES, *plain.TYPES, *k_quants.TYPES, *opaque.TYPES), key=lambda known: known.id)
+    known.name: known for known in sorted((kind for family in _FAMILIES for kind in family.TYPES), key=lambda kind: kind.id)
 }
 
 _BY_NAME_OR_ID: dict[str | int, BlockType] = {

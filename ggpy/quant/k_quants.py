@@ -7,27 +7,13 @@ The layouts are those of ggml's ggml-common.h.
 import numpy as np
 
 from .blocks import BlockType
+from .unpack import bits, float32
 
 _Q2_K = np.dtype([("scales", "u1", 16), ("qs", "u1", 64), ("d", "<f2"), ("dmin", "<f2")])
 _Q3_K = np.dtype([("hmask", "u1", 32), ("qs", "u1", 64), ("scales", "u1", 12), ("d", "<f2")])
 _Q4_K = np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qs", "u1", 128)])
 _Q5_K = np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128)])
 _Q6_K = np.dtype([("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d", "<f2")])
-
-
-def _float32(field: np.ndarray) -> np.ndarray:
-    """A scalar of each block, (n_blocks,) float16 -> (n_blocks, 1) float32."""
-    return field.astype(np.float32)[:, None]
-
-
-def _bits(field: np.ndarray, width: int, run: int) -> np.ndarray:
-    """Unpacks numbers of `width` bits: of every `run` bytes first all lowest numbers, then all second lowest, ...
-
-    uint8 (n_blocks, n) -> uint8 (n_blocks, n * 8 / width)
-    """
-    shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
-    runs = field.reshape(len(field), -1, 1, run)
-    return ((runs >> shifts) & np.uint8((1 << width) - 1)).reshape(len(field), -1)
 
 
 def _by_sub_block(q: np.ndarray, sub_blocks: int) -> np.ndarray:
@@ -51,41 +37,41 @@ def _scales_and_minima(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _decode_q2_k(blocks: np.ndarray) -> np.ndarray:
     # low half of a scale's byte: scale; high half: minimum
-    scale = _float32(blocks["d"]) * (blocks["scales"] & 15).astype(np.float32)  # (n_blocks, 16)
-    minimum = _float32(blocks["dmin"]) * (blocks["scales"] >> 4).astype(np.float32)
-    q = _by_sub_block(_bits(blocks["qs"], 2, 32), 16)
+    scale = float32(blocks["d"]) * (blocks["scales"] & 15).astype(np.float32)  # (n_blocks, 16)
+    minimum = float32(blocks["dmin"]) * (blocks["scales"] >> 4).astype(np.float32)
+    q = _by_sub_block(bits(blocks["qs"], 2, 32), 16)
     return scale[:, :, None] * q - minimum[:, :, None]
 
 
 def _decode_q3_k(blocks: np.ndarray) -> np.ndarray:
     # Six-bit scales: low four bits as halves of 8 bytes, upper two as quarters of 4 bytes; 32 stands for 0.
     packed = blocks["scales"]
-    scales = _bits(packed[:, :8], 4, 8) | _bits(packed[:, 8:], 2, 4) << 4  # (n_blocks, 16)
-    scale = _float32(blocks["d"]) * (scales.astype(np.float32) - 32)
+    scales = bits(packed[:, :8], 4, 8) | bits(packed[:, 8:], 2, 4) << 4  # (n_blocks, 16)
+    scale = float32(blocks["d"]) * (scales.astype(np.float32) - 32)
     # The high bit counts 4, and 4 is subtracted: 4 less where it is clear.
-    q = _bits(blocks["qs"], 2, 32) | _bits(blocks["hmask"], 1, 32) << 2
+    q = bits(blocks["qs"], 2, 32) | bits(blocks["hmask"], 1, 32) << 2
     return scale[:, :, None] * (_by_sub_block(q, 16) - 4)
 
 
 def _decode_q4_k(blocks: np.ndarray) -> np.ndarray:
     scales, minima = _scales_and_minima(blocks["scales"])
-    scale = _float32(blocks["d"]) * scales.astype(np.float32)  # (n_blocks, 8)
-    minimum = _float32(blocks["dmin"]) * minima.astype(np.float32)
-    q = _by_sub_block(_bits(blocks["qs"], 4, 32), 8)
+    scale = float32(blocks["d"]) * scales.astype(np.float32)  # (n_blocks, 8)
+    minimum = float32(blocks["dmin"]) * minima.astype(np.float32)
+    q = _by_sub_block(bits(blocks["qs"], 4, 32), 8)
     return scale[:, :, None] * q - minimum[:, :, None]
 
 
 def _decode_q5_k(blocks: np.ndarray) -> np.ndarray:
     scales, minima = _scales_and_minima(blocks["scales"])
-    scale = _float32(blocks["d"]) * scales.astype(np.float32)  # (n_blocks, 8)
-    minimum = _float32(blocks["dmin"]) * minima.astype(np.float32)
-    q = _by_sub_block(_bits(blocks["qs"], 4, 32) | _bits(blocks["qh"], 1, 32) << 4, 8)
+    scale = float32(blocks["d"]) * scales.astype(np.float32)  # (n_blocks, 8)
+    minimum = float32(blocks["dmin"]) * minima.astype(np.float32)
+    q = _by_sub_block(bits(blocks["qs"], 4, 32) | bits(blocks["qh"], 1, 32) << 4, 8)
     return scale[:, :, None] * q - minimum[:, :, None]
 
 
 def _decode_q6_k(blocks: np.ndarray) -> np.ndarray:
-    scale = _float32(blocks["d"]) * blocks["scales"].astype(np.float32)  # (n_blocks, 16)
-    q = _bits(blocks["ql"], 4, 64) | _bits(blocks["qh"], 2, 32) << 4
+    scale = float32(blocks["d"]) * blocks["scales"].astype(np.float32)  # (n_blocks, 16)
+    q = bits(blocks["ql"], 4, 64) | bits(blocks["qh"], 2, 32) << 4
     return scale[:, :, None] * (_by_sub_block(q, 16) - 32)
 
 

@@ -7,17 +7,13 @@ bit i of `qh` is the fifth bit of value i.
 import numpy as np
 
 from .blocks import BlockType
+from .unpack import float32
 
 _Q4_0 = np.dtype([("d", "<f2"), ("qs", "u1", 16)])
 _Q4_1 = np.dtype([("d", "<f2"), ("m", "<f2"), ("qs", "u1", 16)])
 _Q5_0 = np.dtype([("d", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)])
 _Q5_1 = np.dtype([("d", "<f2"), ("m", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)])
 _Q8_0 = np.dtype([("d", "<f2"), ("qs", "i1", 32)])
-
-
-def _float32(field: np.ndarray) -> np.ndarray:
-    """A scalar of each block, (n_blocks,) float16 -> (n_blocks, 1) float32."""
-    return field.astype(np.float32)[:, None]
 
 
 def _unpack4(blocks: np.ndarray) -> np.ndarray:
@@ -41,23 +37,23 @@ def _pack5(blocks: np.ndarray, q: np.ndarray) -> None:
 
 
 def _decode_q4_0(blocks: np.ndarray) -> np.ndarray:
-    return _float32(blocks["d"]) * (_unpack4(blocks).astype(np.float32) - 8)
+    return float32(blocks["d"]) * (_unpack4(blocks).astype(np.float32) - 8)
 
 
 def _decode_q4_1(blocks: np.ndarray) -> np.ndarray:
-    return _float32(blocks["d"]) * _unpack4(blocks).astype(np.float32) + _float32(blocks["m"])
+    return float32(blocks["d"]) * _unpack4(blocks).astype(np.float32) + float32(blocks["m"])
 
 
 def _decode_q5_0(blocks: np.ndarray) -> np.ndarray:
-    return _float32(blocks["d"]) * (_unpack5(blocks).astype(np.float32) - 16)
+    return float32(blocks["d"]) * (_unpack5(blocks).astype(np.float32) - 16)
 
 
 def _decode_q5_1(blocks: np.ndarray) -> np.ndarray:
-    return _float32(blocks["d"]) * _unpack5(blocks).astype(np.float32) + _float32(blocks["m"])
+    return float32(blocks["d"]) * _unpack5(blocks).astype(np.float32) + float32(blocks["m"])
 
 
 def _decode_q8_0(blocks: np.ndarray) -> np.ndarray:
-    return blocks["qs"].astype(np.float32) * _float32(blocks["d"])
+    return blocks["qs"].astype(np.float32) * float32(blocks["d"])
 
 
 def _inverse(d: np.ndarray) -> np.ndarray:

@@ -44,6 +44,8 @@ def random_blocks(name, n_rows, n_values, seed=0):
 
 def test_the_types_that_were_asked_for_are_there():
     decoded = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+    decoded += ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"]
+    decoded += ["MXFP4", "TQ1_0", "TQ2_0"]
     assert sorted(DECODED_BY_GGUF) == sorted(decoded)
     assert {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"} <= set(ENCODED)
 
