@@ -27,7 +27,7 @@ def bench(
         tests = [(f"prompt {prompt}", prompt, 0)] * (prompt > 0) + [(f"decode {n}", 0, n)] * (n > 0)
         results = []
         for name, n_prompt, n_decode in tests:
-            rates = _measure(opened, n_prompt, n_decode, depth, repeat)
+            rates = measure_rates(opened, n_prompt, n_decode, depth, repeat)
             results.append({"test": name, "median": statistics.median(rates), "min": min(rates), "max": max(rates)})
         facts = {"model": str(opened.file.path), "threads": opened.n_threads, "depth": depth, "tokens_per_second": results}
     if json:
@@ -38,7 +38,8 @@ def bench(
         print(f"{r['test']:<14} {r['median']:9.1f} tok/s   (min {r['min']:.1f}, max {r['max']:.1f}, {repeat} runs)")
 
 
-def _measure(model: "Model", n_prompt: int, n_decode: int, depth: int, repeat: int) -> list[float]:
+def measure_rates(model: "Model", n_prompt: int, n_decode: int, depth: int, repeat: int) -> list[float]:
+    """Tokens per second of `repeat` runs: a prompt of n_prompt tokens and n_decode single ones, after `depth` tokens."""
     n_vocab = model.architecture.n_vocab
     ids = [(7919 * i + 13) % n_vocab for i in range(depth + max(n_prompt, n_decode))]  # any tokens do
     sequence, rates = model.sequence, []
