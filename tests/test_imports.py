@@ -6,7 +6,18 @@ from pathlib import Path
 import ggpy
 
 ROOT = Path(ggpy.__file__).parent
-ORDER = {"errors": 0, "simd": 1, "kernels": 2, "quant": 3, "file": 4, "graph": 5, "quantize": 6, "models": 7, "generate": 8}
+ORDER = {
+    "errors": 0,
+    "simd": 1,
+    "kernels": 2,
+    "quant": 3,
+    "file": 4,
+    "graph": 5,
+    "quantize": 6,
+    "models": 7,
+    "generate": 8,
+    "measure": 9,
+}
 
 
 def imports(path):
