@@ -60,8 +60,8 @@ def define_products(name, block, n_bytes, one_token, unpack, tokens, unpacked):
 
     one_token(w, row_bytes, n_cols, x, ahead) -> vector
         LANES rows times one token; prefetches at `ahead` bytes from what it reads.
-    unpack(w, row_bytes, n_cols, scratch)
-        LANES rows into scratch, `unpacked` bytes for 32 columns.
+    unpack(w, row_bytes, n_cols, scratch, ahead)
+        LANES rows into scratch, `unpacked` bytes for 32 columns; prefetches likewise.
     tokens(scratch, n_cols, x, x_stride) -> tile
         LANES unpacked rows times TOKENS tokens.
     """
@@ -187,7 +187,9 @@ def define_products(name, block, n_bytes, one_token, unpack, tokens, unpacked):
                 if n_tokens == 0:
                     continue
             row = tile * LANES
-            unpack(_rows_at(w + slot * w_stride, row, n_rows, row_bytes, copy), row_bytes, n_cols, mine)
+            # The rows that this thread is likely to take next.
+            ahead = nth * LANES * row_bytes if tile + nth < n_tiles else 0
+            unpack(_rows_at(w + slot * w_stride, row, n_rows, row_bytes, copy), row_bytes, n_cols, mine, ahead)
             n = min(LANES, n_rows - row)
             if groups:
                 order = groups + 8 * n_slots + 4 * first

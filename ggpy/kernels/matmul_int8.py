@@ -36,6 +36,7 @@ def _define(name):
     layout = LAYOUTS[name]
     n_bytes, block, group = layout.n_bytes, layout.block, layout.group
     subs = block // 32
+    share_of_emit = LANES * n_bytes // subs  # bytes of the next LANES rows that stand for 32 columns of these
     has_min, has_bias = layout.has_min, layout.bias > 0
     shift = max(layout.bias.bit_length() - 1, 0)
     dot, dot_many = (dot_tile_signed, dots_signed) if layout.signed else (dot_tile, dots)
@@ -44,7 +45,10 @@ def _define(name):
 
     @function
     def emit_dot(g, j, w, s0, s1, m0, m1, places):
-        x, sums, negated = places
+        x, sums, negated, soon = places
+        # Few at a time: more misses than the processor can track would be dropped.
+        for line in range(0, share_of_emit, 64):
+            prefetch(soon + share_of_emit * j + line)
         if group == 32:
             a = splat_i32(i32(0))
             if has_bias:
@@ -65,7 +69,10 @@ def _define(name):
 
     @function
     def emit_store(g, j, w, s0, s1, m0, m1, places):
-        to = places[0] + _UNPACKED * j
+        scratch, soon = places
+        to = scratch + _UNPACKED * j
+        for line in range(0, share_of_emit, 64):
+            prefetch(soon + share_of_emit * j + line)
         store(to, w)
         store(to + 8 * _V, s0)
         if group == 16:
@@ -85,18 +92,18 @@ def _define(name):
         negated = sums + n_cols // 8
         acc = splat_f32(f32(0.0))
         for b in range(n_cols // block):
-            for line in range(0, LANES * n_bytes, 64):
-                prefetch(w + ahead + LANES * n_bytes * b + line)
-            places = (x + block * b, sums + 4 * subs * b, negated + 4 * subs * negated_per_32 * b)
+            soon = w + ahead + LANES * n_bytes * b
+            places = (x + block * b, sums + 4 * subs * b, negated + 4 * subs * negated_per_32 * b, soon)
             g = walk_dot(splat_f32(f32(0.0)), w + n_bytes * b, stride, places)
             acc = fma(g, splat_f32(ld_f32(d + 4 * b)), acc)
         return acc
 
     @function
-    def unpack(w, stride, n_cols, scratch):
+    def unpack(w, stride, n_cols, scratch, ahead):
         g = splat_f32(f32(0.0))
         for b in range(n_cols // block):
-            g = walk_store(g, w + n_bytes * b, stride, (scratch + _UNPACKED * subs * b,))
+            places = (scratch + _UNPACKED * subs * b, w + ahead + LANES * n_bytes * b)
+            g = walk_store(g, w + n_bytes * b, stride, places)
 
     @function
     def tokens(weights, n_cols, x, stride):

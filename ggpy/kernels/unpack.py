@@ -76,6 +76,23 @@ def _signed_byte(v, k):
     return to_f32(shift_right_signed(v << _c(24 - 8 * k), _c(24)))
 
 
+def _bits(first, n, to):
+    """A function that takes bits first … first + n - 1 of each byte to bit `to`: what a block's other bits lack."""
+    mask = ((1 << n) - 1) << to
+    mask = mask * 0x01010101
+    shift = to - first
+
+    @function
+    def left(t):
+        return (t << _c(shift)) & _c(mask)
+
+    @function
+    def right(t):
+        return (t >> _c(-shift)) & _c(mask)
+
+    return left if shift >= 0 else right
+
+
 def _q4_0(emit):
     @function
     def walk(g, a, stride, places):
@@ -162,46 +179,47 @@ def _q4_k(emit):
 
 
 def _q5_k(emit):
+    b0, b1, b2, b3, b4, b5, b6, b7 = (_bits(i, 1, 4) for i in range(8))
+
+    @function
+    def pair(g, d, dm, s, m, p, j, t, low, high, places):
+        s0, m0 = d * _byte(s, 2 * p), dm * _byte(m, 2 * p)
+        s1, m1 = d * _byte(s, 2 * p + 1), dm * _byte(m, 2 * p + 1)
+        g = emit(g, j, _low(t) | low, s0, s0, m0, m0, places)
+        return emit(g, j + 1, _high(t) | high, s1, s1, m1, m1, places)
+
     @function
     def walk(g, a, stride, places):
         d, dm, s, s_high, m, m_high = _six_bit_scales(a, stride)
-        fifth = load_transposed(a + 16, stride, 8)
-        ones = _c(0x01010101)
-        for half in range(2):
-            for p in range(2):
-                t = load_transposed(a + 48 + 64 * half + 32 * p, stride, 8)
-                bit = 4 * half + 2 * p
-                s0, m0 = d * _byte(s, 2 * p), dm * _byte(m, 2 * p)
-                s1, m1 = d * _byte(s, 2 * p + 1), dm * _byte(m, 2 * p + 1)
-                low = _low(t) | (((fifth >> _c(bit)) & ones) << _c(4))
-                high = _high(t) | (((fifth >> _c(bit + 1)) & ones) << _c(4))
-                g = emit(g, bit, low, s0, s0, m0, m0, places)
-                g = emit(g, bit + 1, high, s1, s1, m1, m1, places)
-            s, m = s_high, m_high
-        return g
+        f = load_transposed(a + 16, stride, 8)
+        g = pair(g, d, dm, s, m, 0, 0, load_transposed(a + 48, stride, 8), b0(f), b1(f), places)
+        g = pair(g, d, dm, s, m, 1, 2, load_transposed(a + 80, stride, 8), b2(f), b3(f), places)
+        g = pair(g, d, dm, s_high, m_high, 0, 4, load_transposed(a + 112, stride, 8), b4(f), b5(f), places)
+        return pair(g, d, dm, s_high, m_high, 1, 6, load_transposed(a + 144, stride, 8), b6(f), b7(f), places)
 
     return walk
 
 
 def _q6_k(emit):
+    b0, b1, b2, b3 = (_bits(2 * i, 2, 4) for i in range(4))
+
     @function
     def walk(g, a, stride, places):
         scales = load_transposed(a + 192, stride, 4)
         d = load_halves(a + 208, stride)
-        two = _c(0x03030303)
         z = _zero()
         s, s_next = get(scales, 0), get(scales, 1)
         for half in range(2):
             t0 = load_transposed(a + 64 * half, stride, 8)
             t1 = load_transposed(a + 64 * half + 32, stride, 8)
             top = load_transposed(a + 128 + 32 * half, stride, 8)
-            w = _low(t0) | ((top & two) << _c(4))
+            w = _low(t0) | b0(top)
             g = emit(g, 4 * half, w, d * _signed_byte(s, 0), d * _signed_byte(s, 1), z, z, places)
-            w = _low(t1) | (((top >> _c(2)) & two) << _c(4))
+            w = _low(t1) | b1(top)
             g = emit(g, 4 * half + 1, w, d * _signed_byte(s, 2), d * _signed_byte(s, 3), z, z, places)
-            w = _high(t0) | (((top >> _c(4)) & two) << _c(4))
+            w = _high(t0) | b2(top)
             g = emit(g, 4 * half + 2, w, d * _signed_byte(s_next, 0), d * _signed_byte(s_next, 1), z, z, places)
-            w = _high(t1) | (((top >> _c(6)) & two) << _c(4))
+            w = _high(t1) | b3(top)
             g = emit(g, 4 * half + 3, w, d * _signed_byte(s_next, 2), d * _signed_byte(s_next, 3), z, z, places)
             s, s_next = get(scales, 2), get(scales, 3)
         return g

@@ -534,12 +534,12 @@ def bits_f32(tyctx, x):
 
 @intrinsic
 def prefetch(tyctx, address):
-    """Asks for the cache line at `address`; never faults."""
+    """Asks for the cache line at `address`, into the second level (the first is too small for LANES rows); never faults."""
     pointer = _I8.as_pointer()
 
     def codegen(ctx, b, sig, a):
         f = b.module.declare_intrinsic("llvm.prefetch.p0", fnty=ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32]))
-        b.call(f, [b.inttoptr(a[0], pointer)] + [ir.Constant(_I32, k) for k in (0, 3, 1)])
+        b.call(f, [b.inttoptr(a[0], pointer)] + [ir.Constant(_I32, k) for k in (0, 2, 1)])
         return ctx.get_dummy_value()
 
     return types.void(ADDRESS), codegen
