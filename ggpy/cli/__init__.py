@@ -8,7 +8,20 @@ import os
 import sys
 from importlib import import_module
 
-_COMMANDS = ("run", "convert", "inspect", "graph", "experts", "perplexity", "bench", "profile", "demo", "warmup")
+_COMMANDS = (
+    "run",
+    "convert",
+    "quantize",
+    "inspect",
+    "graph",
+    "experts",
+    "perplexity",
+    "imatrix",
+    "bench",
+    "profile",
+    "demo",
+    "warmup",
+)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -168,6 +168,11 @@ class Metadata(Mapping[str, Any]):
     def __getitem__(self, key: str) -> Any:
         return read_value(self._mapped.buffer, self._entries[key])
 
+    def kind(self, key: str) -> tuple[int, bool]:
+        """GGUF's number of the type of a value, or of an array's items, and whether it is an array."""
+        entry = self._entries[key]
+        return entry.type_id, entry.n_items is not None
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 

@@ -16,7 +16,9 @@ from ..quant import block_type
 _LARGEST_F16 = 65504.0
 
 
-def encode(values: np.ndarray, type: str, importance: np.ndarray | None = None, n_threads: int = 1) -> np.ndarray:
+def encode(
+    values: np.ndarray, type: str, importance: np.ndarray | None = None, n_threads: int = 1, first_row: int = 0
+) -> np.ndarray:
     """Encodes rows of values.
 
     Parameters
@@ -29,6 +31,8 @@ def encode(values: np.ndarray, type: str, importance: np.ndarray | None = None, 
         float32 (n_cols,), ≥ 0: the mean squares of the activations that the columns are multiplied with. Types with
         a plain rule alone (Q8_0, MXFP4, TQ1_0, TQ2_0) make no use of it.
     n_threads : int
+    first_row : int
+        Number of the first row in error messages.
 
     Returns
     -------
@@ -45,7 +49,7 @@ def encode(values: np.ndarray, type: str, importance: np.ndarray | None = None, 
         Shapes or dtypes don't fit.
     """
     kind = block_type(type)
-    check(values, type)
+    check(values, type, first_row)
     if type in ("F32", "F16", "BF16"):
         return kind.quantize(values)
     if type not in ENCODED:
@@ -78,7 +82,7 @@ def encode(values: np.ndarray, type: str, importance: np.ndarray | None = None, 
     return out
 
 
-def check(values: np.ndarray, type: str) -> None:
+def check(values: np.ndarray, type: str, first_row: int = 0) -> None:
     """Refuses values that the type can't hold: NaN, infinities, and what overflows its float16 scale.
 
     Raises
@@ -93,8 +97,7 @@ def check(values: np.ndarray, type: str) -> None:
         return
     low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)):
-        flat = int(np.flatnonzero(~np.isfinite(values.reshape(-1)))[0])
-        where = ", ".join(map(str, np.unravel_index(flat, values.shape)))
-        raise Error(f"value [{where}] is {values.reshape(-1)[flat]}")
+        row, col = np.argwhere(~np.isfinite(values.reshape(-1, values.shape[-1])))[0]
+        raise Error(f"value [{first_row + row}, {col}] is {values.reshape(-1, values.shape[-1])[row, col]}")
     if type not in ("F32", "BF16", "MXFP4") and max(-low, high) > _LARGEST_F16:
         raise Error(f"values up to {max(-low, high):.3g} don't fit {type}: float16 ends at {_LARGEST_F16:.0f}")

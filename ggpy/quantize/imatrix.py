@@ -1,0 +1,116 @@
+"""Importance matrices in the GGUF form that llama.cpp's imatrix tool writes.
+
+For a matrix `name` the file holds `name.in_sum2`, the sums of the squared activations that met each column, and
+`name.counts`, of how many tokens; a stack of experts' matrices has sums and a count for each.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..errors import Error, GGUFError
+from ..file import GGUFFile, writing_aside
+
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+
+
+@dataclass
+class ImportanceMatrix:
+    """What a calibration text's activations say about the weights' columns.
+
+    Attributes
+    ----------
+    sums : dict
+        Tensor's name -> float32 (n_matrices, n_cols): sums of squared activations.
+    counts : dict
+        Tensor's name -> float32 (n_matrices,): numbers of tokens.
+    datasets : list of str
+        The texts.
+    n_chunks, chunk_size : int
+        How many pieces of text, and tokens of a piece.
+    """
+
+    sums: dict[str, np.ndarray]
+    counts: dict[str, np.ndarray]
+    datasets: list[str] = field(default_factory=list)
+    n_chunks: int = 0
+    chunk_size: int = 0
+
+    def weights(self, name: str) -> np.ndarray:
+        """Mean squared activations, float32 (n_matrices, n_cols).
+
+        A matrix that no token met has ones; columns whose activations were all 0 have a millionth of the mean, so that
+        even blocks of such columns keep their values.
+        """
+        sums, counts = self.sums[name], self.counts[name]
+        with np.errstate(all="ignore"):
+            means = np.where(counts[:, None] > 0, sums / counts[:, None], np.float32(1))
+        least = means.mean(axis=1, keepdims=True) * np.float32(1e-6)
+        return np.where(least > 0, np.maximum(means, least), np.float32(1)).astype(np.float32)
+
+
+def read_imatrix(path: str | os.PathLike[str]) -> ImportanceMatrix:
+    """Reads an importance matrix.
+
+    Raises
+    ------
+    GGUFError
+        The file isn't one, a tensor lacks its partner, or values are negative or no numbers.
+    """
+    with GGUFFile(path) as file:
+        if file.get("general.type", str, "") != "imatrix":
+            raise GGUFError(f"{path}: not an importance matrix: 'general.type' isn't 'imatrix'")
+        names = [name.removesuffix(_SUMS) for name in file.tensors if name.endswith(_SUMS)]
+        strays = set(file.tensors) - {name + end for name in names for end in (_SUMS, _COUNTS)}
+        if not names or strays:
+            raise GGUFError(f"{path}: tensor {min(strays)!r} has no partner" if strays else f"{path}: it has no entries")
+        sums, counts = {}, {}
+        for name in names:
+            parts = []
+            for end in (_SUMS, _COUNTS):
+                tensor = file.tensors.get(name + end)
+                if tensor is None or tensor.type != "F32":
+                    raise GGUFError(f"{path}: {name + end!r} is missing or not F32")
+                parts.append(tensor.dequantize())
+                if not (np.isfinite(parts[-1]).all() and (parts[-1] >= 0).all()):
+                    raise GGUFError(f"{path}: {name + end!r} has negative or infinite values, or NaN")
+            counts[name] = parts[1].reshape(-1)
+            if not counts[name].size or parts[0].size % counts[name].size:
+                raise GGUFError(f"{path}: {name!r} has {parts[0].size} sums for {counts[name].size} counts")
+            sums[name] = parts[0].reshape(counts[name].size, -1)
+        datasets = list(file.metadata.get("imatrix.datasets", ()))
+        n_chunks = file.get("imatrix.chunk_count", int, 0)
+        return ImportanceMatrix(sums, counts, datasets, n_chunks, file.get("imatrix.chunk_size", int, 0))
+
+
+def write_imatrix(path: str | os.PathLike[str], matrix: ImportanceMatrix) -> None:
+    """Writes an importance matrix, so that llama.cpp can read it.
+
+    Raises
+    ------
+    Error
+        The file can't be written; nothing is left of it.
+    """
+    import gguf
+
+    writer = gguf.GGUFWriter(None, "")
+    writer.kv_data[0].clear()  # an importance matrix has no architecture
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", matrix.datasets or [""])
+    writer.add_uint32("imatrix.chunk_count", matrix.n_chunks)
+    writer.add_uint32("imatrix.chunk_size", matrix.chunk_size)
+    for name in sorted(matrix.sums):
+        counts = np.ascontiguousarray(matrix.counts[name], np.float32)[:, None]
+        writer.add_tensor(name + _SUMS, np.ascontiguousarray(matrix.sums[name], np.float32))
+        writer.add_tensor(name + _COUNTS, counts)
+    try:
+        with writing_aside(path) as aside, closing(writer):
+            writer.write_header_to_file(aside)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+    except OSError as error:
+        raise Error(f"{path}: can't be written: {error.strerror or error}") from error
