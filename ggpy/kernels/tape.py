@@ -12,7 +12,7 @@
 from ..simd.vector import atomic_add, atomic_load, atomic_store, call_kernel, call_plain, clock, ld_i64, spin_hint, st_i64
 from .source import function, kernel
 
-_SPINS_BEFORE_YIELDING = 20_000  # about half a millisecond: longer than any balanced wait, short if cores are short
+_SPINS_BEFORE_YIELDING = 2_000  # some 30 microseconds: longer than balanced waits; on a busy machine others get on
 
 
 @function
