@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Error
 
@@ -92,10 +92,10 @@ def find_model(model: str, type: str = "q8_0") -> Path:
     return out
 
 
-def open_model(path: str, n_ctx: int | None, n_threads: int | None, kv_type: str = "f16") -> "Model":
-    """Loads the model of a MODEL argument, with progress."""
+def open_model(path: str, n_ctx: int | None, n_threads: int | None, **options: Any) -> "Model":
+    """Loads the model of a MODEL argument, with progress; for the options see `Model`."""
     from ..generate.model import Model
 
     file = find_model(path)
     with kernel_progress() as progress:
-        return Model(file, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type, progress=progress)
+        return Model(file, n_ctx=n_ctx, n_threads=n_threads, progress=progress, **options)

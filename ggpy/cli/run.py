@@ -31,13 +31,14 @@ def run(
     ctx: Annotated[int | None, typer.Option("-c", "--ctx", min=1, help="Tokens of context.")] = None,
     threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Default: physical cores.")] = None,
     kv_type: Annotated[str, typer.Option("--kv-type", help="Type of the KV cache: f16 or f32.")] = "f16",
+    mla: Annotated[str, typer.Option("--mla", help="Form of latent attention: absorbed or naive.")] = "absorbed",
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print timings at the end.")] = False,
 ) -> None:
     """Continue a prompt, streaming the text. In a terminal without -p: talk to the model."""
     talk = prompt is None and sys.stdin.isatty()
     if prompt is None and not talk:
         prompt = sys.stdin.read()
-    with open_model(model, ctx, threads, kv_type) as opened:
+    with open_model(model, ctx, threads, kv_type=kv_type, mla=mla) as opened:
         options = {
             "max_tokens": max_tokens,
             "temperature": temp,

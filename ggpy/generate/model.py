@@ -44,6 +44,9 @@ class Model:
         Of the cached keys and values.
     n_expert_used : int, optional
         Experts for each token of a mixture, instead of the file's number.
+    mla : {"absorbed", "naive"}
+        How latent attention (DeepSeek) is computed: over cached latent vectors, or over keys and values of all heads,
+        which takes several times the memory.
     progress : callable, optional
         Called as progress(done, total, kernel) while kernels are compiled, which happens once per machine.
 
@@ -64,6 +67,7 @@ class Model:
         n_batch: int = DEFAULT_BATCH,
         kv_type: str = "f16",
         n_expert_used: int | None = None,
+        mla: str = "absorbed",
         progress: "Progress | None" = None,
     ):
         started = time.perf_counter()
@@ -72,7 +76,7 @@ class Model:
         self.file = GGUFFile(path)
         self._team: Team | None = None
         try:
-            self.architecture = read_architecture(self.file, n_expert_used)
+            self.architecture = read_architecture(self.file, n_expert_used, mla)
             self.n_ctx = n_ctx or min(self.architecture.n_ctx_train, DEFAULT_CONTEXT)
             self._team = Team(n_threads or default_threads(), progress)
             self.sequence = TokenSequence(

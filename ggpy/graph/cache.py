@@ -1,6 +1,6 @@
 """The memory of a sequence: keys and values of its tokens, in float16 or float32.
 
-Keys are laid out (n_head_kv, n_ctx / 16, head_dim, 16) and values (n_head_kv, n_ctx, head_dim), as the attention kernels
+Keys are laid out (n_head_kv, n_ctx / 16, head_dim, 16) and values (n_head_kv, n_ctx, head_dim_v), as the attention kernels
 read them; latent caches, whose keys serve as values too, are (n_ctx, n_values). Memory is touched, and so taken, only as
 tokens come.
 """
@@ -46,8 +46,8 @@ class Caches:
             if len(cache.shape) == 1:
                 shapes: list[tuple[int, ...]] = [(self.n_ctx, *cache.shape)]
             else:
-                n_head_kv, head_dim = cache.shape
-                shapes = [(n_head_kv, self.n_ctx // 16, head_dim, 16), (n_head_kv, self.n_ctx, head_dim)]
+                n_head_kv, head_dim, head_dim_v = cache.shape
+                shapes = [(n_head_kv, self.n_ctx // 16, head_dim, 16), (n_head_kv, self.n_ctx, head_dim_v)]
             self._arrays[cache.name] = tuple(np.zeros(shape, self._dtype) for shape in shapes)
         return self._arrays[cache.name]
 
@@ -68,7 +68,8 @@ class CacheView:
         self._keys, self._values = keys, values
 
     def append(self, k: np.ndarray, v: np.ndarray, n_past: int) -> tuple[np.ndarray, np.ndarray]:
-        """Stores (n_tokens, n_head_kv, head_dim) after `n_past` tokens; all keys and values so far, as float32."""
+        """Stores (n_tokens, n_head_kv, head_dim) and (n_tokens, n_head_kv, head_dim_v) after `n_past` tokens; all keys and
+        values so far, as float32."""
         n = n_past + len(k)
         for i, position in enumerate(range(n_past, n)):
             self._keys[:, position // 16, :, position % 16] = k[i]

@@ -262,12 +262,15 @@ OPS["ROPE"] = Op(_rope_shape, _rope_reference, _rope_lower)
 
 def _attention_shape(q: "Tensor", k: "Tensor", v: "Tensor", cache: "Tensor", scale: float) -> Shape:
     _need(all(len(t.shape) == 3 for t in (q, k, v)), "takes (n_tokens, n_head, head_dim)")
-    _need(k.shape == v.shape and k.shape[1:] == cache.shape, "keys, values and cache differ in shape")
+    _need(
+        k.shape[:2] == v.shape[:2] and (*k.shape[1:], v.shape[2]) == cache.shape, "keys, values and cache differ in shape"
+    )
     _need(
         q.shape[1] % k.shape[1] == 0 and q.shape[2] == k.shape[2], "n_head is no multiple of n_head_kv, or head_dim differs"
     )
     _vectors(q.shape[2])
-    return q.shape
+    _vectors(v.shape[2])
+    return (*q.shape[:2], v.shape[2])
 
 
 def _attention_reference(
@@ -287,29 +290,56 @@ def _attention_reference(
 def _attention_lower(p: "Plan", node: "Tensor") -> None:
     q, k, v, cache = node.inputs
     n_head, head_dim = q.shape[1:]
-    n_head_kv = k.shape[1]
-    store: dict[str, Any] = {"n_head_kv": n_head_kv, "head_dim": head_dim, "n_ctx": p.n_ctx}
+    _, n_head_kv, head_dim_v = v.shape
+    sizes: dict[str, Any] = {"n_head_kv": n_head_kv, "n_ctx": p.n_ctx}
     keys, values = p.cache(cache)
     kind = p.kv_type
-    p.step(f"store_k_{kind}", node, writes=("cache",), k=k, cache=keys, **store)
-    p.step(f"store_v_{kind}", node, writes=("cache",), v=v, cache=values, **store)
+    p.step(f"store_k_{kind}", node, writes=("cache",), k=k, cache=keys, head_dim=head_dim, **sizes)
+    p.step(f"store_v_{kind}", node, writes=("cache",), v=v, cache=values, head_dim=head_dim_v, **sizes)
     take: dict[str, Any] = {
         "q": q,
         "k_cache": keys,
         "v_cache": values,
         "out": node,
         "n_head": n_head,
+        "head_dim": head_dim,
+        "head_dim_v": head_dim_v,
         "scale": float(node.attrs["scale"]),
     }
     if node.shape[0] == 1:
-        partial = p.buffer(4 * (p.n_ctx // KEYS_PER_ITEM + 1) * n_head * (head_dim + 16))
-        p.step(f"attention_one_{kind}", node, writes=("partial",), partial=partial, **take, **store)
-        p.step("attention_merge", node, partial=partial, out=node, n_head=n_head, head_dim=head_dim)
+        partial = p.buffer(4 * (p.n_ctx // KEYS_PER_ITEM + 1) * n_head * (head_dim_v + 16))
+        p.step(f"attention_one_{kind}", node, writes=("partial",), partial=partial, **take, **sizes)
+        p.step("attention_merge", node, partial=partial, out=node, n_head=n_head, head_dim=head_dim_v)
     else:
-        p.step(f"attention_many_{kind}", node, **take, **store)
+        p.step(f"attention_many_{kind}", node, **take, **sizes)
 
 
+# Values may be longer or shorter than queries and keys.
 OPS["ATTENTION"] = Op(_attention_shape, _attention_reference, _attention_lower)
+
+
+# --- JOIN_HEADS: heads of two parts -----------------------------------------------------------------------------------
+
+
+def _join_shape(x: "Tensor", y: "Tensor", n: int) -> Shape:
+    _need(len(x.shape) == len(y.shape) == 3, "takes (n_tokens, n_head, …)")
+    _need(y.shape[1] in (1, x.shape[1]) and 0 < n <= x.shape[2], f"can't join {n} values of each head with the others")
+    return (*x.shape[:2], n + y.shape[2])
+
+
+def _join_reference(run: "Reference", x: np.ndarray, y: np.ndarray, n: int) -> np.ndarray:
+    return np.concatenate([x[..., :n], np.broadcast_to(y, (*x.shape[:2], y.shape[2]))], -1)
+
+
+def _join_lower(p: "Plan", node: "Tensor") -> None:
+    x, y = node.inputs
+    sizes: dict[str, Any] = {"n_head": x.shape[1], "n_x": node.attrs["n"], "n_y": y.shape[2]}
+    sizes |= {"x_head_stride": 4 * x.shape[2], "y_stride": 4 * _row(y), "y_head_stride": 4 * y.shape[2] * (y.shape[1] > 1)}
+    p.step("join_heads", node, x=x, y=y, out=node, **sizes)
+
+
+# The first n values of each head of x, then all of y's, which may have one head for all.
+OPS["JOIN_HEADS"] = Op(_join_shape, _join_reference, _join_lower)
 
 
 # --- MUL_MAT_HEADS: each head's activations × its own matrix ---------------------------------------------------------
@@ -317,25 +347,27 @@ OPS["ATTENTION"] = Op(_attention_shape, _attention_reference, _attention_lower)
 
 def _heads_shape(w: "Tensor", x: "Tensor") -> Shape:
     _need(len(w.shape) == 3 and len(x.shape) == 3, "takes weights (n_head, n_rows, n_cols) and (n_tokens, n_head, …)")
-    _need(w.shape[0] == x.shape[1] and w.shape[2] <= x.shape[2], "heads or columns differ")
+    _need(x.shape[1] in (1, w.shape[0]) and w.shape[2] <= x.shape[2], "heads or columns differ")
     _columns(w)
-    return (*x.shape[:2], w.shape[1])
+    return (x.shape[0], *w.shape[:2])
 
 
 def _heads_lower(p: "Plan", node: "Tensor") -> None:
     w, x = node.inputs
     n_head, n_rows, n_cols = w.shape
     source, stride = p.activations(x, w.type, n_cols)
-    sizes: dict[str, Any] = {"x_stride": n_head * stride, "x_slot_stride": stride, "n_slots": n_head}
+    shared = x.shape[1] == 1
+    sizes: dict[str, Any] = {"x_stride": x.shape[1] * stride, "x_slot_stride": 0 if shared else stride, "n_slots": n_head}
     sizes |= {"out_stride": 4 * n_head * n_rows, "out_slot_stride": 4 * n_rows}
     p.product(w, node, x.shape[0] == 1, x=source, out=node, **sizes)
 
 
 def _heads_reference(run: "Reference", w: np.ndarray, x: np.ndarray) -> np.ndarray:
-    return np.einsum("hrc,thc->thr", w, x[..., : w.shape[2]], optimize=True)
+    x = np.broadcast_to(x[..., : w.shape[2]], (len(x), len(w), w.shape[2]))
+    return np.einsum("hrc,thc->thr", w, x, optimize=True)
 
 
-# Of heads longer than the matrices' rows, the beginning is taken.
+# Of heads longer than the matrices' rows, the beginning is taken; one head may be there for all matrices.
 OPS["MUL_MAT_HEADS"] = Op(_heads_shape, _heads_reference, _heads_lower)
 
 

@@ -120,8 +120,8 @@ class Graph:
         return self._add(Tensor("INPUT", (), (self.n_tokens, *shape), type, name))
 
     def cache(self, name: str, *shape: int) -> Tensor:
-        """What a run knows of the tokens before it, and adds its own to: for ATTENTION (n_head_kv, head_dim), keys and
-        values of a token; for ATTENTION_LATENT (n_latent + n_rot,)."""
+        """What a run knows of the tokens before it, and adds its own to: for ATTENTION (n_head_kv, head_dim, head_dim_v),
+        keys and values of a token; for ATTENTION_LATENT (n_latent + n_rot,)."""
         return self._add(Tensor("CACHE", (), shape, "F16", name))
 
     # What is computed

@@ -1,8 +1,8 @@
 """Attention over a float16 KV cache, with an online softmax (Milakov & Gimelshein 2018; Dao et al. 2022).
 
 The caches are laid out for reading. K: (n_head_kv, n_ctx / 16, head_dim, 16), so that 16 keys stand in the lanes and no
-sum crosses lanes; V: (n_head_kv, n_ctx, head_dim). n_ctx is a multiple of KV_BLOCK. Queries come scaled by nothing: the
-kernels multiply the scores by `scale`.
+sum crosses lanes; V: (n_head_kv, n_ctx, head_dim_v), of mostly the same length. n_ctx is a multiple of KV_BLOCK. Queries
+come scaled by nothing: the kernels multiply the scores by `scale`.
 
 One token is shared out by (KV head, KEYS_PER_ITEM keys), so that long contexts use all threads whatever the number of
 heads, and merged in order of position. Prompts are shared out by (head, TOKENS queries).
@@ -124,7 +124,7 @@ def _define(name, size, load, load_tile, put):
 
     @kernel(f"attention_one_{name}")
     def attention_one(
-        ith, nth, q, k_cache, v_cache, out, partial, state, counter, n_head, n_head_kv, head_dim, n_ctx, scale
+        ith, nth, q, k_cache, v_cache, out, partial, state, counter, n_head, n_head_kv, head_dim, head_dim_v, n_ctx, scale
     ):
         n_kv = ld_state(state, 1) + 1
         n_items = (n_kv + KEYS_PER_ITEM - 1) // KEYS_PER_ITEM
@@ -140,7 +140,7 @@ def _define(name, size, load, load_tile, put):
             n = min(KEYS_PER_ITEM, n_kv - first)
             padded = (n + KV_BLOCK - 1) // KV_BLOCK * KV_BLOCK
             keys = k_cache + size * head_dim * (kv * n_ctx + first)
-            values = v_cache + size * head_dim * (kv * n_ctx + first)
+            values = v_cache + size * head_dim_v * (kv * n_ctx + first)
             for h in range(kv * group, kv * group + group):
                 qh = q + 4 * head_dim * h
                 best = splat_f32(_LOWEST)
@@ -159,16 +159,18 @@ def _define(name, size, load, load_tile, put):
                         best = maximum(best, s)
                 m = max_f32(best)
                 total = _softmax(scores, padded, m)
-                to = partial + 4 * (part * n_head + h) * (head_dim + 16)
+                to = partial + 4 * (part * n_head + h) * (head_dim_v + 16)
                 st_f32(to, m)
                 st_f32(to + 4, total)
-                weighted_sum(scores, values, n, head_dim, to + 64)
+                weighted_sum(scores, values, n, head_dim_v, to + 64)
 
     @kernel(f"attention_many_{name}")
-    def attention_many(ith, nth, q, k_cache, v_cache, out, state, counter, n_head, n_head_kv, head_dim, n_ctx, scale):
+    def attention_many(
+        ith, nth, q, k_cache, v_cache, out, state, counter, n_head, n_head_kv, head_dim, head_dim_v, n_ctx, scale
+    ):
         n_tokens, n_past = ld_state(state, 0), ld_state(state, 1)
         n_groups = (n_tokens + TOKENS - 1) // TOKENS
-        row = 4 * n_head * head_dim
+        row, row_v = 4 * n_head * head_dim, 4 * n_head * head_dim_v
         factor = splat_f32(bits_f32(scale))
         scores = stack(_SCORES)  # (TOKENS, KV_BLOCK)
         maxima, sums = stack(_PER_TOKEN), stack(_PER_TOKEN)
@@ -180,10 +182,10 @@ def _define(name, size, load, load_tile, put):
             t0 = (n_groups - 1 - item // n_head) * TOKENS  # the longest first
             h = item % n_head
             kv = h // (n_head // n_head_kv)
-            q_at, o_at = q + t0 * row + 4 * h * head_dim, out + t0 * row + 4 * h * head_dim
-            keys, values = k_cache + size * head_dim * n_ctx * kv, v_cache + size * head_dim * n_ctx * kv
-            for d in range(0, head_dim, LANES):
-                store_tile(o_at + 4 * d, row, tile_f32(TOKENS))
+            q_at, o_at = q + t0 * row + 4 * h * head_dim, out + t0 * row_v + 4 * h * head_dim_v
+            keys, values = k_cache + size * head_dim * n_ctx * kv, v_cache + size * head_dim_v * n_ctx * kv
+            for d in range(0, head_dim_v, LANES):
+                store_tile(o_at + 4 * d, row_v, tile_f32(TOKENS))
             for i in range(TOKENS):
                 st_f32(maxima + 4 * i, _LOWEST)
                 st_f32(sums + 4 * i, f32(0.0))
@@ -218,15 +220,15 @@ def _define(name, size, load, load_tile, put):
                     st_f32(shrink + 4 * i, factor_i)
                     st_f32(sums + 4 * i, ld_f32(sums + 4 * i) * factor_i + total)
                 n = min(KV_BLOCK, last - b)
-                for d in range(0, head_dim, LANES):
-                    o = load_tile_f32(o_at + 4 * d, row, TOKENS) * broadcast_f32(shrink, 4, TOKENS)
+                for d in range(0, head_dim_v, LANES):
+                    o = load_tile_f32(o_at + 4 * d, row_v, TOKENS) * broadcast_f32(shrink, 4, TOKENS)
                     for k in range(n):
-                        v = load(values + size * (head_dim * (b + k) + d))
+                        v = load(values + size * (head_dim_v * (b + k) + d))
                         o = fma(broadcast_f32(scores + 4 * k, 4 * KV_BLOCK, TOKENS), v, o)
-                    store_tile(o_at + 4 * d, row, o)
-            for d in range(0, head_dim, LANES):
-                o = load_tile_f32(o_at + 4 * d, row, TOKENS) / broadcast_f32(sums, 4, TOKENS)
-                store_tile(o_at + 4 * d, row, o)
+                    store_tile(o_at + 4 * d, row_v, o)
+            for d in range(0, head_dim_v, LANES):
+                o = load_tile_f32(o_at + 4 * d, row_v, TOKENS) / broadcast_f32(sums, 4, TOKENS)
+                store_tile(o_at + 4 * d, row_v, o)
 
 
 _define("F16", 2, load_f16, load_tile_f16, st_f16)

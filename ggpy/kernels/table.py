@@ -96,6 +96,9 @@ def _kernels() -> dict[str, Kernel]:
         "last_row": Kernel("rows", ("x", "out", "state", "n_cols")),
         "rope_norm": Kernel("rope", _ROPE),
         "rope_neox": Kernel("rope", _ROPE),
+        "join_heads": Kernel(
+            "join", ("x", "y", "out", "state", "n_head", "n_x", "n_y", "x_head_stride", "y_stride", "y_head_stride")
+        ),
         "attention_merge": Kernel("attention", ("partial", "out", "state", "n_head", "head_dim")),
         "route": Kernel(
             "moe",
@@ -112,7 +115,7 @@ def _kernels() -> dict[str, Kernel]:
         "quantize_q8_256": Kernel("activations", _QUANTIZE),
     }
     for name in KV_TYPES:
-        sizes = ("n_head", "n_head_kv", "head_dim", "n_ctx", "scale")
+        sizes = ("n_head", "n_head_kv", "head_dim", "head_dim_v", "n_ctx", "scale")
         given = ("q", "k_cache", "v_cache", "out")
         for part in "kv":
             params = (part, "cache", "state", "n_head_kv", "head_dim", "n_ctx")

@@ -1,5 +1,6 @@
 """The architectures: hyperparameters read from a file, and the graph that they make."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -45,7 +46,11 @@ class Architecture(Protocol):
     def head(self, g: "Graph", w: Weights, x: "Tensor") -> "Tensor": ...
 
 
-def read_architecture(file: "GGUFFile", n_expert_used: int | None = None) -> Architecture:
+#: forms of latent attention
+MLA_FORMS = ("absorbed", "naive")
+
+
+def read_architecture(file: "GGUFFile", n_expert_used: int | None = None, mla: str = "absorbed") -> Architecture:
     """The hyperparameters of the model in a file.
 
     Parameters
@@ -53,16 +58,21 @@ def read_architecture(file: "GGUFFile", n_expert_used: int | None = None) -> Arc
     file : GGUFFile
     n_expert_used : int, optional
         Experts for each token, instead of the file's number.
+    mla : {"absorbed", "naive"}
+        The form of latent attention, where a model has it; see `deepseek2`.
 
     Raises
     ------
     UnsupportedError
-        An architecture that ggpy doesn't have; lists those it has.
+        An architecture or form that ggpy doesn't have; lists those it has.
     """
+    if mla not in MLA_FORMS:
+        raise UnsupportedError(f"form of latent attention {mla!r}; there are {', '.join(MLA_FORMS)}")
     name = file.get("general.architecture", str)
     if name not in ARCHITECTURES:
         raise UnsupportedError(f"{file.path}: architecture {name!r}; there are {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[name].read(file, n_expert_used)
+    arch = ARCHITECTURES[name].read(file, n_expert_used)
+    return replace(arch, mla=mla) if isinstance(arch, DeepSeek2) else arch
 
 
 Logits = Literal["all", "last"]

@@ -111,7 +111,7 @@ class Llama:
         )
         q = g.op("ROPE", q, table, kind=self.rope_kind, name=f"{p}.q_rope")
         k = g.op("ROPE", k, table, kind=self.rope_kind, name=f"{p}.k_rope")
-        cache = g.cache(f"{p}.cache", self.n_head_kv, self.head_dim)
+        cache = g.cache(f"{p}.cache", self.n_head_kv, self.head_dim, self.head_dim)
         y = g.op("ATTENTION", q, k, v, cache, scale=self.head_dim**-0.5, name=f"{p}.attn")
         y = g.op("RESHAPE", y, shape=(self.n_head * self.head_dim,), name=f"{p}.attn_rows")
         return w.linear(f"{p}.attn_output", self.n_embd, y)

@@ -134,24 +134,46 @@ def test_rope(teams, kind, n_head, n_rot, n_tokens, threads, seed):
     group=st.integers(1, 3),
     n_head_kv=st.integers(1, 3),
     head_dim=st.sampled_from([16, 32, 48, 64, 80, 128]),
+    head_dim_v=st.sampled_from([None, 16, 64, 96]),
     kv_type=st.sampled_from(KV_TYPES),
     runs=st.lists(st.sampled_from([1, 2, 7, 8, 9, 30, 64, 100, 250]), min_size=1, max_size=5),
     threads=n_threads,
     seed=seeds,
 )
-def test_attention_over_runs_of_any_length(teams, group, n_head_kv, head_dim, kv_type, runs, threads, seed):
+def test_attention_over_runs_of_any_length(teams, group, n_head_kv, head_dim, head_dim_v, kv_type, runs, threads, seed):
     rng = np.random.default_rng(seed)
     caches, n_past = (Caches(1300, kv_type), Caches(1300, kv_type)), 0
     for n_tokens in runs:
         g = Graph(n_tokens)
         q = g.input("q", (group * n_head_kv, head_dim))
-        k, v = (g.input(name, (n_head_kv, head_dim)) for name in "kv")
-        cache = g.cache("cache", n_head_kv, head_dim)
+        k, v = (g.input(name, (n_head_kv, n)) for name, n in (("k", head_dim), ("v", head_dim_v or head_dim)))
+        cache = g.cache("cache", *k.shape[1:], v.shape[2])
         g.output(g.op("ATTENTION", q, k, v, cache, scale=1 / np.sqrt(head_dim)), "out")
         inputs = {t.name: 2 * rng.standard_normal((n_tokens, *t.shape[1:])).astype(np.float32) for t in (q, k, v)}
         got, expected = both(g, inputs, teams(threads), n_past, caches)
         close(got["out"], expected["out"], 5e-6)
         n_past += n_tokens
+
+
+@SETTINGS
+@given(
+    n_head=st.integers(1, 5),
+    n=st.integers(1, 40),
+    n_y=st.integers(1, 40),
+    one_for_all=st.booleans(),
+    n_tokens=st.integers(1, 9),
+    threads=n_threads,
+)
+def test_heads_are_joined_exactly(teams, n_head, n, n_y, one_for_all, n_tokens, threads):
+    rng = np.random.default_rng(n)
+    g = Graph(n_tokens)
+    x, y = g.input("x", (n_head, 40)), g.input("y", (1 if one_for_all else n_head, n_y))
+    g.output(g.op("JOIN_HEADS", x, y, n=n), "out")
+    inputs = {t.name: rng.standard_normal((n_tokens, *t.shape[1:])).astype(np.float32) for t in (x, y)}
+    got = Program(g, Caches(64), teams(threads)).run(inputs, 0)["out"]
+    assert got.shape == (n_tokens, n_head, n + n_y)
+    np.testing.assert_array_equal(got[..., :n], inputs["x"][..., :n])
+    np.testing.assert_array_equal(got[..., n:], np.repeat(inputs["y"], n_head // y.shape[1], 1))
 
 
 def test_results_do_not_depend_on_threads(teams):
@@ -166,7 +188,7 @@ def test_results_do_not_depend_on_threads(teams):
         for i, weight in enumerate(w):
             x = g.op("ADD", x, g.op("MUL_MAT", g.weight(weight), g.op("RMS_NORM", x, g.weight(norm), eps=1e-6)))
             heads = g.op("RESHAPE", x, shape=(4, 64))
-            y = g.op("ATTENTION", heads, heads, heads, g.cache(f"cache{i}", 4, 64), scale=0.1)
+            y = g.op("ATTENTION", heads, heads, heads, g.cache(f"cache{i}", 4, 64, 64), scale=0.1)
             x = g.op("ADD", x, g.op("RESHAPE", y, shape=(256,)))
         g.output(x, "out")
         results.append(Program(g, Caches(64), teams(threads)).run(inputs, 0)["out"].copy())
@@ -188,13 +210,21 @@ def test_wrong_shapes_are_refused_by_name():
 
 @pytest.mark.parametrize("kind", ["Q8_0", "F16", "F32"])
 @SETTINGS
-@given(n_head=st.integers(1, 5), n_rows=st.integers(1, 40), n_tokens=st.integers(1, 12), threads=n_threads, seed=seeds)
-def test_products_by_head(teams, kind, n_head, n_rows, n_tokens, threads, seed):
+@given(
+    n_head=st.integers(1, 5),
+    one_for_all=st.booleans(),
+    n_rows=st.integers(1, 40),
+    n_tokens=st.integers(1, 12),
+    threads=n_threads,
+    seed=seeds,
+)
+def test_products_by_head(teams, kind, n_head, one_for_all, n_rows, n_tokens, threads, seed):
     rng = np.random.default_rng(seed)
     g = Graph(n_tokens)
     w = g.weight(random_weight("w", kind, (n_head, n_rows, 64), rng))
-    g.output(g.op("MUL_MAT_HEADS", w, g.input("x", (n_head, 96))), "out")
-    got, expected = both(g, {"x": rng.standard_normal((n_tokens, n_head, 96)).astype(np.float32)}, teams(threads))
+    x = g.input("x", (1 if one_for_all else n_head, 96))
+    g.output(g.op("MUL_MAT_HEADS", w, x), "out")
+    got, expected = both(g, {"x": rng.standard_normal((n_tokens, *x.shape[1:])).astype(np.float32)}, teams(threads))
     close(got["out"], expected["out"], 0.03 if kind == "Q8_0" else 1e-5)
 
 

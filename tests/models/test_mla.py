@@ -1,0 +1,94 @@
+"""Latent attention: the absorbed and the naive form, from files with attn_kv_b and from files with its parts."""
+
+import gguf
+import numpy as np
+import pytest
+
+import ggpy
+from ggpy.file import GGUFFile
+
+from .checkpoints import N_TOKENS, converted, ids, transformers_logits
+from .test_moe import made
+
+
+def joined(path, out):
+    """Writes a file as older converters did: attn_kv_b instead of attn_k_b and attn_v_b, no lengths for those."""
+    with GGUFFile(path) as file:
+        writer = gguf.GGUFWriter(out, "deepseek2")
+        reader = gguf.GGUFReader(path)
+        arch = "deepseek2.attention"
+        lengths = {f"{arch}.{kind}_length": file.metadata[f"{arch}.{kind}_length_mla"] for kind in ("key", "value")}
+        for key, field in reader.fields.items():
+            if key.endswith("_mla") or key.startswith("GGUF.") or key == "general.architecture":
+                continue
+            if key == f"{arch}.head_count_kv":
+                writer.add_uint32(key, file.metadata[f"{arch}.head_count"])
+            elif key in lengths:
+                writer.add_uint32(key, lengths[key])
+            else:
+                kind = field.types[0]
+                sub_type = field.types[1] if kind == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(key, field.contents(), kind, sub_type)
+        for name, tensor in file.tensors.items():
+            if name.endswith("attn_k_b.weight"):
+                keys = tensor.dequantize().transpose(0, 2, 1)  # (n_head, n_nope, n_latent)
+                values = file.tensors[name.replace("k_b", "v_b")].dequantize()
+                both = np.concatenate([keys, values], 1)
+                writer.add_tensor(name.replace("k_b", "kv_b"), both.reshape(-1, both.shape[2]))
+            elif not name.endswith("attn_v_b.weight"):
+                kind = gguf.GGMLQuantizationType[tensor.type]
+                data = np.ascontiguousarray(tensor.data)
+                writer.add_tensor(name, data.view(np.float32) if tensor.type == "F32" else data, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return out
+
+
+@pytest.fixture(scope="module", params=["V2-Lite", "V2-Lite, yarn", "V3"])
+def model(request, tmp_path_factory):
+    """A model's files, split and joined, and transformers' logits."""
+    folder = tmp_path_factory.mktemp("mla")
+    # Values of another length than any part of the keys.
+    model, tokens = made(request.param, v_head_dim=64), ids()
+    split = converted(folder, model)
+    return {"split": split, "joined": joined(split, folder / "joined.gguf")}, transformers_logits(model, tokens)
+
+
+@pytest.mark.parametrize("layout", ["split", "joined"])
+@pytest.mark.parametrize("mla", ["absorbed", "naive"])
+def test_both_forms_from_both_layouts_equal_transformers(model, layout, mla):
+    paths, expected = model
+    with ggpy.load(paths[layout], n_ctx=N_TOKENS, kv_type="f32", n_threads=2, mla=mla) as ours:
+        assert any(t.op == {"absorbed": "ATTENTION_LATENT", "naive": "ATTENTION"}[mla] for t in ours.graph())
+        assert np.abs(ours.logits(ids()) - expected).max() <= 2e-3
+        ours.sequence.keep(0)
+        one_by_one = np.stack([ours.sequence.extend([t]).copy() for t in ids()])
+    assert np.abs(one_by_one - expected).max() <= 2e-3
+
+
+def test_caches_hold_what_the_form_says(model):
+    paths, _ = model
+    for mla, n in (("absorbed", 32 + 16), ("naive", 4 * (32 + 16 + 64))):
+        with ggpy.load(paths["split"], n_ctx=256, mla=mla) as ours:
+            ours.logits(ids(4))
+            assert ours.sequence.caches.n_bytes == 256 * 3 * n * 2  # 3 layers of float16
+
+
+def test_quantized_files_are_as_close_to_the_truth_in_both_forms(tmp_path):
+    model = made("V2-Lite")
+    path, expected = converted(tmp_path, model, "q8_0"), transformers_logits(model, ids())
+    truth = np.exp(expected - np.logaddexp.reduce(expected, -1, keepdims=True))
+    divergence = {}
+    for mla in ("absorbed", "naive"):
+        with ggpy.load(path, n_ctx=N_TOKENS, kv_type="f32", mla=mla) as ours:
+            logits = ours.logits(ids())
+        log_p = logits - np.logaddexp.reduce(logits, -1, keepdims=True)
+        divergence[mla] = (truth * (np.log(truth) - log_p)).sum(-1).mean()
+    assert divergence["naive"] < 1.5 * divergence["absorbed"] < 0.05
+
+
+def test_other_forms_are_refused(tmp_path):
+    with pytest.raises(ggpy.UnsupportedError, match="'sparse'; there are absorbed, naive"):
+        ggpy.load(converted(tmp_path, made("V2-Lite")), mla="sparse")
