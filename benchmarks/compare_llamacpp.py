@@ -91,10 +91,10 @@ def _work_first(engine: str, a: argparse.Namespace) -> None:
     int(model.extend(_ids(5, model.n_vocab)).argmax())
 
 
-def _child(mode: str, engine: str, a: argparse.Namespace) -> tuple[dict[str, float], float]:
+def child(mode: str, engine: str, a: argparse.Namespace) -> tuple[dict[str, float], float]:
     """Runs this script for one measurement; its result and its seconds."""
     sizes = ["-t", a.threads, "-p", a.prompt, "-n", a.decode, "-d", a.depth]
-    command = [sys.executable, __file__, a.model, "--work", f"{mode}:{engine}", *map(str, sizes)]
+    command = [sys.executable, str(Path(__file__).resolve()), a.model, "--work", f"{mode}:{engine}", *map(str, sizes)]
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - started
@@ -105,9 +105,9 @@ def _child(mode: str, engine: str, a: argparse.Namespace) -> tuple[dict[str, flo
 
 
 def _round(engine: str, a: argparse.Namespace) -> dict[str, float]:
-    result, _ = _child("full", engine, a)
+    result, _ = child("full", engine, a)
     if engine != "xllamacpp":
-        _, result["first_token"] = _child("first", engine, a)
+        _, result["first_token"] = child("first", engine, a)
     return result
 
 
@@ -153,7 +153,7 @@ def main() -> None:
     if not a.engines and importlib.util.find_spec("xllamacpp"):
         engines.append("xllamacpp")
     if "ggpy" in engines:
-        _child("first", "ggpy", a)  # compiles its kernels, which happens once per machine
+        child("first", "ggpy", a)  # compiles its kernels, which happens once per machine
     results: dict[str, list[dict[str, float]]] = {e: [] for e in engines}
     for i in range(a.rounds):
         for engine in engines[i % len(engines) :] + engines[: i % len(engines)]:
