@@ -17,6 +17,7 @@ _COMMANDS = (
     "experts",
     "perplexity",
     "imatrix",
+    "error",
     "bench",
     "profile",
     "demo",

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import ggpy
 from ggpy.errors import Error
-from ggpy.measure.importance import measure_importance
+from ggpy.measure.importance import _Collector, measure_importance
 from ggpy.measure.perplexity import chunks_of
 from ggpy.quantize import quantize_model
 from ggpy.quantize.imatrix import read_imatrix, write_imatrix
@@ -101,21 +101,18 @@ def test_every_quantized_matrix_of_the_layers_has_an_entry(tmp_path, name, chunk
     assert any(step.new_type == "Q4_0" for step in plan.steps)
 
 
-def test_older_latent_files_get_the_latent_vectors_importance(tmp_path, chunks):
-    """attn_kv_b in one piece meets what comes from attn_kv_a_norm."""
+def test_attn_kv_b_in_one_piece_meets_the_latent_vectors(tmp_path, chunks):
+    """As older files of DeepSeek-V2 have it."""
+    seen = []
     with ggpy.load(converted(tmp_path, made("V2-Lite")), n_ctx=64, n_threads=2) as model:
-        matrix = measure_importance(model, chunks)
-        stored = {n for n in model.file.tensors if "attn_kv_b" in n or "attn_v_b" in n}
-        seen = []
-        model.hooks["blk.0.attn_kv_a_norm"] = lambda name, value: seen.append(value.copy())
-        for chunk in chunks:
-            model.sequence.keep(0)
-            model.sequence.extend(chunk.tolist())
-    assert stored <= set(matrix.sums)
-    if "blk.0.attn_kv_b.weight" in stored:
-        np.testing.assert_allclose(
-            matrix.sums["blk.0.attn_kv_b.weight"][0], np.square(np.concatenate(seen)).sum(0), rtol=1e-4
-        )
+        collector = _Collector(model.graph(), frozenset({"blk.1.attn_kv_b.weight"}))
+        (node,) = collector.nodes
+        model.hooks[node] = lambda name, value: (seen.append(value.copy()), collector.see(name, value))[1]
+        model.sequence.extend(chunks[0].tolist())
+    assert node == "blk.1.attn_kv_a_norm" and seen[0].shape == (64, 32)
+    sums, counts = collector.result()
+    np.testing.assert_allclose(sums["blk.1.attn_kv_b.weight"], np.square(seen[0]).sum(0)[None], rtol=1e-5)
+    assert counts["blk.1.attn_kv_b.weight"].tolist() == [64]
 
 
 def test_activations_that_are_no_numbers_are_refused(model, chunks):
