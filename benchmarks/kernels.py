@@ -1,6 +1,6 @@
 """Each matrix kernel against the limits of this machine, measured on the spot.
 
-    python benchmarks/kernels.py [--types Q4_0,Q4_K] [-t 1,2] [--tokens 8,48,512] [--forms avx512,avx2] [--json OUT] [--png OUT]
+    python benchmarks/kernels.py [--types Q4_0,Q4_K] [-t 1,2] [--tokens 8,48,512] [--forms avx512,avx2] [--json F] [--png F]
 
 Matrix × vector: GB/s of weights, out of memory (256 MB) and out of the second-level cache, beside the bandwidth of plain
 reading. Matrix × matrix: GOP/s (2 per weight and token) for several numbers of tokens, beside the rate of int8 dot products
