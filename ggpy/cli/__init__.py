@@ -18,6 +18,7 @@ _COMMANDS = (
     "perplexity",
     "imatrix",
     "error",
+    "compare",
     "bench",
     "profile",
     "demo",
