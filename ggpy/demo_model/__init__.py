@@ -1,0 +1,1 @@
+"""A small mixture-of-experts checkpoint, as data: see README.md here."""
