@@ -63,6 +63,8 @@ def encode(
         if importance.shape != (n_cols,):
             raise ValueError(f"the importance of {n_cols} columns has the shape {importance.shape}")
         importance = np.ascontiguousarray(importance, np.float32)
+        if not (np.isfinite(importance).all() and (importance >= 0).all()):
+            raise ValueError("importance must be finite and not negative")
     counter = np.zeros(1, np.int64)
     places = (values.ctypes.data, 0 if importance is None else importance.ctypes.data, out.ctypes.data)
     params = np.array([*places, counter.ctypes.data, n_rows, n_cols], np.int64)

@@ -22,7 +22,7 @@ from ..graph.threads import default_threads
 from ..kernels.build import Progress, load
 from ..kernels.table import ENCODED
 from ..quant import block_type
-from .encode import encode
+from .encode import check, encode
 from .imatrix import ImportanceMatrix, read_imatrix
 from .mixes import COPY, FILE_TYPES, Override, file_type, needs_importance, sizes, tensor_types
 
@@ -296,10 +296,13 @@ def _new_data(
         n = min(step, n_rows - start)
         offset = tensor.offset + (matrix * n_rows + start) * row_bytes
         raw = np.fromfile(tensor.path, np.uint8, n * row_bytes, offset=offset).reshape(n, row_bytes)
-        if type == tensor.type:
+        if type == tensor.type and type not in _NUMBERS:
             return raw
         try:
             values = block_type(tensor.type).dequantize(raw)
+            if type == tensor.type:
+                check(values, "F32", start)
+                return raw
             return encode(values, type, None if weights is None else weights[matrix], 1, start)
         except Error as error:
             where = f"matrix {matrix} of " if n_matrices > 1 else ""

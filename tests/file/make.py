@@ -80,10 +80,10 @@ def small():
         array("b.empty", "int32", []),
         array("b.no_strings", "string", []),
     ]
-    infos = [info("f32", [4, 2], 0, 0), info("q4_0", [32, 3], 2, 32), info("iq1_m", [256], 29, 96)]
-    content = gguf(key_values, infos, bytes(range(152)))
+    infos = [info("f32", [4, 2], 0, 0), info("q4_0", [32, 3], 2, 32), info("nvfp4", [64], 40, 96)]
+    content = gguf(key_values, infos, bytes(range(132)))
     ends = [4, 8, 16, 24]
     for piece in (*key_values, *infos):
         ends.append(ends[-1] + len(piece))
-    ends.append(len(content) - 152)
+    ends.append(len(content) - 132)
     return content, ends

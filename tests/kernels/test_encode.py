@@ -193,3 +193,5 @@ def test_wrong_shapes_are_refused():
         encode(np.zeros((1, 250), np.float32), "Q4_K")
     with pytest.raises(ValueError, match="importance"):
         encode(np.zeros((1, 256), np.float32), "Q4_K", np.ones(128, np.float32))
+    with pytest.raises(ValueError, match="not negative"):
+        encode(np.zeros((1, 256), np.float32), "Q4_K", np.full(256, -1, np.float32))

@@ -145,6 +145,26 @@ def test_a_split_model_becomes_one_file(source, tmp_path):
         assert all(np.array_equal(t.data, whole.tensors[n].data) for n, t in split.tensors.items())
 
 
+def test_a_copy_in_place_keeps_every_byte_of_the_tensors(source):
+    quantize_model(source, source, "Q5_K_S")
+    with GGUFFile(source) as file:
+        before = {name: bytes(tensor.data) for name, tensor in file.tensors.items()}
+    plan = quantize_model(source, source, "copy")
+    with GGUFFile(source) as file:
+        assert {name: bytes(tensor.data) for name, tensor in file.tensors.items()} == before
+        assert file.metadata["general.file_type"] == FILE_TYPES["Q5_K_S"].id
+    assert plan.decoded_again == ()
+
+
+def test_an_alignment_of_its_own_is_kept(source, tmp_path):
+    write_gguf(tmp_path / "aligned.gguf", KEYS | {"general.alignment": 32}, TENSORS, weights())
+    quantize_model(tmp_path / "aligned.gguf", tmp_path / "a.gguf", "Q4_0")
+    quantize_model(source, tmp_path / "b.gguf", "Q4_0")
+    with GGUFFile(tmp_path / "a.gguf") as a, GGUFFile(tmp_path / "b.gguf") as b:
+        assert a.metadata["general.alignment"] == 32
+        assert all(np.array_equal(t.data, b.tensors[n].data) for n, t in a.tensors.items())
+
+
 @pytest.mark.parametrize("n_threads, chunk", [(1, 256), (3, 1000), (2, 1 << 20)])
 def test_the_file_does_not_depend_on_threads_and_chunks(n_threads, chunk, source, tmp_path, monkeypatch):
     quantize_model(source, tmp_path / "a.gguf", "Q3_K_M", n_threads=2)
@@ -204,6 +224,10 @@ def test_values_that_are_no_numbers_are_refused_with_their_place(tmp_path):
     values["blk.0.attn_k.weight"][127, 3] = np.inf
     path = write_gguf(tmp_path / "in.gguf", KEYS, TENSORS, values)
     refused(tmp_path, r"in.gguf: blk.0.attn_k.weight: value \[127, 3\] is inf", path, "F16")
+    values = weights()
+    values["output_norm.weight"][9] = -np.inf
+    path = write_gguf(tmp_path / "in.gguf", KEYS, TENSORS, values)
+    refused(tmp_path, r"in.gguf: output_norm.weight: value \[0, 9\] is -inf", path, "COPY")
 
 
 def test_unknown_types_are_refused_with_the_known(source, tmp_path):
