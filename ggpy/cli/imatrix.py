@@ -39,4 +39,4 @@ def imatrix(
     unseen = {name: int((counts == 0).sum()) for name, counts in matrix.counts.items() if (counts == 0).any()}
     if unseen:
         n_experts = sum(unseen.values())
-        typer.echo(f"note: the text chose none of {n_experts} experts' matrices, in {len(unseen)} tensors", err=True)
+        typer.echo(f"note: no token chose {n_experts} experts' matrices, in {len(unseen)} tensors", err=True)
