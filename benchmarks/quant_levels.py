@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=Path(__file__).parent / "text.txt")
     parser.add_argument("--out", type=Path, default=Path("levels"))
     parser.add_argument("-c", "--ctx", type=int, default=512)
-    parser.add_argument("-n", "--chunks", type=int)
+    parser.add_argument("-n", "--chunks", type=int, default=32)
     parser.add_argument("-t", "--threads", type=int)
     a = parser.parse_args()
     for model in a.models:

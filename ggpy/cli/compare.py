@@ -21,7 +21,9 @@ def compare(
     ] = "q8_0,q6_k,q5_k_m,q4_k_m,q4_0,q3_k_m,q2_k",
     out: Annotated[Path | None, typer.Option("--out", help="Folder for files and results; default: NAME-levels.")] = None,
     ctx: Annotated[int, typer.Option("-c", "--ctx", min=4, help="Tokens of a chunk.")] = 512,
-    n: Annotated[int | None, typer.Option("-n", "--chunks", min=1, help="Chunks at most; default: all.")] = None,
+    n: Annotated[
+        int, typer.Option("-n", "--chunks", min=1, help="Chunks at most; the base's log-probabilities take space.")
+    ] = 32,
     threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Default: physical cores.")] = None,
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:

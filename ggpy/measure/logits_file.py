@@ -8,6 +8,7 @@ counts as that.
 """
 
 import os
+import shutil
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +27,18 @@ def _row_type(n_vocab: int) -> np.dtype:
 def counted(n_ctx: int) -> int:
     """How many tokens of a chunk are counted: those of the second half that have a successor in the chunk."""
     return n_ctx - 1 - n_ctx // 2
+
+
+def file_bytes(n_chunks: int, n_ctx: int, n_vocab: int) -> int:
+    """The size of such a file."""
+    return 20 + n_chunks * (4 * n_ctx + counted(n_ctx) * _row_type(n_vocab).itemsize)
+
+
+def check_space(path: Path, n_chunks: int, n_ctx: int, n_vocab: int) -> None:
+    """Raises Error where the disk has no space for such a file at `path`."""
+    needed, free = file_bytes(n_chunks, n_ctx, n_vocab), shutil.disk_usage(path.absolute().parent).free
+    if needed > free:
+        raise Error(f"{path}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
 
 
 class LogitsWriter:
@@ -96,7 +109,7 @@ class LogitsFile:
         n_ctx, n_vocab, n_chunks = np.frombuffer(head, "<i4").tolist() if len(head) == 12 else (0, 0, 0)
         self.n_vocab: int = n_vocab
         self._row = _row_type(max(n_vocab, 0))
-        expected = 20 + n_chunks * (4 * n_ctx + counted(n_ctx) * self._row.itemsize)
+        expected = file_bytes(n_chunks, n_ctx, max(n_vocab, 0))
         if n_ctx < 3 or n_vocab < 1 or n_chunks < 1 or size != expected:
             parts = f"{n_chunks} chunks of {n_ctx} tokens"
             raise Error(f"{self.path}: damaged or cut off: {size} bytes, {expected} expected for {parts}")

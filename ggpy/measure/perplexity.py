@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import Error
 from ..file import writing_aside
-from .logits_file import LogitsFile, LogitsWriter, counted
+from .logits_file import LogitsFile, LogitsWriter, check_space, counted
 from .statistics import mean, proportion, quantile, root_mean_square
 
 if TYPE_CHECKING:
@@ -101,7 +101,9 @@ class Perplexity:
 
 def _exp_mean(values: np.ndarray) -> tuple[float, float]:
     middle, error = mean(values)
-    return math.exp(middle), math.exp(middle) * error
+    with np.errstate(over="ignore"):
+        value = float(np.exp(middle))
+    return value, value * error
 
 
 def chunks_of(ids: Sequence[int], n_ctx: int, n_chunks: int | None = None) -> np.ndarray:
@@ -154,7 +156,7 @@ def measure_perplexity(
     Raises
     ------
     Error
-        The base has another vocabulary or text.
+        The base has another vocabulary or text; no space for the file to save; logits that aren't finite.
     """
     n_chunks, n_ctx = chunks.shape
     n_vocab = model.architecture.n_vocab
@@ -169,6 +171,7 @@ def measure_perplexity(
     with ExitStack() as stack:
         writer = None
         if save is not None:
+            check_space(Path(save), n_chunks, n_ctx, n_vocab)
             file = stack.enter_context(open(stack.enter_context(writing_aside(save)), "wb"))
             writer = LogitsWriter(file, chunks, n_vocab)
         for i, chunk in enumerate(chunks):
@@ -183,6 +186,8 @@ def measure_perplexity(
                     targets = chunk[n_ctx // 2 + 1 + at :][: len(logits)]
                     at += len(logits)
                     log_sum = _log_sum(logits)
+                    if not np.isfinite(log_sum).all():
+                        raise Error(f"{model.file.path}: gives logits that aren't finite, in chunk {i} of the text")
                     table[0, rows] = log_sum - logits[np.arange(len(logits)), targets]
                     if writer is not None:
                         writer.write(logits, log_sum)

@@ -2,13 +2,14 @@
 
 import math
 import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from ggpy.errors import Error
 from ggpy.measure.logits_file import LogitsFile, counted
-from ggpy.measure.perplexity import chunks_of, measure_perplexity, with_bos
+from ggpy.measure.perplexity import Perplexity, chunks_of, measure_perplexity, with_bos
 from tests.models.checkpoints import ids
 
 from .conftest import TEXT
@@ -136,6 +137,27 @@ def test_an_interrupted_run_leaves_no_base(model, chunks, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_is_told_before_the_run(model, chunks, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(Error, match=r"base\.bin: 0\.0 GB are needed"):
+        measure_perplexity(model, chunks, save=tmp_path / "base.bin", progress=lambda sofar: pytest.fail("it ran"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_are_refused(model, chunks, value):
+    model.hooks["output_norm"] = lambda name, x: np.full_like(x, value)
+    try:
+        with pytest.raises(Error, match="aren't finite, in chunk 0"):
+            measure_perplexity(model, chunks)
+    finally:
+        model.hooks.clear()
+
+
+def test_a_hopeless_model_has_an_infinite_perplexity():
+    assert Perplexity(np.full(5, 800.0), 1, 12).value == math.inf
+
+
 def test_short_texts_and_chunks_are_refused(model):
     with pytest.raises(Error, match="63 tokens, too few for one chunk of 64"):
         chunks_of(ids(63), 64)
@@ -157,9 +179,9 @@ def test_perplexity_of_a_real_model_is_llama_cpps(smollm2):
 
     n_ctx = 256
     with ggpy.load(smollm2, n_ctx=n_ctx, n_threads=2) as ours:
-        chunks = chunks_of(ours.tokenize(TEXT.read_text(encoding="utf-8"), special=False), n_ctx, 6)
+        chunks = chunks_of(ours.tokenize(TEXT.read_text(encoding="utf-8"), special=False), n_ctx, 4)
         got = measure_perplexity(ours, chunks)
-    theirs = llama_cpp.Llama(str(smollm2), n_ctx=n_ctx, n_batch=n_ctx, logits_all=True, n_threads=2, verbose=False)
+    theirs = llama_cpp.Llama(str(smollm2), n_ctx=n_ctx, n_batch=n_ctx, logits_all=True, n_threads=1, verbose=False)
     nll = []
     for chunk in chunks:
         theirs.reset()
