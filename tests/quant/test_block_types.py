@@ -88,7 +88,7 @@ def test_dequantize_equals_the_c_code_to_its_last_bit_or_two(name):
     assert np.array_equal(finite, np.isfinite(ours))
     # C may fuse a product and a sum; their difference may cancel, so that the row's largest value sets the bound.
     bound = 4 * np.finfo(np.float32).eps * np.abs(np.where(finite, theirs, 0)).reshape(-1, 32).max(axis=1)
-    difference = np.abs(np.where(finite, ours.astype(np.float64) - theirs, 0)).reshape(-1, 32)
+    difference = np.abs(np.where(finite, ours, 0).astype(np.float64) - np.where(finite, theirs, 0)).reshape(-1, 32)
     assert np.all(difference <= bound[:, None])
 
 
