@@ -120,7 +120,7 @@ def heat_map(errors: "list[TensorError]", path: Path) -> None:
     if not shown:
         raise Error("no tensors of layers to draw")
     layers, kinds = sorted({e.layer for e in shown}), list(dict.fromkeys(e.kind for e in shown))  # type: ignore[type-var]
-    experts = [e for e in shown if len(e.signal) > 1]
+    experts = [e for e in shown if e.kind.endswith("_exps")]
     n_most = max((len(e.signal) for e in experts), default=0)
     widths = [max(4.0, 0.5 * len(kinds) + 2), *([max(4.0, 0.12 * n_most + 1)] if experts else [])]
     figure = Figure(figsize=(sum(widths), max(3.0, 0.2 * len(layers) + 1.8)), layout="constrained")
@@ -139,8 +139,8 @@ def heat_map(errors: "list[TensorError]", path: Path) -> None:
         with np.errstate(divide="ignore"):
             values = np.where((sums[0] > 0) & (rmse > 0), -20 * np.log10(rmse), np.nan)
         images.append(parts[1].imshow(values, aspect="auto", cmap="magma"))
-        parts[1].set_xlabel("expert or head")
-        parts[1].set_title("each matrix of experts or heads")
+        parts[1].set_xlabel("expert")
+        parts[1].set_title("each expert, dB")
     for part, image in zip(parts, images, strict=True):
         part.set_yticks(range(len(layers)), [str(i) for i in layers])
         figure.colorbar(image, ax=part)

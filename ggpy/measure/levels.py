@@ -6,6 +6,8 @@ What is measured is saved level by level, so that a run that was stopped goes on
 import hashlib
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -27,6 +29,8 @@ from .speed import peak_memory, tokens_per_second
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "q3_k_m", "q2_k")
 _PROMPT, _DECODE = 256, 32
 _FORMAT = 1
+#: seconds that a process has to end when interrupted
+_PATIENCE = 20
 
 #: told of the level and of what is done with it
 Progress = Callable[[str, str], None]
@@ -214,7 +218,9 @@ def _write_result(path: Path, level: Level, settings: dict[str, Any]) -> None:
 def _run(options: dict[str, Any], tell: Callable[[str], None]) -> Level:
     """Measures a file in a child process, which writes a line of JSON whenever there is something to tell."""
     command = [sys.executable, "-c", "from ggpy.measure.levels import child; child()", json.dumps(options)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
+    # Not in the terminal's process group: an interrupt reaches it from here alone, so that it can remove what it began.
+    pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "encoding": "utf-8", "start_new_session": True}
+    with subprocess.Popen(command, **pipe) as process:
         assert process.stdout is not None
         message: dict[str, Any] = {}
         try:
@@ -223,7 +229,11 @@ def _run(options: dict[str, Any], tell: Callable[[str], None]) -> Level:
                 if "state" in message:
                     tell(message["state"])
         except BaseException:
-            process.kill()
+            process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
+            try:
+                process.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
             raise
     if "error" in message:
         raise Error(message["error"])

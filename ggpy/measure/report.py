@@ -101,6 +101,7 @@ def plot(comparison: Comparison) -> bytes:
             part.annotate(x.type, (measure(x), x.kl), xytext=(5, 4), textcoords="offset points", fontsize=8)
         part.set_xlabel(title)
         part.set_yscale("log")
+        part.margins(x=0.14)  # room for the names
         part.grid(alpha=0.3, which="both")
     best = [x for x in levels if x.type in front]
     parts[0].plot([x.n_bytes / 1e6 for x in best], [x.kl for x in best], color="tab:red", lw=1, label="Pareto front")

@@ -71,13 +71,18 @@ def test_what_was_measured_is_not_measured_again(comparison, files, folder):
 
 
 def test_a_stopped_run_goes_on_where_it_was(files, tmp_path):
-    def stop(level, state):
-        if level == "Q4_0" and "perplexity" in state:
-            raise KeyboardInterrupt
+    def stop_at(where):
+        def stop(level, state):
+            if level == where and "perplexity" in state:
+                raise KeyboardInterrupt
+
+        return stop
 
     with pytest.raises(KeyboardInterrupt):
-        compare_levels(files[0], "tiny", TYPES, TEXT, tmp_path, **OPTIONS, progress=stop)
-    assert not list(tmp_path.glob(".*"))
+        compare_levels(files[0], "tiny", TYPES, TEXT, tmp_path, **{**OPTIONS, "n_chunks": 40}, progress=stop_at("base"))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(KeyboardInterrupt):
+        compare_levels(files[0], "tiny", TYPES, TEXT, tmp_path, **OPTIONS, progress=stop_at("Q4_0"))
     assert states(files, tmp_path) == ["Q4_0"]
     assert states(files, tmp_path) == []
     (tmp_path / "tiny-q8_0.json").write_text("{")
