@@ -86,7 +86,7 @@ def _print(
     from ..measure.weights import relative_rmse
 
     console = Console()
-    console.print(f"{paths[1]} against {paths[0]}", highlight=False)
+    print(f"{paths[1]} against {paths[0]}")
     table = _table("tensor", "type", "relative RMSE", "SNR", "worst matrix")
     for e in worst:
         single = relative_rmse(e.signal, e.noise)
@@ -99,7 +99,7 @@ def _print(
             table.add_row(str(name), *_cells(group), f"{group.n_values:,}")
         console.print()
         console.print(table)
-    console.print(f"\nall: {', '.join(_cells(whole))}", highlight=False)
+    print(f"\nall: {', '.join(_cells(whole))}")
 
 
 def heat_map(errors: "list[TensorError]", path: Path) -> None:
