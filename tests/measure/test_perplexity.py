@@ -1,19 +1,24 @@
 """Perplexity and divergence against a plain computation on all logits, and against llama.cpp."""
 
+import json
 import math
 import struct
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
+import ggpy
+from converters import convert
 from ggpy.errors import Error
 from ggpy.measure.logits_file import LogitsFile, counted
 from ggpy.measure.perplexity import Perplexity, chunks_of, measure_perplexity, with_bos
 from tests.models.checkpoints import ids
 
-from .conftest import TEXT
-
+DEMO = Path(ggpy.__file__).parent / "demo_model"
 N_CTX = 64
 
 
@@ -173,19 +178,45 @@ def test_chunks_begin_with_bos_where_the_model_wants_it(model, monkeypatch):
     assert with_bos(model, chunk) == [7, 8, 9, 10]
 
 
-def test_perplexity_of_a_real_model_is_llama_cpps(smollm2):
-    llama_cpp = pytest.importorskip("llama_cpp")
-    import ggpy
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo model as f32, and four chunks of text that it was not trained on."""
+    path = tmp_path_factory.mktemp("demo") / "demo.gguf"
+    convert(DEMO, path, "f32")
+    with ggpy.load(path, n_ctx=256, kv_type="f32", n_threads=2) as model:
+        text = (DEMO / "heldout.txt").read_text(encoding="utf-8")
+        chunks = chunks_of(model.tokenize(text, special=False), 256, 4)
+        yield path, chunks, measure_perplexity(model, chunks)
 
-    n_ctx = 256
-    with ggpy.load(smollm2, n_ctx=n_ctx, n_threads=2) as ours:
-        chunks = chunks_of(ours.tokenize(TEXT.read_text(encoding="utf-8"), special=False), n_ctx, 4)
-        got = measure_perplexity(ours, chunks)
-    theirs = llama_cpp.Llama(str(smollm2), n_ctx=n_ctx, n_batch=n_ctx, logits_all=True, n_threads=1, verbose=False)
+
+def perplexity_of(logits, chunks):
+    """From the logits of each chunk."""
     nll = []
+    for rows, chunk in zip(logits, chunks, strict=True):
+        half = len(chunk) // 2
+        nll.append(-log_softmax(rows[half:-1])[np.arange(len(chunk) - 1 - half), chunk[half + 1 :]])
+    return np.exp(np.mean(nll))
+
+
+def test_perplexity_of_a_trained_model_is_that_of_transformers_logits(demo):
+    _, chunks, got = demo
+    tokens = chunks.astype(np.int64)
+    bos = json.loads((DEMO / "config.json").read_text())["bos_token_id"]
+    tokens[:, 0] = bos
+    model = transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor(tokens)).logits.numpy()
+    assert math.isclose(got.value, perplexity_of(logits, chunks), rel_tol=1e-3)
+    assert got.value < 60
+
+
+def test_perplexity_of_a_trained_model_is_that_of_llama_cpps_logits(demo):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    path, chunks, got = demo
+    theirs = llama_cpp.Llama(str(path), n_ctx=256, n_batch=256, logits_all=True, n_threads=1, verbose=False)
+    logits = []
     for chunk in chunks:
         theirs.reset()
-        theirs.eval(chunk.tolist())
-        logs = log_softmax(theirs.scores[: n_ctx - 1])
-        nll.append(-logs[np.arange(n_ctx - 1), chunk[1:]][n_ctx // 2 :])
-    assert math.isclose(got.value, np.exp(np.mean(nll)), rel_tol=0.01)
+        theirs.eval([theirs.token_bos(), *chunk[1:].tolist()])
+        logits.append(theirs.scores[:256].copy())
+    assert math.isclose(got.value, perplexity_of(logits, chunks), rel_tol=0.01)
