@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import open_model
+from .common import byte_count, open_model
 
 if TYPE_CHECKING:
     from ..generate.model import Model
@@ -20,10 +20,14 @@ def bench(
     depth: Annotated[int, typer.Option("-d", "--depth", min=0, help="Tokens in the cache before each run.")] = 0,
     threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Default: physical cores.")] = None,
     repeat: Annotated[int, typer.Option("-r", "--repeat", min=1, help="Runs; the median counts.")] = 5,
+    ram_budget: Annotated[
+        str | None, typer.Option("--ram-budget", help="Memory for a bigger mixture of experts: 6G, 512M.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Measure tokens per second: medians and spread over several runs."""
-    with open_model(model, depth + max(prompt, n) + 1, threads) as opened:
+    budget = None if ram_budget is None else byte_count(ram_budget)
+    with open_model(model, depth + max(prompt, n) + 1, threads, ram_budget=budget) as opened:
         tests = [(f"prompt {prompt}", prompt, 0)] * (prompt > 0) + [(f"decode {n}", 0, n)] * (n > 0)
         results = []
         for name, n_prompt, n_decode in tests:

@@ -1,6 +1,7 @@
 """What commands share: finding the model, showing progress."""
 
 import hashlib
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,6 +91,20 @@ def find_model(model: str, type: str = "q8_0") -> Path:
         with conversion_progress() as progress:
             convert(model, out, type, progress=progress)
     return out
+
+
+def byte_count(text: str) -> int:
+    """A size as people write it: 6G, 512M, 1.5GiB, 100000; units are powers of 1024.
+
+    Raises
+    ------
+    Error
+        No such size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise Error(f"{text!r} is no size; sizes look like 6G, 512M or 100000")
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
 
 
 def open_model(path: str, n_ctx: int | None, n_threads: int | None, **options: Any) -> "Model":

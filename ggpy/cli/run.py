@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import open_model
+from .common import byte_count, open_model
 
 if TYPE_CHECKING:
     from ..generate.model import Generation, Model
@@ -32,13 +32,17 @@ def run(
     threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Default: physical cores.")] = None,
     kv_type: Annotated[str, typer.Option("--kv-type", help="Type of the KV cache: f16 or f32.")] = "f16",
     mla: Annotated[str, typer.Option("--mla", help="Form of latent attention: absorbed or naive.")] = "absorbed",
+    ram_budget: Annotated[
+        str | None, typer.Option("--ram-budget", help="Memory for a bigger mixture of experts: 6G, 512M.")
+    ] = None,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print timings at the end.")] = False,
 ) -> None:
     """Continue a prompt, streaming the text. In a terminal without -p: talk to the model."""
     talk = prompt is None and sys.stdin.isatty()
     if prompt is None and not talk:
         prompt = sys.stdin.read()
-    with open_model(model, ctx, threads, kv_type=kv_type, mla=mla) as opened:
+    budget = None if ram_budget is None else byte_count(ram_budget)
+    with open_model(model, ctx, threads, kv_type=kv_type, mla=mla, ram_budget=budget) as opened:
         options = {
             "max_tokens": max_tokens,
             "temperature": temp,
@@ -116,4 +120,8 @@ def _timings(model: "Model", generation: "Generation") -> None:
         f"decode  {generation.decode_seconds:8.2f} s  {len(generation.ids):6} tokens  {generation.decode_rate:9.1f} tok/s",
         f"ended   by {generation.finish_reason}",
     ]
+    memory = model.sequence.expert_memory
+    if memory is not None:
+        found = memory.n_found / memory.n_chosen
+        lines.append(f"experts {memory.held / 1e9:8.2f} GB in memory; {found:.1%} of {memory.n_chosen} choices were there")
     print("\n".join(lines), file=sys.stderr)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import GGUFError
@@ -54,6 +56,22 @@ class Mapped:
         if self._buffer is None:
             raise ValueError(f"{self.path} is closed")
         return self._buffer
+
+    def prefetch(self, offset: int, n_bytes: int) -> None:
+        """Tells the system that these bytes will be needed soon: it reads them, and this call doesn't wait."""
+        start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+        self.buffer.obj.madvise(mmap.MADV_WILLNEED, start, offset + n_bytes - start)  # type: ignore[attr-defined]
+
+    def drop(self, offset: int, n_bytes: int) -> None:
+        """Gives back the memory of the whole pages among these bytes; they are read again when they are used again."""
+        start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        n = (offset + n_bytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if n <= 0:
+            return
+        self.buffer.obj.madvise(mmap.MADV_DONTNEED, start, n)  # type: ignore[attr-defined]
+        if hasattr(os, "posix_fadvise"):  # from the page cache, too; the file may be gone from its path
+            with suppress(OSError), self.path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), start, n, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Lets go of the map."""

@@ -69,6 +69,14 @@ class GGUFTensor:
         row_bytes = block_type(self.type).row_bytes(self.shape[-1])
         return np.frombuffer(self._mapped.buffer, np.uint8, self.n_bytes, self.offset).reshape(*self.shape[:-1], row_bytes)
 
+    def prefetch(self, first: int, n_bytes: int) -> None:
+        """Tells the system that n_bytes of the data, from byte `first` on, will be needed soon. Doesn't wait."""
+        self._mapped.prefetch(self.offset + first, n_bytes)
+
+    def drop(self, first: int, n_bytes: int) -> None:
+        """Gives back the memory that these bytes of the data take; they are read again when they are used again."""
+        self._mapped.drop(self.offset + first, n_bytes)
+
     def dequantize(self) -> np.ndarray:
         """The values, a new float32 array of `shape`.
 

@@ -47,6 +47,9 @@ class Model:
     mla : {"absorbed", "naive"}
         How latent attention (DeepSeek) is computed: over cached latent vectors, or over keys and values of all heads,
         which takes several times the memory.
+    ram_budget : int, optional
+        Bytes of memory that a mixture of experts bigger than that may take: experts are kept by use and read when their
+        router has spoken. Costs time where the model fits.
     progress : callable, optional
         Called as progress(done, total, kernel) while kernels are compiled, which happens once per machine.
 
@@ -68,6 +71,7 @@ class Model:
         kv_type: str = "f16",
         n_expert_used: int | None = None,
         mla: str = "absorbed",
+        ram_budget: int | None = None,
         progress: "Progress | None" = None,
     ):
         started = time.perf_counter()
@@ -80,7 +84,7 @@ class Model:
             self.n_ctx = n_ctx or min(self.architecture.n_ctx_train, DEFAULT_CONTEXT)
             self._team = Team(n_threads or default_threads(), progress)
             self.sequence = TokenSequence(
-                self.file, self.architecture, self.n_ctx, n_batch, self._team, kv_type.upper(), progress
+                self.file, self.architecture, self.n_ctx, n_batch, self._team, kv_type.upper(), ram_budget, progress
             )
         except BaseException:
             self.close()

@@ -9,6 +9,7 @@ from ..errors import ContextFullError, Error
 from ..graph import Caches, Hook, Program
 from ..kernels.build import Progress, load
 from ..models import Architecture, Logits, build_graph, run_inputs
+from .expert_memory import ExpertMemory
 
 if TYPE_CHECKING:
     from ..file import GGUFFile
@@ -33,6 +34,8 @@ class TokenSequence:
         The threads.
     kv_type : {"F16", "F32"}
         Of the cached keys and values.
+    ram_budget : int, optional
+        Bytes that the process may take; see `expert_memory`.
     progress : callable, optional
         Told of kernels that must be compiled first.
     """
@@ -45,6 +48,7 @@ class TokenSequence:
         n_batch: int,
         team: "Team",
         kv_type: str = "F16",
+        ram_budget: int | None = None,
         progress: Progress | None = None,
     ):
         self._file, self._arch, self._team = file, arch, team
@@ -55,6 +59,11 @@ class TokenSequence:
         self.hooks: dict[str, Hook] = {}
         self._evaluated_with: dict[str, Hook] = {}
         self._programs: dict[tuple, Program] = {}
+        self.expert_memory: ExpertMemory | None = None
+        if ram_budget is not None:
+            graph = build_graph(file, arch, 1)
+            cache_bytes = sum(self.caches.size(t) for t in graph if t.op == "CACHE")
+            self.expert_memory = ExpertMemory(file, graph, ram_budget, cache_bytes)
         # One token, and a prompt: both are sure to be needed, so their kernels are compiled together.
         programs = [self.program(1, "last"), self.program(self._n_batch, "last")]
         load([name for p in programs for name in p.plan.names], progress)
@@ -64,7 +73,8 @@ class TokenSequence:
         key = (n_tokens, logits, *self.hooks.items())
         if key not in self._programs:
             graph = build_graph(self._file, self._arch, n_tokens, logits)
-            self._programs[key] = Program(graph, self.caches, self._team, self.hooks)
+            hooks = self.hooks if self.expert_memory is None else self.expert_memory.beside(dict(self.hooks))
+            self._programs[key] = Program(graph, self.caches, self._team, hooks)
         return self._programs[key]
 
     def keep(self, n: int) -> None:

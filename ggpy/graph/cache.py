@@ -5,6 +5,7 @@ read them; latent caches, whose keys serve as values too, are (n_ctx, n_values).
 tokens come.
 """
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,13 +44,18 @@ class Caches:
     def arrays(self, cache: "Tensor") -> tuple[np.ndarray, ...]:
         """Keys and values of a CACHE node, or the rows of a latent one."""
         if cache.name not in self._arrays:
-            if len(cache.shape) == 1:
-                shapes: list[tuple[int, ...]] = [(self.n_ctx, *cache.shape)]
-            else:
-                n_head_kv, head_dim, head_dim_v = cache.shape
-                shapes = [(n_head_kv, self.n_ctx // 16, head_dim, 16), (n_head_kv, self.n_ctx, head_dim_v)]
-            self._arrays[cache.name] = tuple(np.zeros(shape, self._dtype) for shape in shapes)
+            self._arrays[cache.name] = tuple(np.zeros(shape, self._dtype) for shape in self._shapes(cache))
         return self._arrays[cache.name]
+
+    def _shapes(self, cache: "Tensor") -> list[tuple[int, ...]]:
+        if len(cache.shape) == 1:
+            return [(self.n_ctx, *cache.shape)]
+        n_head_kv, head_dim, head_dim_v = cache.shape
+        return [(n_head_kv, self.n_ctx // 16, head_dim, 16), (n_head_kv, self.n_ctx, head_dim_v)]
+
+    def size(self, cache: "Tensor") -> int:
+        """Bytes of a CACHE node's arrays when full."""
+        return sum(math.prod(shape) for shape in self._shapes(cache)) * np.dtype(self._dtype).itemsize
 
     @property
     def n_bytes(self) -> int:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import ggpy
+from ggpy.cli.common import byte_count
 from ggpy.cli.experts import picture
 from ggpy.generate.experts import expert_use, simulate_cache
 from tests.models.checkpoints import converted
@@ -123,3 +124,25 @@ def test_profile_accounts_for_all_of_a_run(folder, capsys):
 def test_profile_prints_a_row_for_each_layer(folder, capsys):
     code, out, _ = call(capsys, "profile", folder / "moe" / "f32.gguf", "-d", 0, "-r", 1, "--by-layer")
     assert code == 0 and all(f"layer {i} " in out for i in range(3)) and "tok/s" in out
+
+
+def test_run_and_bench_take_a_ram_budget(folder, capsys):
+    path, dense = (folder / name / "f32.gguf" for name in ("moe", "dense"))
+    code, out, err = call(
+        capsys, "run", path, "-p", "the hand", "-n", 8, "--temp", 0, "-c", 64, "-v", "--ram-budget", "0.5G"
+    )
+    assert code == 0 and "GB in memory" in err
+    assert out == call(capsys, "run", path, "-p", "the hand", "-n", 8, "--temp", 0, "-c", 64)[1]
+    code, out, _ = call(capsys, "bench", path, "-p", 8, "-n", 2, "-r", 1, "--ram-budget", "512 MiB", "--json")
+    assert code == 0 and json.loads(out)["tokens_per_second"]
+    cases = [(path, "6 apples", "is no size"), (path, "1M", "are needed"), (dense, "1T", "models with experts")]
+    for file, budget, message in cases:
+        code, _, err = call(capsys, "run", file, "-p", "x", "--ram-budget", budget)
+        assert code == 1 and message in err
+
+
+@pytest.mark.parametrize(
+    "text, n", [("6G", 6 << 30), ("512M", 512 << 20), ("1.5 KiB", 1536), ("100000", 100000), ("2tb", 2 << 40)]
+)
+def test_sizes_as_people_write_them(text, n):
+    assert byte_count(text) == n
