@@ -71,7 +71,7 @@ def _show(model: "Model", type: str, text: str) -> dict[str, Any]:
     from ..measure.perplexity import chunks_of, measure_perplexity
 
     print(f"\n{type}: {_PROMPT}", end="", flush=True)
-    for piece in model.generate(_PROMPT, max_tokens=72, seed=1):
+    for piece in model.generate(_PROMPT, max_tokens=72, temperature=0.7, seed=0):
         print(piece, end="", flush=True)
     print(flush=True)
     ids = model.tokenize(text, special=False)
