@@ -122,9 +122,17 @@ def _gelu(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(0.7978845608028654 * (x + 0.044715 * x**3)))
 
 
+def _swiglu_lower(p: "Plan", node: "Tensor") -> None:
+    fmt = p.quantized_format(node)
+    if fmt is None:
+        _pair_lower(p, node)
+    else:
+        p.make_quantized(node, fmt, x=node.inputs[0], y=node.inputs[1])
+
+
 OPS["ADD"] = Op(_pair_shape, lambda run, x, y: x + y, _pair_lower)
 OPS["MUL"] = Op(_pair_shape, lambda run, x, y: x * y, _pair_lower)
-OPS["SWIGLU"] = Op(_pair_shape, lambda run, x, y: _silu(x) * y, _pair_lower)  # Shazeer 2020
+OPS["SWIGLU"] = Op(_pair_shape, lambda run, x, y: _silu(x) * y, _swiglu_lower)  # Shazeer 2020
 OPS["GEGLU"] = Op(_pair_shape, lambda run, x, y: _gelu(x) * y, _pair_lower)
 
 
@@ -167,6 +175,10 @@ def _rms_norm_reference(run: "Reference", x: np.ndarray, w: np.ndarray, eps: flo
 def _rms_norm_lower(p: "Plan", node: "Tensor") -> None:
     x, w = node.inputs
     n = node.shape[-1]
+    fmt = p.quantized_format(node)
+    if fmt is not None and len(x.shape) == 2:
+        p.make_quantized(node, fmt, x=x, w=w, eps=float(node.attrs["eps"]), x_stride=4 * x.shape[-1])
+        return
     rows: dict[str, Any] = {"n_cols": n, "n_rows_per_token": _row(node) // n, "out_stride": 4 * n}
     p.step("rms_norm", node, x=x, w=w, out=node, eps=float(node.attrs["eps"]), x_stride=4 * x.shape[-1], **rows)
 

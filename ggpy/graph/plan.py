@@ -6,7 +6,6 @@ one since the last barrier has written, or writes what one has read.
 """
 
 import struct
-from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -90,8 +89,10 @@ class Plan:
         self._buffers: dict[Tensor, Buffer] = {}
         self._made: dict[tuple, Buffer] = {}
         self._computed: set[Tensor] = set()
-        self._users = Counter(i for node in graph for i in node.inputs)
-        self._user = {i: node for node in graph for i in node.inputs}
+        self._users: dict[Tensor, list[Tensor]] = {}
+        for node in graph:
+            for i in node.inputs:
+                self._users.setdefault(i, []).append(node)
         self._keep = {id(t) for t in graph.outputs.values()}
         self._watched = {id(graph[name]) for name in watched}
         self._scratch_stride = 0
@@ -167,8 +168,30 @@ class Plan:
 
     def only_user(self, node: "Tensor") -> "Tensor | None":
         """The node that alone takes `node`, unless `node` is also a result or watched."""
-        alone = self._users[node] == 1 and id(node) not in self._keep | self._watched
-        return self._user[node] if alone else None
+        users = self._users.get(node, [])
+        return users[0] if len(users) == 1 and not self._is_seen(node) else None
+
+    def _is_seen(self, node: "Tensor") -> bool:
+        return id(node) in self._keep or id(node) in self._watched
+
+    def quantized_format(self, node: "Tensor") -> str | None:
+        """The format of activations in which alone `node` is needed, if so."""
+        formats = set()
+        for user in self._users.get(node, []):
+            is_product = user.op in ("MUL_MAT", "MUL_MAT_ID") and user.inputs[1] is node
+            formats.add(QUANTIZED.get(user.inputs[0].type) if is_product else None)
+        return formats.pop() if len(formats) == 1 and not self._is_seen(node) else None
+
+    def make_quantized(self, node: "Tensor", fmt: str, **params: Any) -> None:
+        """Lowers a node to a kernel that writes it as quantized activations only; see `activations`."""
+        width = node.shape[-1]
+        stride, n_rows = activation_bytes(width), node.n_values // node.shape[0] // width
+
+        def make(out: Buffer) -> None:
+            kernel = f"{node.op.lower()}_{fmt}"
+            self.step(kernel, node, out=out, n_cols=width, n_rows_per_token=n_rows, out_stride=stride, **params)
+
+        self.once((self.place_of(node), fmt, width, width), stride * n_rows * self.padded(node), make)
 
     def is_computed(self, node: "Tensor") -> bool:
         """Whether the steps so far compute `node`."""

@@ -15,18 +15,35 @@ def _one():
     return splat_f32(f32(1.0))
 
 
+@function
+def _negative(x):
+    return splat_f32(f32(0.0)) - x
+
+
+@function
+def rms_scale(x, n_cols, eps):
+    """1 / sqrt(mean(x²) + eps) of a row, in all lanes."""
+    squares = splat_f32(f32(0.0))
+    for i in range(0, 4 * n_cols, _V):
+        v = load_f32(x + i)
+        squares = fma(v, v, squares)
+    mean = splat_f32(sum_f32(squares) / f32(n_cols))
+    return _one() / sqrt(mean + splat_f32(bits_f32(eps)))
+
+
+@function
+def silu(x):
+    """x / (1 + e^-x)."""
+    return x / (_one() + exp(_negative(x)))
+
+
 @kernel("rms_norm")
 def rms_norm(ith, nth, x, w, out, state, n_cols, n_rows_per_token, x_stride, out_stride, eps):
     """out = x / sqrt(mean(x²) + eps) * w, row by row (Zhang & Sennrich 2019)."""
     start, stop = share(ld_state(state, 0) * n_rows_per_token, ith, nth)
     for r in range(start, stop):
         xr, outr = x + r * x_stride, out + r * out_stride
-        squares = splat_f32(f32(0.0))
-        for i in range(0, 4 * n_cols, _V):
-            v = load_f32(xr + i)
-            squares = fma(v, v, squares)
-        mean = splat_f32(sum_f32(squares) / f32(n_cols))
-        scale = _one() / sqrt(mean + splat_f32(bits_f32(eps)))
+        scale = rms_scale(xr, n_cols, eps)
         for i in range(0, 4 * n_cols, _V):
             store(outr + i, load_f32(xr + i) * scale * load_f32(w + i))
 
@@ -42,11 +59,6 @@ def _binary(name, combine):
 
 
 @function
-def _negative(x):
-    return splat_f32(f32(0.0)) - x
-
-
-@function
 def _gelu(x):
     # The tanh approximation (Hendrycks & Gimpel 2016); tanh(z) = 1 - 2 / (e^2z + 1).
     z = x * fma(x * x, splat_f32(f32(0.044715 * 0.7978845608028654)), splat_f32(f32(0.7978845608028654)))
@@ -56,7 +68,7 @@ def _gelu(x):
 
 _binary("add", lambda x, y: x + y)
 _binary("mul", lambda x, y: x * y)
-_binary("swiglu", lambda x, y: x / (_one() + exp(_negative(x))) * y)
+_binary("swiglu", lambda x, y: silu(x) * y)
 _binary("geglu", lambda x, y: _gelu(x) * y)
 
 

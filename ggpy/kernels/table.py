@@ -111,8 +111,6 @@ def _kernels() -> dict[str, Kernel]:
         "gather_rows": Kernel("moe", ("x", "groups", "out", "n_expert", "per_row", "row_bytes")),
         "combine": Kernel("moe", ("x", "route", "out", "state", "n_used", "n_cols")),
         "sigmoid_gate": Kernel("moe", ("x", "gate", "out", "state", "n_cols")),
-        "quantize_q8_32": Kernel("activations", _QUANTIZE),
-        "quantize_q8_256": Kernel("activations", _QUANTIZE),
     }
     for name in KV_TYPES:
         sizes = ("n_head", "n_head_kv", "head_dim", "head_dim_v", "n_ctx", "scale")
@@ -127,6 +125,12 @@ def _kernels() -> dict[str, Kernel]:
         for kind, result in (("one", "partial"), ("many", "out")):
             params = ("q_latent", "q_rot", "cache", result, *given)
             table[f"latent_attention_{kind}_{name}"] = Kernel("latent", params)
+    for name in ("q8_32", "q8_256"):
+        table[f"quantize_{name}"] = Kernel("activations", _QUANTIZE)
+        params = ("x", "w", "out", "state", "n_cols", "x_stride", "out_stride", "eps")
+        table[f"rms_norm_{name}"] = Kernel("activations", params)
+        params = ("x", "y", "out", "state", "n_cols", "n_rows_per_token", "out_stride")
+        table[f"swiglu_{name}"] = Kernel("activations", params)
     for name in (*QUANTIZED, *FLOAT):
         family = "matmul_int8" if name in QUANTIZED else "matmul_float"
         table[f"mul_mat_one_{name}"] = Kernel(family, _MUL_MAT)
