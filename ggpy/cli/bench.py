@@ -20,6 +20,9 @@ def bench(
     depth: Annotated[int, typer.Option("-d", "--depth", min=0, help="Tokens in the cache before each run.")] = 0,
     threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Default: physical cores.")] = None,
     repeat: Annotated[int, typer.Option("-r", "--repeat", min=1, help="Runs; the median counts.")] = 5,
+    n_expert_used: Annotated[
+        int | None, typer.Option("--n-expert-used", min=1, help="Experts for each token; default: as trained.")
+    ] = None,
     ram_budget: Annotated[
         str | None, typer.Option("--ram-budget", help="Memory for a bigger mixture of experts: 6G, 512M.")
     ] = None,
@@ -27,7 +30,8 @@ def bench(
 ) -> None:
     """Measure tokens per second: medians and spread over several runs."""
     budget = None if ram_budget is None else byte_count(ram_budget)
-    with open_model(model, depth + max(prompt, n) + 1, threads, ram_budget=budget) as opened:
+    how = {"n_expert_used": n_expert_used, "ram_budget": budget}
+    with open_model(model, depth + max(prompt, n) + 1, threads, **how) as opened:
         tests = [(f"prompt {prompt}", prompt, 0)] * (prompt > 0) + [(f"decode {n}", 0, n)] * (n > 0)
         results = []
         for name, n_prompt, n_decode in tests:

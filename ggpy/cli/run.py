@@ -32,6 +32,9 @@ def run(
     threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Default: physical cores.")] = None,
     kv_type: Annotated[str, typer.Option("--kv-type", help="Type of the KV cache: f16 or f32.")] = "f16",
     mla: Annotated[str, typer.Option("--mla", help="Form of latent attention: absorbed or naive.")] = "absorbed",
+    n_expert_used: Annotated[
+        int | None, typer.Option("--n-expert-used", min=1, help="Experts for each token; default: as trained.")
+    ] = None,
     ram_budget: Annotated[
         str | None, typer.Option("--ram-budget", help="Memory for a bigger mixture of experts: 6G, 512M.")
     ] = None,
@@ -42,7 +45,8 @@ def run(
     if prompt is None and not talk:
         prompt = sys.stdin.read()
     budget = None if ram_budget is None else byte_count(ram_budget)
-    with open_model(model, ctx, threads, kv_type=kv_type, mla=mla, ram_budget=budget) as opened:
+    how = {"kv_type": kv_type, "mla": mla, "n_expert_used": n_expert_used, "ram_budget": budget}
+    with open_model(model, ctx, threads, **how) as opened:
         options = {
             "max_tokens": max_tokens,
             "temperature": temp,

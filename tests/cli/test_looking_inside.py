@@ -146,3 +146,17 @@ def test_run_and_bench_take_a_ram_budget(folder, capsys):
 )
 def test_sizes_as_people_write_them(text, n):
     assert byte_count(text) == n
+
+
+def test_run_takes_a_number_of_experts_and_a_form_of_attention(folder, capsys):
+    path = folder / "moe" / "f32.gguf"
+    arguments = ("run", path, "-p", "the hand", "-n", 16, "--temp", 0, "-c", 64, "--kv-type", "f32")
+    _, out, _ = call(capsys, *arguments)
+    assert call(capsys, *arguments, "--n-expert-used", 3) == (0, out, "")
+    code, other, _ = call(capsys, *arguments, "--n-expert-used", 1)
+    assert code == 0 and other != out
+    code, _, err = call(capsys, *arguments, "--n-expert-used", 9)
+    assert code == 1 and "9 of 8 experts" in err
+    assert call(capsys, *arguments, "--mla", "naive")[:2] == (0, out)
+    code, _, err = call(capsys, *arguments, "--mla", "sparse")
+    assert code == 1 and "there are absorbed, naive" in err
