@@ -8,6 +8,7 @@ from ..simd.vector import (
     ld_i8,
     ld_i32,
     ld_u8,
+    max_f32,
     splat_f32,
     st_f32,
     stack,
@@ -19,7 +20,7 @@ from .table import FLOAT, QUANTIZED
 from .unpack import LAYOUTS
 
 _V = 4 * LANES
-_ROOM = 12 * _V
+_ROOM = 8 * _V
 
 
 def _define_quantized(name):
@@ -27,20 +28,21 @@ def _define_quantized(name):
     block, n_bytes, bias, signed = layout.block, layout.n_bytes, layout.bias, layout.signed
 
     @function
+    def value_at(room, k):
+        at = room + k // 4 * _V + k % 4
+        return f32(ld_i8(at) if signed else ld_u8(at) - bias)
+
+    @function
     def emit(g, j, w, s0, s1, m0, m1, places):
-        # Every lane holds the same row: lane 0 is taken.
+        # Every lane holds the same row: the greatest is any of them.
         out, room = places
         store(room, w)
-        store(room + 8 * _V, s0)
-        store(room + 9 * _V, s1)
-        store(room + 10 * _V, m0)
-        store(room + 11 * _V, m1)
-        for k in range(32):
-            at = room + k // 4 * _V + k % 4
-            value = ld_i8(at) if signed else ld_u8(at) - bias
-            half = _V * (k // 16)
-            v = ld_f32(room + 8 * _V + half) * f32(value) + ld_f32(room + 10 * _V + half)
-            st_f32(out + 4 * (32 * j + k), v)
+        scale0, min0 = max_f32(s0), max_f32(m0)
+        for k in range(16):
+            st_f32(out + 4 * (32 * j + k), scale0 * value_at(room, k) + min0)
+        scale1, min1 = max_f32(s1), max_f32(m1)
+        for k in range(16, 32):
+            st_f32(out + 4 * (32 * j + k), scale1 * value_at(room, k) + min1)
         return g
 
     walk = layout.walk(emit)
