@@ -88,7 +88,7 @@ def quantize_model(
     out: str | os.PathLike[str],
     type: str,
     *,
-    imatrix: str | os.PathLike[str] | None = None,
+    imatrix: str | os.PathLike[str] | ImportanceMatrix | None = None,
     overrides: Iterable[Override] = (),
     dry_run: bool = False,
     n_threads: int | None = None,
@@ -106,7 +106,7 @@ def quantize_model(
         GGUF files.
     type : str
         The new file type, a name of `ggpy.quantize.mixes.FILE_TYPES` in any case, or COPY.
-    imatrix : path-like, optional
+    imatrix : path-like or ImportanceMatrix, optional
         An importance matrix of this model.
     overrides : iterable of Override
         See `tensor_types`.
@@ -135,14 +135,17 @@ def quantize_model(
     """
     type = file_type(type)
     with GGUFFile(source) as file:
-        importance = None if imatrix is None else read_imatrix(imatrix)
+        if imatrix is None or isinstance(imatrix, ImportanceMatrix):
+            importance, origin = imatrix, ""
+        else:
+            importance, origin = read_imatrix(imatrix), str(imatrix)
         plan = _plan(file, Path(out), type, importance, tuple(overrides))
         if importance is not None:
-            _check_importance(file, importance, str(imatrix))
+            _check_importance(file, importance, origin or "measured")
         _check_types(file, plan, importance)
         if not dry_run:
             load([f"encode_{name}" for name in ENCODED if any(_is_encoded(s, name) for s in plan.steps)], kernel_progress)
-            entries = {} if importance is None else _entries(importance, str(imatrix))
+            entries = {} if importance is None else _entries(importance, origin)
             _write(file, plan, importance, entries, n_threads or default_threads(), progress)
     return plan
 
@@ -197,10 +200,11 @@ def _check_types(file: GGUFFile, plan: Plan, importance: ImportanceMatrix | None
 
 
 def _entries(importance: ImportanceMatrix, path: str) -> dict[str, str | int]:
-    """The metadata that say which importance matrix was used, as llama-quantize writes them."""
+    """The metadata that say which importance matrix was used, as llama-quantize writes them; no path: it was no file."""
     datasets = {"quantize.imatrix.dataset": importance.datasets[0]} if importance.datasets else {}
+    file = {"quantize.imatrix.file": path} if path else {}
     return {
-        "quantize.imatrix.file": path,
+        **file,
         **datasets,
         "quantize.imatrix.entries_count": len(importance.sums),
         "quantize.imatrix.chunks_count": importance.n_chunks,
@@ -230,7 +234,7 @@ def _write(
                 _pad(out, writer.data_alignment)
                 for step in plan.steps:
                     weights = importance.weights(step.name) if importance and step.name in importance.sums else None
-                    with closing(_new_data(file.tensors[step.name], step.new_type, weights, n_threads)) as chunks:
+                    with closing(new_data(file.tensors[step.name], step.new_type, weights, n_threads)) as chunks:
                         for chunk in chunks:
                             out.write(chunk.data)
                             done += chunk.nbytes
@@ -278,11 +282,12 @@ def _writer(file: GGUFFile, plan: Plan, entries: dict[str, str | int]) -> Any:
     return writer
 
 
-def _new_data(
+def new_data(
     tensor: GGUFTensor, type: str, weights: np.ndarray | None, n_threads: int
 ) -> Generator[np.ndarray, None, None]:
-    """The tensor's bytes as `type`, uint8 arrays of some rows each, in order.
+    """The tensor's bytes as `type`, uint8 (n, row_bytes) arrays of some rows each, in order.
 
+    `weights`, float32 (n_matrices, n_cols), are those of `ImportanceMatrix.weights`; the encoder must be loaded.
     Each thread takes some rows through reading, decoding and encoding. The file is read, not mapped: what is mapped counts
     as this process's memory.
     """
