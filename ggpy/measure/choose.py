@@ -47,7 +47,7 @@ CANDIDATES = (*(name for name in QUANTIZED if name in ENCODED), "F16")
 #: what groups are quantized to, to measure them: coarse enough to be seen; the second for rows that 256 doesn't divide
 _PROBES = ("Q3_K", "Q4_0")
 #: groups at most, unless there are more kinds of tensors
-_GROUPS = 40
+_GROUPS = 32
 #: tokens of a chunk; chunks at most for divergences and for the importance of columns
 _N_CTX, _KL_CHUNKS, _IMPORTANCE_CHUNKS = 256, 4, 32
 #: values of a tensor whose error is looked at, at most but for a row of each matrix
@@ -231,23 +231,34 @@ def _hull(options: Sequence[Option]) -> list[Option]:
 
 
 def _meet(kl: float, options: Mapping[str, Sequence[Option]], attempt: Callable[[Mapping[str, Option]], Choice]) -> Choice:
-    """The smallest file found whose measured divergence is at most `kl`: what was measured corrects what is expected."""
-    goal, tried, met = kl, [], None
-    for _ in range(_ATTEMPTS):
+    """The smallest file found whose measured divergence is at most `kl`.
+
+    What the next one may be expected to have comes from the line through the last two, as measured: activations are rounded
+    too, which no choice of weights' types changes, so that divergences aren't proportional to what was expected.
+    """
+    goal, aim = kl, (1 + _NEAR) / 2 * kl
+    tried: list[tuple[Mapping[str, Option], Choice]] = []
+    while len(tried) < _ATTEMPTS:
         mix = cheapest(options, kl=goal)
-        if mix in tried:
+        if any(mix == other for other, _ in tried):
             break
-        tried.append(mix)
-        choice = attempt(mix)
-        if choice.kl <= kl and (met is None or choice.n_bytes < met[0]):
-            met = choice.n_bytes, mix
-        if _NEAR * kl <= choice.kl <= kl:
-            return choice
-        # A little below the target, so that the next is more likely to be within it.
-        goal *= 0.97 * kl / max(choice.kl, _LEAST_KL)
-    if met is None:
-        raise Error(f"no mix of types was found with a divergence of {kl:g}; the best has {choice.kl:.3g}")
-    return choice if tried[-1] is met[1] else attempt(met[1])
+        tried.append((mix, attempt(mix)))
+        last = tried[-1][1]
+        if _NEAR * kl <= last.kl <= kl:
+            return last
+        x, slope = max(last.expected_kl, _LEAST_KL), 0.0
+        if len(tried) > 1:
+            before = tried[-2][1]
+            apart = last.expected_kl - before.expected_kl
+            slope = (last.kl - before.kl) / apart if apart else 0.0
+        goal = x + (aim - last.kl) / slope if slope > 0 else x * aim / last.kl
+        goal = min(max(goal, x / 10), x * 10)
+    met = [(choice.n_bytes, i) for i, (_, choice) in enumerate(tried) if choice.kl <= kl]
+    if not met:
+        best = min(choice.kl for _, choice in tried)
+        raise Error(f"no mix of types was found with a divergence of {kl:g}; the best has {best:.3g}")
+    smallest, choice = tried[min(met)[1]]
+    return choice if smallest is tried[-1][0] else attempt(smallest)
 
 
 def _folder(out: Path) -> Path:
