@@ -43,6 +43,22 @@ def _define(name):
     negated_per_32 = 1 if block == 32 else 2  # negated sums of 32 values, by the activations' format
     d_bytes = 8 if block == 32 else 64  # n / d_bytes bytes of scales stand between q and the sums
 
+    def sum_of_32(load):
+        """A function of the negated sums' address, a token's stride and j: `load` of the negated sum of 32 values."""
+
+        @function
+        def whole(negated, stride, j):
+            return load(negated + 4 * j, stride)
+
+        @function
+        def halves(negated, stride, j):
+            return load(negated + 8 * j, stride) + load(negated + 8 * j + 4, stride)
+
+        return whole if block == 32 else halves
+
+    sum_one = sum_of_32(function(lambda at, stride: splat_i32(ld_i32(at))))
+    sum_many = sum_of_32(function(lambda at, stride: broadcast_i32(at, stride, TOKENS)))
+
     @function
     def emit_dot(g, j, w, s0, s1, m0, m1, places):
         x, sums, negated, soon = places
@@ -52,7 +68,7 @@ def _define(name):
         if group == 32:
             a = splat_i32(i32(0))
             if has_bias:
-                a = splat_i32(ld_i32(negated + 4 * j)) << splat_i32(i32(shift))
+                a = sum_one(negated, 0, j) << splat_i32(i32(shift))
             g = fma(to_f32(dot(a, w, x + 32 * j)), s0, g)
             if has_min:
                 g = fma(splat_f32(ld_f32(sums + 4 * j)), m0, g)
@@ -120,7 +136,7 @@ def _define(name):
                 if group == 32:
                     a = tile_i32(TOKENS)
                     if has_bias:
-                        a = broadcast_i32(negated + 4 * j, stride, TOKENS) << splat_i32(i32(shift))
+                        a = sum_many(negated, stride, j) << splat_i32(i32(shift))
                     g = fma(to_f32(dot_many(a, w, 8, xj, stride)), s0, g)
                     if has_min:
                         g = fma(broadcast_f32(sums + 4 * j, stride, TOKENS), load_f32(w + 10 * _V), g)

@@ -35,6 +35,18 @@ QUANTIZED = {
     "Q4_K": "q8_256",
     "Q5_K": "q8_256",
     "Q6_K": "q8_256",
+    "IQ4_NL": "q8_32",
+    "IQ4_XS": "q8_256",
+    "MXFP4": "q8_32",
+    "TQ1_0": "q8_256",
+    "TQ2_0": "q8_256",
+    "IQ1_S": "q8_256",
+    "IQ1_M": "q8_256",
+    "IQ2_XXS": "q8_256",
+    "IQ2_XS": "q8_256",
+    "IQ2_S": "q8_256",
+    "IQ3_XXS": "q8_256",
+    "IQ3_S": "q8_256",
 }
 #: weight types that are multiplied in float32
 FLOAT = ("F32", "F16", "BF16")

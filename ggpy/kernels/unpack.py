@@ -13,9 +13,6 @@ them at once: see `matmul_int8`.
 The layouts of the blocks are ggml's (ggml-common.h); `ggpy.quant` has them in readable numpy.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 from ..simd.vector import (
     BIAS_8BIT,
     f16_to_f32,
@@ -23,74 +20,13 @@ from ..simd.vector import (
     join,
     load_halves,
     load_transposed,
-    shift_right_signed,
     splat_f32,
-    splat_i32,
     spread_bits,
-    to_f32,
 )
-from .common import f32, i32
+from . import unpack_iq
+from .common import f32
+from .layout import Layout, bits, byte, c, high, low, signed_byte, zero
 from .source import function
-
-
-class Layout(NamedTuple):
-    """What a matrix kernel must know of a block type."""
-
-    walk: Callable  # emit -> walk
-    n_bytes: int  # of a block
-    block: int  # values in a block
-    group: int  # values that share a scale: 16 or 32
-    bias: int  # that the unpacked values carry
-    has_min: bool
-    signed: bool = False  # the unpacked values are signed bytes
-
-
-@function
-def _c(x):
-    return splat_i32(i32(x))
-
-
-@function
-def _zero():
-    return splat_f32(f32(0.0))
-
-
-@function
-def _low(t):
-    return t & _c(0x0F0F0F0F)
-
-
-@function
-def _high(t):
-    return (t >> _c(4)) & _c(0x0F0F0F0F)
-
-
-@function
-def _byte(v, k):
-    """Byte k of each lane, unsigned, as float32."""
-    return to_f32((v >> _c(8 * k)) & _c(255))
-
-
-@function
-def _signed_byte(v, k):
-    return to_f32(shift_right_signed(v << _c(24 - 8 * k), _c(24)))
-
-
-def _bits(first, n, to):
-    """A function that takes bits first … first + n - 1 of each byte to bit `to`: what a block's other bits lack."""
-    mask = ((1 << n) - 1) << to
-    mask = mask * 0x01010101
-    shift = to - first
-
-    @function
-    def left(t):
-        return (t << _c(shift)) & _c(mask)
-
-    @function
-    def right(t):
-        return (t >> _c(-shift)) & _c(mask)
-
-    return left if shift >= 0 else right
 
 
 def _q4_0(emit):
@@ -98,7 +34,7 @@ def _q4_0(emit):
     def walk(g, a, stride, places):
         t = load_transposed(a + 2, stride, 4)
         d = load_halves(a, stride)
-        return emit(g, 0, join(_low(t), _high(t)), d, d, _zero(), _zero(), places)
+        return emit(g, 0, join(low(t), high(t)), d, d, zero(), zero(), places)
 
     return walk
 
@@ -108,8 +44,8 @@ def _q4_1(emit):
     def walk(g, a, stride, places):
         t = load_transposed(a + 4, stride, 4)
         dm = get(load_transposed(a, stride, 1), 0)
-        d, m = f16_to_f32(dm), f16_to_f32(dm >> _c(16))
-        return emit(g, 0, join(_low(t), _high(t)), d, d, m, m, places)
+        d, m = f16_to_f32(dm), f16_to_f32(dm >> c(16))
+        return emit(g, 0, join(low(t), high(t)), d, d, m, m, places)
 
     return walk
 
@@ -118,9 +54,9 @@ def _q5_0(emit):
     @function
     def walk(g, a, stride, places):
         t = load_transposed(a + 6, stride, 4)
-        fifth = spread_bits(get(load_transposed(a + 2, stride, 1), 0)) << _c(4)
+        fifth = spread_bits(get(load_transposed(a + 2, stride, 1), 0)) << c(4)
         d = load_halves(a, stride)
-        return emit(g, 0, join(_low(t), _high(t)) | fifth, d, d, _zero(), _zero(), places)
+        return emit(g, 0, join(low(t), high(t)) | fifth, d, d, zero(), zero(), places)
 
     return walk
 
@@ -130,9 +66,9 @@ def _q5_1(emit):
     def walk(g, a, stride, places):
         t = load_transposed(a + 8, stride, 4)
         head = load_transposed(a, stride, 2)
-        fifth = spread_bits(get(head, 1)) << _c(4)
-        d, m = f16_to_f32(get(head, 0)), f16_to_f32(get(head, 0) >> _c(16))
-        return emit(g, 0, join(_low(t), _high(t)) | fifth, d, d, m, m, places)
+        fifth = spread_bits(get(head, 1)) << c(4)
+        d, m = f16_to_f32(get(head, 0)), f16_to_f32(get(head, 0) >> c(16))
+        return emit(g, 0, join(low(t), high(t)) | fifth, d, d, m, m, places)
 
     return walk
 
@@ -142,9 +78,9 @@ def _q8_0(emit):
     def walk(g, a, stride, places):
         t = load_transposed(a + 2, stride, 8)
         if BIAS_8BIT:
-            t = t ^ _c(-0x7F7F7F80)  # 0x80 in every byte
+            t = t ^ c(-0x7F7F7F80)  # 0x80 in every byte
         d = load_halves(a, stride)
-        return emit(g, 0, t, d, d, _zero(), _zero(), places)
+        return emit(g, 0, t, d, d, zero(), zero(), places)
 
     return walk
 
@@ -154,11 +90,11 @@ def _six_bit_scales(a, stride):
     """d, dmin and the 8 six-bit scales and mins of Q4_K and Q5_K, four to a vector."""
     head = load_transposed(a, stride, 4)
     dm, x, y, z = get(head, 0), get(head, 1), get(head, 2), get(head, 3)
-    six, four, two = _c(0x3F3F3F3F), _c(0x0F0F0F0F), _c(0x03030303)
+    six, four, two = c(0x3F3F3F3F), c(0x0F0F0F0F), c(0x03030303)
     s_low, m_low = x & six, y & six
-    s_high = (z & four) | (((x >> _c(6)) & two) << _c(4))
-    m_high = ((z >> _c(4)) & four) | (((y >> _c(6)) & two) << _c(4))
-    return f16_to_f32(dm), _zero() - f16_to_f32(dm >> _c(16)), s_low, s_high, m_low, m_high
+    s_high = (z & four) | (((x >> c(6)) & two) << c(4))
+    m_high = ((z >> c(4)) & four) | (((y >> c(6)) & two) << c(4))
+    return f16_to_f32(dm), zero() - f16_to_f32(dm >> c(16)), s_low, s_high, m_low, m_high
 
 
 def _q4_k(emit):
@@ -168,10 +104,10 @@ def _q4_k(emit):
         for half in range(2):
             for p in range(2):
                 t = load_transposed(a + 16 + 64 * half + 32 * p, stride, 8)
-                s0, m0 = d * _byte(s, 2 * p), dm * _byte(m, 2 * p)
-                s1, m1 = d * _byte(s, 2 * p + 1), dm * _byte(m, 2 * p + 1)
-                g = emit(g, 4 * half + 2 * p, _low(t), s0, s0, m0, m0, places)
-                g = emit(g, 4 * half + 2 * p + 1, _high(t), s1, s1, m1, m1, places)
+                s0, m0 = d * byte(s, 2 * p), dm * byte(m, 2 * p)
+                s1, m1 = d * byte(s, 2 * p + 1), dm * byte(m, 2 * p + 1)
+                g = emit(g, 4 * half + 2 * p, low(t), s0, s0, m0, m0, places)
+                g = emit(g, 4 * half + 2 * p + 1, high(t), s1, s1, m1, m1, places)
             s, m = s_high, m_high
         return g
 
@@ -179,14 +115,14 @@ def _q4_k(emit):
 
 
 def _q5_k(emit):
-    b0, b1, b2, b3, b4, b5, b6, b7 = (_bits(i, 1, 4) for i in range(8))
+    b0, b1, b2, b3, b4, b5, b6, b7 = (bits(i, 1, 4) for i in range(8))
 
     @function
-    def pair(g, d, dm, s, m, p, j, t, low, high, places):
-        s0, m0 = d * _byte(s, 2 * p), dm * _byte(m, 2 * p)
-        s1, m1 = d * _byte(s, 2 * p + 1), dm * _byte(m, 2 * p + 1)
-        g = emit(g, j, _low(t) | low, s0, s0, m0, m0, places)
-        return emit(g, j + 1, _high(t) | high, s1, s1, m1, m1, places)
+    def pair(g, d, dm, s, m, p, j, t, fifth, fifth_next, places):
+        s0, m0 = d * byte(s, 2 * p), dm * byte(m, 2 * p)
+        s1, m1 = d * byte(s, 2 * p + 1), dm * byte(m, 2 * p + 1)
+        g = emit(g, j, low(t) | fifth, s0, s0, m0, m0, places)
+        return emit(g, j + 1, high(t) | fifth_next, s1, s1, m1, m1, places)
 
     @function
     def walk(g, a, stride, places):
@@ -201,26 +137,26 @@ def _q5_k(emit):
 
 
 def _q6_k(emit):
-    b0, b1, b2, b3 = (_bits(2 * i, 2, 4) for i in range(4))
+    b0, b1, b2, b3 = (bits(2 * i, 2, 4) for i in range(4))
 
     @function
     def walk(g, a, stride, places):
         scales = load_transposed(a + 192, stride, 4)
         d = load_halves(a + 208, stride)
-        z = _zero()
+        z = zero()
         s, s_next = get(scales, 0), get(scales, 1)
         for half in range(2):
             t0 = load_transposed(a + 64 * half, stride, 8)
             t1 = load_transposed(a + 64 * half + 32, stride, 8)
             top = load_transposed(a + 128 + 32 * half, stride, 8)
-            w = _low(t0) | b0(top)
-            g = emit(g, 4 * half, w, d * _signed_byte(s, 0), d * _signed_byte(s, 1), z, z, places)
-            w = _low(t1) | b1(top)
-            g = emit(g, 4 * half + 1, w, d * _signed_byte(s, 2), d * _signed_byte(s, 3), z, z, places)
-            w = _high(t0) | b2(top)
-            g = emit(g, 4 * half + 2, w, d * _signed_byte(s_next, 0), d * _signed_byte(s_next, 1), z, z, places)
-            w = _high(t1) | b3(top)
-            g = emit(g, 4 * half + 3, w, d * _signed_byte(s_next, 2), d * _signed_byte(s_next, 3), z, z, places)
+            w = low(t0) | b0(top)
+            g = emit(g, 4 * half, w, d * signed_byte(s, 0), d * signed_byte(s, 1), z, z, places)
+            w = low(t1) | b1(top)
+            g = emit(g, 4 * half + 1, w, d * signed_byte(s, 2), d * signed_byte(s, 3), z, z, places)
+            w = high(t0) | b2(top)
+            g = emit(g, 4 * half + 2, w, d * signed_byte(s_next, 0), d * signed_byte(s_next, 1), z, z, places)
+            w = high(t1) | b3(top)
+            g = emit(g, 4 * half + 3, w, d * signed_byte(s_next, 2), d * signed_byte(s_next, 3), z, z, places)
             s, s_next = get(scales, 2), get(scales, 3)
         return g
 
@@ -232,18 +168,18 @@ def _q2_k(emit):
     def walk(g, a, stride, places):
         scales = load_transposed(a, stride, 4)
         dm = get(load_transposed(a + 80, stride, 1), 0)
-        d, m = f16_to_f32(dm), _zero() - f16_to_f32(dm >> _c(16))
-        two = _c(0x03030303)
+        d, m = f16_to_f32(dm), zero() - f16_to_f32(dm >> c(16))
+        two = c(0x03030303)
         s, s_next = get(scales, 0), get(scales, 1)
         for half in range(2):
             t = load_transposed(a + 16 + 32 * half, stride, 8)
             for pair in range(2):
                 for p in range(2):
-                    low, high = _low(s), _high(s)
-                    w = (t >> _c(4 * pair + 2 * p)) & two
+                    scale, least = low(s), high(s)
+                    w = (t >> c(4 * pair + 2 * p)) & two
                     j = 4 * half + 2 * pair + p
-                    s0, s1 = d * _byte(low, 2 * p), d * _byte(low, 2 * p + 1)
-                    g = emit(g, j, w, s0, s1, m * _byte(high, 2 * p), m * _byte(high, 2 * p + 1), places)
+                    s0, s1 = d * byte(scale, 2 * p), d * byte(scale, 2 * p + 1)
+                    g = emit(g, j, w, s0, s1, m * byte(least, 2 * p), m * byte(least, 2 * p + 1), places)
                 s = s_next
             s, s_next = get(scales, 2), get(scales, 3)
         return g
@@ -258,22 +194,22 @@ def _q3_k(emit):
         head = load_transposed(a + 96, stride, 2)
         x, y, top = get(head, 0), get(head, 1), get(load_transposed(a + 104, stride, 1), 0)
         d = load_halves(a + 108, stride)
-        ones, two = _c(0x01010101), _c(0x03030303)
+        ones, two = c(0x01010101), c(0x03030303)
         bias = splat_f32(f32(32.0))
-        z = _zero()
-        s = _low(x) | ((top & two) << _c(4))
-        s_next = _low(y) | (((top >> _c(2)) & two) << _c(4))
+        z = zero()
+        s = low(x) | ((top & two) << c(4))
+        s_next = low(y) | (((top >> c(2)) & two) << c(4))
         for half in range(2):
             t = load_transposed(a + 32 + 32 * half, stride, 8)
             for pair in range(2):
                 for p in range(2):
                     j = 4 * half + 2 * pair + p
-                    w = ((t >> _c(4 * pair + 2 * p)) & two) | (((third >> _c(j)) & ones) << _c(2))
-                    s0, s1 = d * (_byte(s, 2 * p) - bias), d * (_byte(s, 2 * p + 1) - bias)
+                    w = ((t >> c(4 * pair + 2 * p)) & two) | (((third >> c(j)) & ones) << c(2))
+                    s0, s1 = d * (byte(s, 2 * p) - bias), d * (byte(s, 2 * p + 1) - bias)
                     g = emit(g, j, w, s0, s1, z, z, places)
                 s = s_next
-            s = _high(x) | (((top >> _c(4)) & two) << _c(4))
-            s_next = _high(y) | (((top >> _c(6)) & two) << _c(4))
+            s = high(x) | (((top >> c(4)) & two) << c(4))
+            s_next = high(y) | (((top >> c(6)) & two) << c(4))
         return g
 
     return walk
@@ -290,4 +226,5 @@ LAYOUTS = {
     "Q4_K": Layout(_q4_k, 144, 256, 32, 0, True),
     "Q5_K": Layout(_q5_k, 176, 256, 32, 0, True),
     "Q6_K": Layout(_q6_k, 210, 256, 16, 32, False),
+    **unpack_iq.LAYOUTS,
 }

@@ -624,6 +624,57 @@ def spread_bits(tyctx, x):
 
 
 @intrinsic
+def steps(tyctx, n, step):
+    """A tile of `n` vectors 0, step, 2 step, … (literals): what neighbouring fields of a dword are shifted by."""
+    ty, by = Tile(I32, n.literal_value), step.literal_value
+
+    def codegen(ctx, b, sig, a):
+        return _join(b, ty, [_const(I32.ir_type, by * i) for i in range(ty.n)])
+
+    return ty(n, step), codegen
+
+
+def constant(data: bytes):
+    """A function that gives the address of `data`, aligned to 64, in the kernel's own object file."""
+    ty = ir.ArrayType(_I8, len(data))
+
+    @intrinsic
+    def address(tyctx):
+        def codegen(ctx, b, sig, a):
+            place = ir.GlobalVariable(b.module, ty, b.module.get_unique_name("constant"))
+            place.linkage, place.global_constant, place.align = "internal", True, 64
+            place.initializer = ir.Constant(ty, bytearray(data))
+            return b.ptrtoint(place, _I64)
+
+        return ADDRESS(), codegen
+
+    return address
+
+
+@intrinsic
+def gather(tyctx, address, places, n):
+    """Dwords of a table whose entries are `n` (a literal) dwords long: for each vector of places, n vectors with dwords
+    0 … n - 1 of the entries that its lanes name."""
+    size = n.literal_value
+    ret = Tile(I32, places.n * size)
+    wide, pointers = ir.VectorType(_I64, LANES), ir.VectorType(ir.PointerType(), LANES)
+    kind = ir.FunctionType(I32.ir_type, [pointers, _I32, ir.VectorType(ir.IntType(1), LANES), I32.ir_type])
+
+    def codegen(ctx, b, sig, a):
+        f = b.module.declare_intrinsic(f"llvm.masked.gather.v{LANES}i32.v{LANES}p0", fnty=kind)
+        every = _const(kind.args[2], 1)
+        out = []
+        for v in _members(b, places, a[1]):
+            start = b.mul(b.zext(v, wide), _const(wide, 4 * size))
+            for k in range(size):
+                at = b.add(_splat(b, _offset(b, a[0], 4 * k), LANES), start)
+                out.append(b.call(f, [b.inttoptr(at, pointers), ir.Constant(_I32, 4), every, _const(I32.ir_type, 0)]))
+        return _join(b, ret, out)
+
+    return ret(ADDRESS, places, n), codegen
+
+
+@intrinsic
 def load_halves(tyctx, address, stride):
     """The float16 at the start of each of `LANES` rows, as float32."""
     bits = ir.VectorType(_I16, LANES)
@@ -801,6 +852,35 @@ def _dotter(signed):
 
 dot_tile, dots = _dotter(False)
 dot_tile_signed, dots_signed = _dotter(True)
+
+
+def lookup_16(values):
+    """A function of a tile whose bytes are 0 … 15: values[i] (-128 … 255) for each byte i."""
+    values = [v % 256 for v in values]
+
+    def by_instruction(b, v):
+        table = ir.Constant(_BYTES, values * (LANES // 4))
+        name = {"avx512": "avx512.pshuf.b.512", "avx2": "avx2.pshuf.b"}[TARGET.form]
+        return _call(b, f"llvm.x86.{name}", _BYTES, [table, v])
+
+    def by_halving(b, v):
+        """Each bit of the index, the lowest first, picks from the pairs that are left."""
+        left = [_const(_BYTES, value) for value in values]
+        for k in range(4):
+            bit = b.icmp_unsigned("!=", b.and_(v, _const(_BYTES, 1 << k)), _const(_BYTES, 0))
+            left = [b.select(bit, left[i + 1], left[i]) for i in range(0, len(left), 2)]
+        return left[0]
+
+    emit = by_halving if TARGET.form == "portable" else by_instruction
+
+    @intrinsic
+    def lookup(tyctx, x):
+        def codegen(ctx, b, sig, a):
+            return _join(b, x, [b.bitcast(emit(b, b.bitcast(v, _BYTES)), I32.ir_type) for v in _members(b, x, a[0])])
+
+        return x(x), codegen
+
+    return lookup
 
 
 # --- between threads ------------------------------------------------------------------------------------------------

@@ -6,21 +6,12 @@ import threading
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
-from gguf.constants import GGML_QUANT_SIZES
 
 from ggpy.kernels.build import KERNEL_TYPE, load
 from ggpy.kernels.table import KERNELS, QUANTIZED, activation_bytes, scratch_bytes
 from ggpy.simd.target import target
 
-HALVES = {
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
-    "Q6_K": (208,),
-    "Q4_1": (0, 2),
-    "Q5_1": (0, 2),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
-}
+from ..graph.weights import random_rows
 
 
 def aligned(n_bytes):
@@ -47,15 +38,6 @@ def run(kernels, name, n_threads=1, **params):
         t.join()
 
 
-def random_rows(name, n_rows, n_cols, rng):
-    block, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
-    rows = rng.integers(0, 256, (n_rows, n_cols // block, n_bytes), dtype=np.uint8)
-    for at in HALVES.get(name, (0,)):
-        scales = rng.standard_normal((n_rows, n_cols // block)).astype(np.float16)
-        rows[:, :, at : at + 2] = scales[..., None].view(np.uint8)
-    return rows.reshape(n_rows, -1)
-
-
 @pytest.mark.parametrize("name", QUANTIZED)
 @pytest.mark.parametrize("n_rows, n_tokens, n_threads", [(40, 13, 1), (16, 1, 2), (7, 3, 2), (33, 16, 2)])
 def test_product_equals_dequantized_product_of_the_same_activations(name, n_rows, n_tokens, n_threads):
@@ -63,7 +45,7 @@ def test_product_equals_dequantized_product_of_the_same_activations(name, n_rows
     n_cols, fmt = 512, QUANTIZED[name]
     block = 32 if fmt == "q8_32" else 256
     kernels = load([f"mul_mat_one_{name}", f"mul_mat_{name}", f"quantize_{fmt}"])
-    w = random_rows(name, n_rows, n_cols, rng)
+    w = random_rows(name, (n_rows, n_cols), rng)
     x = np.zeros((16, n_cols), np.float32)
     x[:n_tokens] = rng.standard_normal((n_tokens, n_cols))
 

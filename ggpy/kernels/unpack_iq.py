@@ -1,0 +1,328 @@
+"""Unpackers, as in `unpack`, of the types whose quants are no numbers: places in a table of 16 values (IQ4, MXFP4), trits
+(TQ), points of a grid with signs apart (IQ2, IQ3) or shifted by 1/8 (IQ1).
+
+Readable versions: `ggpy.quant.codebooks`, `ternary`, `i_quants`. Their values are whole numbers, IQ1's in eighths, and get
+a bias that makes them unsigned.
+"""
+
+import numpy as np
+
+from ..quant.codebooks import FP4_VALUES, IQ4_VALUES
+from ..quant.grids import grid
+from ..simd.vector import (
+    BIAS_8BIT,
+    as_f32,
+    constant,
+    f16_to_f32,
+    fold_add_i32,
+    gather,
+    get,
+    join,
+    load_halves,
+    load_transposed,
+    lookup_16,
+    splat_f32,
+    spread_bits,
+    steps,
+    to_f32,
+)
+from .common import f32
+from .layout import Layout, c, high, low, zero
+from .source import function
+
+
+@function
+def _dword(a, stride):
+    return get(load_transposed(a, stride, 1), 0)
+
+
+# --- a table of 16 values -------------------------------------------------------------------------------------------
+
+_FP4_BIAS = 16
+_iq4 = lookup_16([int(v) + BIAS_8BIT for v in IQ4_VALUES])
+_fp4 = lookup_16([int(v) + _FP4_BIAS for v in FP4_VALUES])
+
+
+def _iq4_nl(emit):
+    @function
+    def walk(g, a, stride, places):
+        t = load_transposed(a + 2, stride, 4)
+        d = load_halves(a, stride)
+        return emit(g, 0, _iq4(join(low(t), high(t))), d, d, zero(), zero(), places)
+
+    return walk
+
+
+def _iq4_xs(emit):
+    @function
+    def walk(g, a, stride, places):
+        head = load_transposed(a, stride, 2)
+        x, scales = get(head, 0), get(head, 1)
+        d, top = f16_to_f32(x), x >> c(16)
+        for j in range(8):
+            s = ((scales >> c(4 * j)) & c(15)) | (((top >> c(2 * j)) & c(3)) << c(4))
+            s0 = d * to_f32(s - c(32))
+            t = load_transposed(a + 8 + 16 * j, stride, 4)
+            g = emit(g, j, _iq4(join(low(t), high(t))), s0, s0, zero(), zero(), places)
+        return g
+
+    return walk
+
+
+def _mxfp4(emit):
+    @function
+    def walk(g, a, stride, places):
+        e = _dword(a, stride) & c(255)
+        t = load_transposed(a + 1, stride, 4)
+        # 2^(e - 128), as the table is doubled: of two factors, for e = 0 and 1 give a subnormal and 255 no infinity.
+        half = e >> c(1)
+        d = as_f32((half + c(63)) << c(23)) * as_f32((e - half + c(63)) << c(23))
+        return emit(g, 0, _fp4(join(low(t), high(t))), d, d, zero(), zero(), places)
+
+    return walk
+
+
+# --- trits ----------------------------------------------------------------------------------------------------------
+
+
+@function
+def _next_trits(even, odd):
+    """Takes the first trit off fractions of 256 that stand in the even and odd bytes: trits, and what is left."""
+    mask = c(0x00FF00FF)
+    even, odd = even + even + even, odd + odd + odd
+    trits = ((even >> c(8)) & mask) | (odd & c(-0x00FF0100))  # 0xFF00FF00
+    return trits, even & mask, odd & mask
+
+
+@function
+def _halves(t):
+    mask = c(0x00FF00FF)
+    return t & mask, (t >> c(8)) & mask
+
+
+def _tq1_0(emit):
+    @function
+    def walk(g, a, stride, places):
+        d, z = load_halves(a + 52, stride), zero()
+        even, odd = _halves(load_transposed(a, stride, 8))
+        for j in range(5):
+            w, even, odd = _next_trits(even, odd)
+            g = emit(g, j, w, d, d, z, z, places)
+        even, odd = _halves(load_transposed(a + 32, stride, 4))
+        for j in range(5, 7):
+            first, even, odd = _next_trits(even, odd)
+            second, even, odd = _next_trits(even, odd)
+            g = emit(g, j, join(first, second), d, d, z, z, places)
+        last, even, odd = _next_trits(even, odd)
+        even, odd = _halves(load_transposed(a + 48, stride, 1))
+        t0, even, odd = _next_trits(even, odd)
+        t1, even, odd = _next_trits(even, odd)
+        t2, even, odd = _next_trits(even, odd)
+        t3, even, odd = _next_trits(even, odd)
+        return emit(g, 7, join(last, join(join(t0, t1), join(t2, t3))), d, d, z, z, places)
+
+    return walk
+
+
+def _tq2_0(emit):
+    @function
+    def walk(g, a, stride, places):
+        d, z = load_halves(a + 64, stride), zero()
+        for half in range(2):
+            t = load_transposed(a + 32 * half, stride, 8)
+            for p in range(4):
+                g = emit(g, 4 * half + p, (t >> c(2 * p)) & c(0x03030303), d, d, z, z, places)
+        return g
+
+    return walk
+
+
+# --- points of a grid -----------------------------------------------------------------------------------------------
+
+
+def _points(points):
+    return constant(points.astype(np.uint8).tobytes())
+
+
+_SIGN_BIAS = 64
+_SHIFT_BIAS = 16
+_iq2_xxs_points, _iq2_xs_points, _iq2_s_points, _iq3_xxs_points, _iq3_s_points = (
+    _points(grid(name) + _SIGN_BIAS) for name in ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+)
+# In eighths: all points shifted by 1, then all shifted by -1.
+_iq1_points = _points(np.concatenate([8 * grid("IQ1") + _SHIFT_BIAS + shift for shift in (1, -1)]))
+
+
+@function
+def _bytes(x):
+    """The four bytes of each lane, one to a vector."""
+    return (x >> steps(4, 8)) & c(255)
+
+
+@function
+def _eight_signs(sevens):
+    """Four times seven signs, one to a vector of a tile -> a dword of four times eight; the last makes them even."""
+    s = fold_add_i32(sevens << steps(4, 8))
+    t = s ^ (s >> c(4))
+    t = t ^ (t >> c(2))
+    t = t ^ (t >> c(1))
+    return s | ((t & c(0x01010101)) << c(7))
+
+
+@function
+def _signed(points, signs):
+    """64 + v becomes 64 - v where a sign's bit is set; the bits of the dword in order are those of the tile's bytes."""
+    one = spread_bits(signs)
+    # v < 64, so that in seven bits 127 - (64 + v) + 1 is 64 - v: no byte borrows from the next.
+    return (points ^ ((one << c(7)) - one)) + one
+
+
+@function
+def _odd(d, s):
+    """d * (2 s + 1)"""
+    return d * to_f32(s + s + c(1))
+
+
+def _iq2_xxs(emit):
+    @function
+    def walk(g, a, stride, places):
+        d, z = load_halves(a, stride) * splat_f32(f32(0.125)), zero()
+        for j in range(8):
+            head = load_transposed(a + 2 + 8 * j, stride, 2)
+            x, y = get(head, 0), get(head, 1)
+            w = gather(_iq2_xxs_points(), _bytes(x), 2)
+            s = _odd(d, y >> c(28))
+            g = emit(g, j, _signed(w, _eight_signs((y >> steps(4, 7)) & c(127))), s, s, z, z, places)
+        return g
+
+    return walk
+
+
+def _iq2_xs(emit):
+    @function
+    def walk(g, a, stride, places):
+        d, z = load_halves(a, stride) * splat_f32(f32(0.125)), zero()
+        for half in range(2):
+            scales = _dword(a + 66 + 4 * half, stride)
+            for p in range(4):
+                j = 4 * half + p
+                t = load_transposed(a + 2 + 8 * j, stride, 2)
+                words = join(get(t, 0) >> steps(2, 16), get(t, 1) >> steps(2, 16)) & c(0xFFFF)
+                w = _signed(gather(_iq2_xs_points(), words & c(511), 2), _eight_signs(words >> c(9)))
+                g = emit(g, j, w, _odd(d, scales & c(15)), _odd(d, (scales >> c(4)) & c(15)), z, z, places)
+                scales = scales >> c(8)
+        return g
+
+    return walk
+
+
+def _iq2_s(emit):
+    @function
+    def walk(g, a, stride, places):
+        d, z = load_halves(a, stride) * splat_f32(f32(0.125)), zero()
+        for half in range(2):
+            tops, scales = _dword(a + 66 + 4 * half, stride), _dword(a + 74 + 4 * half, stride)
+            for p in range(4):
+                j = 4 * half + p
+                place = _bytes(_dword(a + 2 + 4 * j, stride)) | (((tops >> steps(4, 2)) & c(3)) << c(8))
+                w = _signed(gather(_iq2_s_points(), place, 2), _dword(a + 34 + 4 * j, stride))
+                g = emit(g, j, w, _odd(d, scales & c(15)), _odd(d, (scales >> c(4)) & c(15)), z, z, places)
+                tops, scales = tops >> c(8), scales >> c(8)
+        return g
+
+    return walk
+
+
+def _iq3_xxs(emit):
+    @function
+    def walk(g, a, stride, places):
+        d, z = load_halves(a, stride) * splat_f32(f32(0.25)), zero()
+        for j in range(8):
+            t = load_transposed(a + 2 + 8 * j, stride, 2)
+            y = _dword(a + 66 + 4 * j, stride)
+            w = gather(_iq3_xxs_points(), join(_bytes(get(t, 0)), _bytes(get(t, 1))), 1)
+            s = _odd(d, y >> c(28))
+            g = emit(g, j, _signed(w, _eight_signs((y >> steps(4, 7)) & c(127))), s, s, z, z, places)
+        return g
+
+    return walk
+
+
+def _iq3_s(emit):
+    @function
+    def walk(g, a, stride, places):
+        d, z = load_halves(a, stride), zero()
+        scales = _dword(a + 106, stride)
+        for half in range(2):
+            tops = _dword(a + 66 + 4 * half, stride)
+            for p in range(4):
+                j = 4 * half + p
+                t = load_transposed(a + 2 + 8 * j, stride, 2)
+                place = join(_bytes(get(t, 0)), _bytes(get(t, 1))) | (((tops >> steps(8, 1)) & c(1)) << c(8))
+                w = _signed(gather(_iq3_s_points(), place, 1), _dword(a + 74 + 4 * j, stride))
+                s = _odd(d, scales & c(15))
+                g = emit(g, j, w, s, s, z, z, places)
+                tops, scales = tops >> c(8), scales >> c(4)
+        return g
+
+    return walk
+
+
+def _iq1_s(emit):
+    @function
+    def walk(g, a, stride, places):
+        d, z = load_halves(a, stride) * splat_f32(f32(0.125)), zero()
+        for pair in range(4):
+            top = _dword(a + 34 + 4 * pair, stride)
+            for p in range(2):
+                j = 2 * pair + p
+                place = _bytes(_dword(a + 2 + 4 * j, stride)) | (((top >> steps(4, 3)) & c(7)) << c(8))
+                w = gather(_iq1_points(), place | ((top >> c(4)) & c(0x800)), 2)
+                s = _odd(d, (top >> c(12)) & c(7))
+                g = emit(g, j, w, s, s, z, z, places)
+                top = top >> c(16)
+        return g
+
+    return walk
+
+
+def _iq1_m(emit):
+    @function
+    def walk(g, a, stride, places):
+        scales = load_transposed(a + 48, stride, 2)
+        s, s_next = get(scales, 0), get(scales, 1)
+        four = c(15)
+        bits = (
+            ((s >> c(12)) & four) | ((s >> c(24)) & c(0xF0)) | ((s_next >> c(4)) & c(0xF00)) | ((s_next >> c(28)) << c(12))
+        )
+        d, z = f16_to_f32(bits) * splat_f32(f32(0.125)), zero()
+        for half in range(2):
+            for word in range(2):
+                top = _dword(a + 32 + 8 * half + 4 * word, stride)
+                for p in range(2):
+                    j = 4 * half + 2 * word + p
+                    place = _bytes(_dword(a + 4 * j, stride)) | (((top >> steps(4, 4)) & c(15)) << c(8))
+                    w = gather(_iq1_points(), place, 2)
+                    g = emit(g, j, w, _odd(d, s & c(7)), _odd(d, (s >> c(3)) & c(7)), z, z, places)
+                    top, s = top >> c(16), s >> c(6)
+                s = s >> c(4)
+            s = s_next
+        return g
+
+    return walk
+
+
+LAYOUTS = {
+    "IQ4_NL": Layout(_iq4_nl, 18, 32, 32, BIAS_8BIT, False, not BIAS_8BIT),
+    "IQ4_XS": Layout(_iq4_xs, 136, 256, 32, BIAS_8BIT, False, not BIAS_8BIT),
+    "MXFP4": Layout(_mxfp4, 17, 32, 32, _FP4_BIAS, False),
+    "TQ1_0": Layout(_tq1_0, 54, 256, 32, 1, False),
+    "TQ2_0": Layout(_tq2_0, 66, 256, 32, 1, False),
+    "IQ1_S": Layout(_iq1_s, 50, 256, 32, _SHIFT_BIAS, False),
+    "IQ1_M": Layout(_iq1_m, 56, 256, 16, _SHIFT_BIAS, False),
+    "IQ2_XXS": Layout(_iq2_xxs, 66, 256, 32, _SIGN_BIAS, False),
+    "IQ2_XS": Layout(_iq2_xs, 74, 256, 16, _SIGN_BIAS, False),
+    "IQ2_S": Layout(_iq2_s, 82, 256, 16, _SIGN_BIAS, False),
+    "IQ3_XXS": Layout(_iq3_xxs, 98, 256, 32, _SIGN_BIAS, False),
+    "IQ3_S": Layout(_iq3_s, 110, 256, 32, _SIGN_BIAS, False),
+}
