@@ -151,8 +151,8 @@ def quantize_to_target(
         fixed = _fixed_bytes(file, names, overrides)
         if size is not None:
             _check_size(file, names, fixed, size)
-        tell(0, 1, "reading the text")
-        bench.prepare(Path(text), None if imatrix is None else read_imatrix(imatrix))
+        tell(0, 1, "copying")
+        bench.prepare(Path(text), None if imatrix is None else read_imatrix(imatrix), tell)
         options = bench.measure_options(tell)
         chosen = Path(folder) / "chosen.gguf"
 
@@ -343,7 +343,7 @@ class _Bench:
     def _open(self, path: Path) -> Model:
         return Model(path, n_ctx=_N_CTX, n_threads=self._n_threads, progress=self._kernel_progress)
 
-    def prepare(self, text: Path, importance: ImportanceMatrix | None) -> None:
+    def prepare(self, text: Path, importance: ImportanceMatrix | None, tell: Callable[[int, int, str], None]) -> None:
         """Makes the copy, and measures what the rest needs of it."""
         words = text.read_text(encoding="utf-8")
         quantize_model(self._file.path, self._copy, "F16", imatrix=importance, n_threads=self._n_threads)
@@ -355,7 +355,9 @@ class _Bench:
         )
         with self._open(self._copy) as model:
             chunks = chunks_of(model.tokenize(words, special=False), _N_CTX)
-            self.importance = importance or measure_importance(model, _spread(chunks, _IMPORTANCE_CHUNKS), str(text))
+            self.importance = importance or measure_importance(
+                model, _spread(chunks, _IMPORTANCE_CHUNKS), str(text), lambda done, total: tell(done, total, "importance")
+            )
             measure_perplexity(model, _spread(chunks, _KL_CHUNKS), save=self._base)
 
     def divergence(self, path: Path) -> tuple[float, float]:

@@ -142,6 +142,18 @@ def test_impossible_targets_are_refused(files, text, tmp_path):
         quantize_to_target(files[0], out, text)
 
 
+@pytest.mark.parametrize("at", ["copying", "importance", "token_embd.weight", "measuring the result"])
+def test_an_interrupted_choice_leaves_nothing(files, text, tmp_path, at):
+    def stop(done, total, what):
+        if what == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        size = q8_0_bytes(files)
+        quantize_to_target(files[0], tmp_path / "out.gguf", text, size=size, n_threads=2, progress=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_command(files, text, tmp_path, capsys):
     out = tmp_path / "out.gguf"
     size = int(0.9 * q8_0_bytes(files))
