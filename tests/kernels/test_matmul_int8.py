@@ -40,7 +40,7 @@ def run(kernels, name, n_threads=1, **params):
 
 @pytest.mark.parametrize("name", QUANTIZED)
 @pytest.mark.parametrize("n_rows, n_tokens, n_threads", [(40, 13, 1), (16, 1, 2), (7, 3, 2), (33, 16, 2)])
-def test_product_equals_dequantized_product_of_the_same_activations(name, n_rows, n_tokens, n_threads):
+def test_product_equals_dequantized_product_of_the_same_activations(simd_form, name, n_rows, n_tokens, n_threads):
     rng = np.random.default_rng(n_rows)
     n_cols, fmt = 512, QUANTIZED[name]
     block = 32 if fmt == "q8_32" else 256
