@@ -1,4 +1,4 @@
-"""Imports point left: errors, quant, file, kernels and simd, graph, models, generate, cli."""
+"""Imports point left: errors, quant, simd, kernels, file, graph, models, generate, cli."""
 
 import ast
 from pathlib import Path
@@ -8,9 +8,9 @@ import ggpy
 ROOT = Path(ggpy.__file__).parent
 ORDER = {
     "errors": 0,
-    "simd": 1,
-    "kernels": 2,
-    "quant": 3,
+    "quant": 1,
+    "simd": 2,
+    "kernels": 3,
     "file": 4,
     "graph": 5,
     "quantize": 6,

@@ -34,6 +34,7 @@ def quantize(
     text: Annotated[
         Path | None, typer.Option("--text", help="For a target: the text to measure divergence on.", metavar="F")
     ] = None,
+    keep_split: Annotated[bool, typer.Option("--keep-split", help="Split the new model as the old one is.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan: tensors, types, sizes.")] = False,
     threads: Annotated[int | None, typer.Option("-t", "--threads", help="Default: the physical cores.", min=1)] = None,
 ) -> None:
@@ -53,7 +54,9 @@ def quantize(
             source, out, text, size, target_kl, imatrix=imatrix, overrides=overrides, dry_run=dry_run, n_threads=threads
         )
         return
-    run = partial(quantize_model, source, out, type, imatrix=imatrix, overrides=overrides, n_threads=threads)
+    run = partial(
+        quantize_model, source, out, type, imatrix=imatrix, overrides=overrides, keep_split=keep_split, n_threads=threads
+    )
     if dry_run:
         plan = run(dry_run=True)
         _print_plan(plan)

@@ -9,7 +9,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -90,6 +90,7 @@ def quantize_model(
     *,
     imatrix: str | os.PathLike[str] | ImportanceMatrix | None = None,
     overrides: Iterable[Override] = (),
+    keep_split: bool = False,
     dry_run: bool = False,
     n_threads: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
@@ -98,7 +99,7 @@ def quantize_model(
     """Writes a model anew with other block types.
 
     A few chunks of rows are in memory at a time, whatever the tensors' sizes. Of a model that is split into several files
-    one file is made. Metadata are kept, but for empty arrays.
+    one file is made, or as many with `keep_split`. Metadata are kept, but for empty arrays.
 
     Parameters
     ----------
@@ -110,6 +111,8 @@ def quantize_model(
         An importance matrix of this model.
     overrides : iterable of Override
         See `tensor_types`.
+    keep_split : bool
+        Split the new model as the old one is: OUT-00001-of-00003.gguf and so on.
     dry_run : bool
         Plan and check only.
     n_threads : int, optional
@@ -146,7 +149,8 @@ def quantize_model(
         if not dry_run:
             load([f"encode_{name}" for name in ENCODED if any(_is_encoded(s, name) for s in plan.steps)], kernel_progress)
             entries = {} if importance is None else _entries(importance, origin)
-            _write(file, plan, importance, entries, n_threads or default_threads(), progress)
+            parts = _parts(file, plan) if keep_split else [(plan.path, plan.steps)]
+            _write(file, plan, parts, importance, entries, n_threads or default_threads(), progress)
     return plan
 
 
@@ -211,9 +215,23 @@ def _entries(importance: ImportanceMatrix, path: str) -> dict[str, str | int]:
     }
 
 
+Parts = list[tuple[Path, tuple[Step, ...]]]
+
+
+def _parts(file: GGUFFile, plan: Plan) -> Parts:
+    """The new files and their tensors, split as the old model is."""
+    by_file: dict[Path, list[Step]] = {}
+    for step in plan.steps:
+        by_file.setdefault(file.tensors[step.name].path, []).append(step)
+    stem, n = str(plan.path.with_suffix("")), len(by_file)
+    groups = [by_file[path] for path in sorted(by_file)]
+    return [(Path(f"{stem}-{i + 1:05}-of-{n:05}.gguf"), tuple(steps)) for i, steps in enumerate(groups)]
+
+
 def _write(
     file: GGUFFile,
     plan: Plan,
+    parts: Parts,
     importance: ImportanceMatrix | None,
     entries: dict[str, str | int],
     n_threads: int,
@@ -221,26 +239,28 @@ def _write(
 ) -> None:
     done, total = 0, plan.n_bytes
     try:
-        writer = _writer(file, plan, entries)
         free = shutil.disk_usage(plan.path.absolute().parent).free
         if free < total:
             raise Error(f"{plan.path}: needs {total / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB left")
-        with writing_aside(plan.path) as aside:
-            with closing(writer):
-                writer.write_header_to_file(aside)
-                writer.write_kv_data_to_file()
-                writer.write_ti_data_to_file()
-            with aside.open("ab") as out:
-                _pad(out, writer.data_alignment)
-                for step in plan.steps:
-                    weights = importance.weights(step.name) if importance and step.name in importance.sums else None
-                    with closing(new_data(file.tensors[step.name], step.new_type, weights, n_threads)) as chunks:
-                        for chunk in chunks:
-                            out.write(chunk.data)
-                            done += chunk.nbytes
-                            if progress is not None:
-                                progress(done, total, step.name)
+        with ExitStack() as asides:  # all files appear together, when the last is whole
+            for i, (path, steps) in enumerate(parts):
+                writer = _writer(file, plan, entries, steps, i, len(parts))
+                aside = asides.enter_context(writing_aside(path))
+                with closing(writer):
+                    writer.write_header_to_file(aside)
+                    writer.write_kv_data_to_file()
+                    writer.write_ti_data_to_file()
+                with aside.open("ab") as out:
                     _pad(out, writer.data_alignment)
+                    for step in steps:
+                        weights = importance.weights(step.name) if importance and step.name in importance.sums else None
+                        with closing(new_data(file.tensors[step.name], step.new_type, weights, n_threads)) as chunks:
+                            for chunk in chunks:
+                                out.write(chunk.data)
+                                done += chunk.nbytes
+                                if progress is not None:
+                                    progress(done, total, step.name)
+                        _pad(out, writer.data_alignment)
     except KeyboardInterrupt:
         raise Error(f"{plan.path}: interrupted at {100 * done // max(1, total)} %, nothing was kept") from None
     except OSError as error:
@@ -255,8 +275,10 @@ def _pad(out: BinaryIO, alignment: int) -> None:
     out.write(b"\0" * (-out.tell() % alignment))
 
 
-def _writer(file: GGUFFile, plan: Plan, entries: dict[str, str | int]) -> Any:
-    """A gguf.GGUFWriter with all metadata and the tensors' descriptions."""
+def _writer(
+    file: GGUFFile, plan: Plan, entries: dict[str, str | int], steps: tuple[Step, ...], part: int, n_parts: int
+) -> Any:
+    """A gguf.GGUFWriter with all metadata and the tensors' descriptions of one part."""
     import gguf
 
     writer = gguf.GGUFWriter(None, file.get("general.architecture", str))
@@ -276,7 +298,11 @@ def _writer(file: GGUFFile, plan: Plan, entries: dict[str, str | int]) -> Any:
             writer.add_key_value(key, value, gguf.GGUFValueType(type_id))
     for key, value in new.items():
         writer.add_key_value(key, value, gguf.GGUFValueType(_STRING if isinstance(value, str) else _UINT32))
-    for step in plan.steps:
+    if n_parts > 1:
+        writer.add_uint16("split.no", part)
+        writer.add_uint16("split.count", n_parts)
+        writer.add_int32("split.tensors.count", len(plan.steps))
+    for step in steps:
         kind = gguf.GGMLQuantizationType(block_type(step.new_type).id)
         writer.add_tensor_info(step.name, step.shape, np.dtype(np.float32), step.new_bytes, kind)
     return writer

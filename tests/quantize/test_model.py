@@ -144,6 +144,13 @@ def test_a_split_model_becomes_one_file(source, tmp_path):
         assert list(split.tensors) == list(whole.tensors)
         assert all(np.array_equal(t.data, whole.tensors[n].data) for n, t in split.tensors.items())
 
+    quantize_model(tmp_path / "s-00001-of-00002.gguf", tmp_path / "kept.gguf", "Q4_K_M", keep_split=True)
+    parts = sorted(p.name for p in tmp_path.glob("kept*"))
+    assert parts == ["kept-00001-of-00002.gguf", "kept-00002-of-00002.gguf"]
+    with GGUFFile(tmp_path / parts[1]) as kept, GGUFFile(tmp_path / "whole.gguf") as whole:
+        assert {t.path.name for t in kept.tensors.values()} == set(parts)
+        assert all(np.array_equal(t.data, whole.tensors[n].data) for n, t in kept.tensors.items())
+
 
 def test_a_copy_in_place_keeps_every_byte_of_the_tensors(source):
     quantize_model(source, source, "Q5_K_S")
