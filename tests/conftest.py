@@ -6,6 +6,7 @@ import pytest
 
 from ggpy.errors import UnsupportedError
 from ggpy.kernels import build
+from ggpy.kernels.table import KERNELS
 from ggpy.simd.target import target
 
 
@@ -14,24 +15,32 @@ def _forget():
         cached.cache_clear()
 
 
+#: types that take long to compile, made of the same functions in all forms
+_SLOW = ("IQ", "MXFP4", "TQ")
+
+
 @pytest.fixture(params=["avx512", "avx2", "portable"])
 def simd_form(request, monkeypatch):
     """Runs the test in each SIMD form that this machine has.
 
-    The grid types take long to compile, and are the same functions in all forms: GGPY_TEST_ALL=1 has them in all, else
-    they are tested in the widest.
+    The codebook, grid and ternary types are tested in the widest form, and in all with GGPY_TEST_ALL=1.
     """
+    everything = bool(os.environ.get("GGPY_TEST_ALL"))
     given = getattr(request.node, "callspec", None)
     kind = str(given.params.get("kind", given.params.get("name", ""))) if given else ""
-    is_grid = kind.startswith(("IQ1", "IQ2", "IQ3"))
-    if is_grid and request.param != target().form and not os.environ.get("GGPY_TEST_ALL"):
-        pytest.skip("grid types: in the widest form only")
+    widest = target().form
+    if kind.startswith(_SLOW) and request.param != widest and not everything:
+        pytest.skip("in the widest form only")
     monkeypatch.setitem(os.environ, "GGPY_SIMD", request.param)
     _forget()
     try:
         target()
     except UnsupportedError as error:
         pytest.skip(str(error))
+    if request.session.testscollected > 500:  # all kernels together: processes start once, not for each test
+        slow = () if everything or request.param == widest else _SLOW
+        left_out = ("encode_", *(f"_{s}" for s in slow))
+        build.compile_missing([n for n in KERNELS if not any(part in n for part in left_out)])
     yield request.param
     monkeypatch.undo()
     _forget()
