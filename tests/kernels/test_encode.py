@@ -113,7 +113,9 @@ def test_weighted_error_is_not_above_that_of_c(name, weighted, smollm2):
 def test_searched_types_stay_within_their_coarsest_step(values, name):
     error = np.abs(decode(encode(values, name), name) - values)
     spread = values.max(axis=1, keepdims=True).clip(0) - values.min(axis=1, keepdims=True).clip(None, 0)
-    assert (error <= spread * {"Q2_K": 0.4, "Q3_K": 0.25}.get(name, 0.13)).all()
+    # A block's float16 scale has steps of 2**-24, and stands for up to 127 * 32 times itself.
+    smallest = 2.0**-25 * 127 * 32
+    assert (error <= spread * {"Q2_K": 0.4, "Q3_K": 0.25}.get(name, 0.13) + smallest).all()
 
 
 @pytest.mark.parametrize("name", ENCODED)

@@ -80,7 +80,8 @@ def test_a_stopped_run_goes_on_where_it_was(files, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         compare_levels(files[0], "tiny", TYPES, TEXT, tmp_path, **{**OPTIONS, "n_chunks": 40}, progress=stop_at("base"))
-    assert list(tmp_path.iterdir()) == []
+    # The base's logits may be whole already when the interrupt comes; nothing is half-made.
+    assert {p.name for p in tmp_path.iterdir()} <= {"tiny-base.logits"}
     with pytest.raises(KeyboardInterrupt):
         compare_levels(files[0], "tiny", TYPES, TEXT, tmp_path, **OPTIONS, progress=stop_at("Q4_0"))
     assert states(files, tmp_path) == ["Q4_0"]
