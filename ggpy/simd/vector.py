@@ -532,17 +532,26 @@ def bits_f32(tyctx, x):
     return types.float32(ADDRESS), lambda ctx, b, sig, a: b.bitcast(b.trunc(a[0], _I32), _F32)
 
 
-@intrinsic
-def prefetch(tyctx, address):
-    """Asks for the cache line at `address`, into the second level (the first is too small for LANES rows); never faults."""
+def _prefetcher(locality, doc):
+    """`locality` is LLVM's: 0 for data that is used once, to 3 for data to be kept in all caches."""
     pointer = _I8.as_pointer()
 
-    def codegen(ctx, b, sig, a):
-        f = b.module.declare_intrinsic("llvm.prefetch.p0", fnty=ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32]))
-        b.call(f, [b.inttoptr(a[0], pointer)] + [ir.Constant(_I32, k) for k in (0, 2, 1)])
-        return ctx.get_dummy_value()
+    @intrinsic
+    def prefetch(tyctx, address):
+        def codegen(ctx, b, sig, a):
+            kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+            f = b.module.declare_intrinsic("llvm.prefetch.p0", fnty=kind)
+            b.call(f, [b.inttoptr(a[0], pointer)] + [ir.Constant(_I32, k) for k in (0, locality, 1)])
+            return ctx.get_dummy_value()
 
-    return types.void(ADDRESS), codegen
+        return types.void(ADDRESS), codegen
+
+    prefetch.__doc__ = doc
+    return prefetch
+
+
+prefetch = _prefetcher(2, "Asks for the cache line at `address`, into the second level; never faults.")
+prefetch_once = _prefetcher(0, "Asks for the cache line at `address`, into the first level, to be used once; never faults.")
 
 
 # --- reductions -----------------------------------------------------------------------------------------------------
