@@ -590,8 +590,9 @@ fold_add_i32 = _folder(lambda b, x, y: b.add(x, y))
 
 @intrinsic
 def join(tyctx, x, y):
-    """The vectors of two tiles, one after the other, as one tile."""
-    ret = Tile(x.vector, x.n + y.n)
+    """Two vectors or tiles, one after the other, as one tile."""
+    n = sum(t.n if isinstance(t, Tile) else 1 for t in (x, y))
+    ret = Tile(Vector(x.elem), n)
     return ret(x, y), lambda ctx, b, sig, a: _join(b, ret, _members(b, x, a[0]) + _members(b, y, a[1]))
 
 
@@ -623,55 +624,13 @@ def spread_bits(tyctx, x):
     return ret(I32), codegen
 
 
-@intrinsic
-def steps(tyctx, n, step):
-    """A tile of `n` vectors 0, step, 2 step, … (literals): what neighbouring fields of a dword are shifted by."""
-    ty, by = Tile(I32, n.literal_value), step.literal_value
-
-    def codegen(ctx, b, sig, a):
-        return _join(b, ty, [_const(I32.ir_type, by * i) for i in range(ty.n)])
-
-    return ty(n, step), codegen
-
-
-def constant(data: bytes):
-    """A function that gives the address of `data`, aligned to 64, in the kernel's own object file."""
+def _constant(b, data: bytes):
+    """The address of `data`, aligned to 64, in the kernel's own object file."""
     ty = ir.ArrayType(_I8, len(data))
-
-    @intrinsic
-    def address(tyctx):
-        def codegen(ctx, b, sig, a):
-            place = ir.GlobalVariable(b.module, ty, b.module.get_unique_name("constant"))
-            place.linkage, place.global_constant, place.align = "internal", True, 64
-            place.initializer = ir.Constant(ty, bytearray(data))
-            return b.ptrtoint(place, _I64)
-
-        return ADDRESS(), codegen
-
-    return address
-
-
-@intrinsic
-def gather(tyctx, address, places, n):
-    """Dwords of a table whose entries are `n` (a literal) dwords long: for each vector of places, n vectors with dwords
-    0 … n - 1 of the entries that its lanes name."""
-    size = n.literal_value
-    ret = Tile(I32, places.n * size)
-    wide, pointers = ir.VectorType(_I64, LANES), ir.VectorType(ir.PointerType(), LANES)
-    kind = ir.FunctionType(I32.ir_type, [pointers, _I32, ir.VectorType(ir.IntType(1), LANES), I32.ir_type])
-
-    def codegen(ctx, b, sig, a):
-        f = b.module.declare_intrinsic(f"llvm.masked.gather.v{LANES}i32.v{LANES}p0", fnty=kind)
-        every = _const(kind.args[2], 1)
-        out = []
-        for v in _members(b, places, a[1]):
-            start = b.mul(b.zext(v, wide), _const(wide, 4 * size))
-            for k in range(size):
-                at = b.add(_splat(b, _offset(b, a[0], 4 * k), LANES), start)
-                out.append(b.call(f, [b.inttoptr(at, pointers), ir.Constant(_I32, 4), every, _const(I32.ir_type, 0)]))
-        return _join(b, ret, out)
-
-    return ret(ADDRESS, places, n), codegen
+    place = ir.GlobalVariable(b.module, ty, b.module.get_unique_name("constant"))
+    place.linkage, place.global_constant, place.align = "internal", True, 64
+    place.initializer = ir.Constant(ty, bytearray(data))
+    return b.ptrtoint(place, _I64)
 
 
 @intrinsic
@@ -737,17 +696,10 @@ def lane_numbers(tyctx):
 # --- transposition --------------------------------------------------------------------------------------------------
 
 
-@intrinsic
-def load_transposed(tyctx, address, stride, n):
-    """Dwords of `LANES` rows, one row to a lane.
+def _transposed(b, rows):
+    """Vector j of the result holds dword j of each of LANES rows. A row is a list of vectors, alike in all rows."""
 
-    Row i starts at `address + i * stride`; vector j of the result holds dword j of each row. `n` (a literal, a power of
-    two) is the number of dwords read from each row.
-    """
-    width = n.literal_value
-    ty = Tile(I32, width)
-
-    def zip_lists(b, x, y, size):
+    def zip_lists(x, y, size):
         """Interleaves two sequences of dwords, held as lists of vectors of `size` lanes, into vectors of ≤ LANES."""
         out = []
         for p, q in zip(x, y, strict=True):
@@ -758,19 +710,33 @@ def load_transposed(tyctx, address, stride, n):
                 out += [_shuffle(b, p, q, order[:size]), _shuffle(b, p, q, order[size:])]
         return out, min(2 * size, LANES)
 
+    # Zipping row i with row i + half, over and over, ends in column order: a perfect shuffle a round.
+    size = rows[0][0].type.count
+    while len(rows) > 1:
+        half = len(rows) // 2
+        zipped = [zip_lists(rows[i], rows[i + half], size) for i in range(half)]
+        rows, size = [z[0] for z in zipped], zipped[0][1]
+    return rows[0]
+
+
+@intrinsic
+def load_transposed(tyctx, address, stride, n):
+    """Dwords of `LANES` rows, one row to a lane.
+
+    Row i starts at `address + i * stride`; vector j of the result holds dword j of each row. `n` (a literal, a power of
+    two) is the number of dwords read from each row.
+    """
+    width = n.literal_value
+    ty = Tile(I32, width)
+
     def codegen(ctx, b, sig, a):
-        # Zipping row i with row i + half, over and over, ends in column order: a perfect shuffle a round.
         size = min(width, LANES)
         rows, at = [], a[0]
         for _ in range(LANES):
             parts = [_load(b, _offset(b, at, 4 * size * k), ir.VectorType(_I32, size)) for k in range(width // size)]
             rows.append(parts)
             at = b.add(at, a[1])
-        while len(rows) > 1:
-            half = len(rows) // 2
-            zipped = [zip_lists(b, rows[i], rows[i + half], size) for i in range(half)]
-            rows, size = [z[0] for z in zipped], zipped[0][1]
-        return _join(b, ty, rows[0])
+        return _join(b, ty, _transposed(b, rows))
 
     return ty(ADDRESS, ADDRESS, n), codegen
 
