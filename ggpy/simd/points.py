@@ -53,6 +53,16 @@ def _cut(b, v, *first: int):
     return _call(b, "llvm.x86.avx512.pmultishift.qb.512", _BYTES, [ir.Constant(_BYTES, at), b.bitcast(v, _BYTES)])
 
 
+def _hidden(b, address):
+    """The same address; LLVM can't know that, and doesn't load more from there than registers hold ahead of a loop."""
+    return b.asm(ir.FunctionType(_I64, [_I64]), "", "=r,0", [address], side_effect=True)
+
+
+def _pick(b, low, index, high):
+    """For each byte of the index the byte of that place, modulo 128, in the two vectors."""
+    return _call(b, "llvm.x86.avx512.vpermi2var.qi.512", _BYTES, [low, index, high])
+
+
 @intrinsic
 def fields(tyctx, x, first, n):
     """Byte k of each lane: n bits of the lane, from bit first + k n on (literals; n ≤ 8)."""
@@ -82,6 +92,23 @@ def every_other_byte(tyctx, x, y, first):
         return b.bitcast(picked, I32.ir_type)
 
     return I32(x, y, first), codegen
+
+
+@intrinsic
+def eight_signs(tyctx, x):
+    """Of seven signs in each byte (below a bit of 0) all eight: the last makes the number of those set even."""
+    all_eight = bytes(signs | signs.bit_count() % 2 << 7 for signs in range(_LEAF))
+
+    def codegen(ctx, b, sig, a):
+        if _PICKS_BYTES:
+            halves = [ir.Constant(_BYTES, list(all_eight[i : i + _V])) for i in (0, _V)]
+            return b.bitcast(_pick(b, halves[0], b.bitcast(a[0], _BYTES), halves[1]), I32.ir_type)
+        t = a[0]
+        for k in (4, 2, 1):
+            t = b.xor(t, b.lshr(t, _dwords(k)))
+        return b.or_(a[0], b.shl(b.and_(t, _dwords(0x01010101)), _dwords(7)))
+
+    return I32(x), codegen
 
 
 def point_lookup(points: np.ndarray, flagged: np.ndarray, per_value: bool):
@@ -129,19 +156,16 @@ def _by_picking(points, flagged, per_value):
     values = np.resize(of_code, 64).tolist()
 
     def emit(b, low, high, flags):
-        tables = [_constant(b, plane.tobytes()) for plane in planes]
+        tables = _hidden(b, _constant(b, planes.tobytes()))
 
         def table(plane, k):
-            load = b.load(_pointer(b, _offset(b, tables[plane], _V * k), _BYTES))
+            load = b.load(_pointer(b, _offset(b, tables, n_points * plane + _V * k), _BYTES))
             load.align = _V
             return load
 
         def pick(plane, index, masks):
             """The plane's byte for each byte of the index, whose bits from 7 on are the masks."""
-            left = [
-                _call(b, "llvm.x86.avx512.vpermi2var.qi.512", _BYTES, [table(plane, 2 * k), index, table(plane, 2 * k + 1)])
-                for k in range(n_points // _LEAF)
-            ]
+            left = [_pick(b, table(plane, 2 * k), index, table(plane, 2 * k + 1)) for k in range(n_points // _LEAF)]
             for mask in masks:
                 left = [b.select(mask, left[i + 1], left[i]) for i in range(0, len(left), 2)]
             return left[0]
