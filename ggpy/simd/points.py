@@ -245,7 +245,7 @@ def _by_loading(points, flagged, per_value):
     def emit(b, low, high, flags):
         number, first = numbers(b, low, high), _constant(b, table.tobytes())
         n_points_of_row = 32 // size
-        per_part = min(LANES, 8) // (size // 4)  # points of a vector
+        per_part = 16 // size  # points of four dwords
         rows = []
         for row in range(LANES):
             parts = []
@@ -254,7 +254,7 @@ def _by_loading(points, flagged, per_value):
                 for k in range(per_part):
                     at = b.add(first, b.mul(number(row, start + k), ir.Constant(_I64, size)))
                     part = b.insert_element(part, _load(b, at, entry), ir.Constant(_I32, k))
-                parts.append(b.bitcast(part, ir.VectorType(_I32, per_part * size // 4)))
+                parts.append(b.bitcast(part, ir.VectorType(_I32, 4)))
             rows.append(parts)
         out = _transposed(b, rows)
         return [with_signs(b, q, v, flags) for q, v in enumerate(out)] if per_value else out

@@ -697,26 +697,50 @@ def lane_numbers(tyctx):
 
 
 def _transposed(b, rows):
-    """Vector j of the result holds dword j of each of LANES rows. A row is a list of vectors, alike in all rows."""
+    """Vector j of the result holds dword j of each of LANES rows; a row is a list of vectors of 4 or 8 dwords, or one of
+    less."""
+    n = rows[0][0].type.count
+    if n < 4:
+        while len(rows) > 1:  # zipping row i with row i + half, over and over, ends in column order
+            pairs = zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True)
+            rows = [[z for x, y in zip(*pair, strict=True) for z in _zip(b, x, y)] for pair in pairs]
+        return rows[0]
+    out = []
+    for part in zip(*rows, strict=True):  # n columns of all rows, turned in fours, where shuffles are cheapest
+        vectors = [_concatenate(b, part[i::n]) for i in range(n)]
+        fours = [_turned(b, *vectors[i : i + 4]) for i in range(0, n, 4)]
+        out += fours[0] if n == 4 else [_take_turns(b, x, y, i, 4, 8) for i in (0, 4) for x, y in zip(*fours, strict=True)]
+    return out
 
-    def zip_lists(x, y, size):
-        """Interleaves two sequences of dwords, held as lists of vectors of `size` lanes, into vectors of ≤ LANES."""
-        out = []
-        for p, q in zip(x, y, strict=True):
-            order = [k // 2 + (size if k % 2 else 0) for k in range(2 * size)]
-            if 2 * size <= LANES:
-                out.append(_shuffle(b, p, q, order))
-            else:
-                out += [_shuffle(b, p, q, order[:size]), _shuffle(b, p, q, order[size:])]
-        return out, min(2 * size, LANES)
 
-    # Zipping row i with row i + half, over and over, ends in column order: a perfect shuffle a round.
-    size = rows[0][0].type.count
-    while len(rows) > 1:
-        half = len(rows) // 2
-        zipped = [zip_lists(rows[i], rows[i + half], size) for i in range(half)]
-        rows, size = [z[0] for z in zipped], zipped[0][1]
-    return rows[0]
+def _zip(b, x, y):
+    """x[0], y[0], x[1], y[1] … as one vector, or as two if it has more than LANES."""
+    n = x.type.count
+    order = [i // 2 + (n if i % 2 else 0) for i in range(2 * n)]
+    return [_shuffle(b, x, y, order[i : i + LANES]) for i in range(0, 2 * n, LANES)]
+
+
+def _concatenate(b, vectors):
+    """One vector of several (a power of two)."""
+    while len(vectors) > 1:
+        n = 2 * vectors[0].type.count
+        vectors = [_shuffle(b, x, y, range(n)) for x, y in zip(vectors[::2], vectors[1::2], strict=True)]
+    return vectors[0]
+
+
+def _turned(b, x, y, z, w):
+    """Every four dwords of four vectors as a matrix, transposed."""
+    out = []
+    for half in (0, 2):
+        first, second = _take_turns(b, x, y, half, 1, 4), _take_turns(b, z, w, half, 1, 4)
+        out += [_take_turns(b, first, second, start, 2, 4) for start in (0, 2)]
+    return out
+
+
+def _take_turns(b, x, y, start, n, period):
+    """In every `period` dwords: n of x from `start` on, n of y from there, the next n of x …, as many as fit."""
+    picks = [start + i // (2 * n) * n + i % n + (LANES if i // n % 2 else 0) for i in range(period)]
+    return _shuffle(b, x, y, [k + pick for k in range(0, LANES, period) for pick in picks])
 
 
 @intrinsic
@@ -730,10 +754,10 @@ def load_transposed(tyctx, address, stride, n):
     ty = Tile(I32, width)
 
     def codegen(ctx, b, sig, a):
-        size = min(width, LANES)
+        size = min(width, max(LANES // 2, 4))  # of a load, in dwords
         rows, at = [], a[0]
         for _ in range(LANES):
-            parts = [_load(b, _offset(b, at, 4 * size * k), ir.VectorType(_I32, size)) for k in range(width // size)]
+            parts = [_load(b, _offset(b, at, 4 * k), ir.VectorType(_I32, size)) for k in range(0, width, size)]
             rows.append(parts)
             at = b.add(at, a[1])
         return _join(b, ty, _transposed(b, rows))
