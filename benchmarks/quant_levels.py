@@ -1,6 +1,6 @@
 """Which quantization of a model should I run? Compares levels of several models, one after the other.
 
-    python benchmarks/quant_levels.py MODEL… [--types q8_0,q4_k_m,…] [--text FILE] [--out FOLDER] [-n CHUNKS] [-t THREADS]
+    python benchmarks/quant_levels.py MODEL… [--types q8_0,q4_k_m,…] [--text FILE] [--imatrix FILE] [--out FOLDER] …
 
 For each model, a GGUF file of 16 or 32 bits or a checkpoint: the table in the terminal, and NAME-levels.json, .csv, .md,
 .png, .html in the folder. It is `ggpy compare` for many models; stopped, it goes on where it was.
@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--types", default=",".join(TYPES))
     parser.add_argument("--text", type=Path, default=Path(__file__).parent / "text.txt")
+    parser.add_argument("--imatrix", type=Path, help="an importance matrix to quantize with; of the one model then given")
     parser.add_argument("--out", type=Path, default=Path("levels"))
     parser.add_argument("-c", "--ctx", type=int, default=512)
     parser.add_argument("-n", "--chunks", type=int, default=32)
@@ -32,6 +33,7 @@ def main() -> None:
             a.types.split(","),
             a.text,
             a.out,
+            imatrix=a.imatrix,
             n_ctx=a.ctx,
             n_chunks=a.chunks,
             n_threads=a.threads,

@@ -19,6 +19,9 @@ def compare(
     types: Annotated[
         str, typer.Option("--types", help="File types, separated by commas.")
     ] = "q8_0,q6_k,q5_k_m,q4_k_m,q4_0,q3_k_m,q2_k",
+    imatrix: Annotated[
+        Path | None, typer.Option("--imatrix", help="An importance matrix (GGUF) to quantize with.", metavar="F")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for files and results; default: NAME-levels.")] = None,
     ctx: Annotated[int, typer.Option("-c", "--ctx", min=4, help="Tokens of a chunk.")] = 512,
     n: Annotated[
@@ -46,7 +49,16 @@ def compare(
             status.update(f"{level}: {state}")
 
         comparison = compare_levels(
-            base, name, wanted, text, folder, n_ctx=ctx, n_chunks=n, n_threads=threads, progress=progress
+            base,
+            name,
+            wanted,
+            text,
+            folder,
+            imatrix=imatrix,
+            n_ctx=ctx,
+            n_chunks=n,
+            n_threads=threads,
+            progress=progress,
         )
     paths = write_reports(comparison, folder)
     if json:
@@ -61,12 +73,12 @@ def print_table(comparison: "Comparison") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..measure.report import table
+    from ..measure.report import table, title
 
     titles, rows = table(comparison)
-    grid = Table(box=None, title=f"{comparison.name}: levels of quantization")
-    for i, title in enumerate(titles):
-        grid.add_column(title, justify="left" if i == 0 else "right", no_wrap=True)
+    grid = Table(box=None, title=title(comparison))
+    for i, column in enumerate(titles):
+        grid.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         grid.add_row(*row)
     Console(width=200).print(grid)  # in a narrow terminal lines run over, but no number is cut off

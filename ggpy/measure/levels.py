@@ -84,7 +84,7 @@ class Comparison:
     ----------
     name : str
     settings : dict
-        What was measured on: text, n_ctx, n_chunks, n_threads and so on.
+        What was measured on: text, imatrix, n_ctx, n_chunks, n_threads and so on.
     levels : tuple of Level
         The base first.
     """
@@ -116,6 +116,7 @@ def compare_levels(
     text: str | Path,
     folder: str | Path,
     *,
+    imatrix: str | Path | None = None,
     n_ctx: int = 512,
     n_chunks: int | None = None,
     n_threads: int | None = None,
@@ -136,6 +137,8 @@ def compare_levels(
     folder : str or Path
         Gets the quantized files and the results, one JSON file each. Results that are there and were measured in the same
         way are taken as they are.
+    imatrix : str or Path, optional
+        An importance matrix of this model, to quantize all levels with.
     n_ctx, n_chunks : int, int or None
         Of perplexity; see `measure_perplexity`.
     n_threads : int, optional
@@ -144,28 +147,36 @@ def compare_levels(
     Raises
     ------
     UnsupportedError
-        A type that isn't known.
+        A type that isn't known, or has no encoder.
+    GGUFError
+        The model or the importance matrix is damaged.
     Error
-        A measurement failed; what was measured before is kept.
+        The importance matrix is another model's, or a type needs one: nothing was done then. Or a measurement failed; what
+        was measured before is kept.
     """
     types = list(dict.fromkeys(file_type(t) for t in types))
     base, folder = Path(base), Path(folder)
     tell = progress or (lambda level, state: None)
+    files = {t: folder / f"{name}-{t.lower()}.gguf" for t in types}
+    for t, path in files.items():
+        quantize_model(base, path, t, imatrix=imatrix, dry_run=True)  # what can't be made is refused before the first level
     folder.mkdir(parents=True, exist_ok=True)
     state = base.stat()
     settings = {
         "format": _FORMAT,
         "base": [str(base.resolve()), state.st_size, state.st_mtime_ns],
         "text": str(text),
-        "text_sha256": hashlib.sha256(Path(text).read_bytes()).hexdigest(),
+        "text_sha256": _sha256(text),
         "n_ctx": n_ctx,
         "n_chunks": n_chunks,
         "n_threads": n_threads,
         "n_prompt": _PROMPT,
         "n_decode": _DECODE,
     }
-    results = {t: folder / f"{name}-{t.lower()}.json" for t in ("base", *types)}
-    found = {t: level for t, path in results.items() if (level := _read_result(path, settings)) is not None}
+    used = {"imatrix": imatrix and str(imatrix), "imatrix_sha256": imatrix and _sha256(imatrix)}
+    of = {"base": settings} | dict.fromkeys(types, settings | used)
+    results = {t: folder / f"{name}-{t.lower()}.json" for t in of}
+    found = {t: level for t, path in results.items() if (level := _read_result(path, of[t])) is not None}
     logits = folder / f"{name}-base.logits"
     options = {"n_ctx": n_ctx, "n_threads": n_threads}
     missing = [t for t in types if t not in found]
@@ -175,19 +186,22 @@ def compare_levels(
         with GGUFFile(base) as file:
             most = _most_used_type(file)
         found["base"] = replace(_run(row, lambda s: tell("base", s)), type=f"base {most}")
-        _write_result(results["base"], found["base"], settings)
+        _write_result(results["base"], found["base"], of["base"])
     for t in missing:
-        path = folder / f"{name}-{t.lower()}.gguf"
 
         def quantizing(done: int, total: int, tensor: str, t: str = t) -> None:
             tell(t, f"quantizing {done / max(total, 1):.0%}")
 
-        quantize_model(base, path, t, n_threads=n_threads, progress=quantizing)
-        row = {**options, "path": str(path), "base": str(logits)}
+        quantize_model(base, files[t], t, imatrix=imatrix, n_threads=n_threads, progress=quantizing)
+        row = {**options, "path": str(files[t]), "base": str(logits)}
         found[t] = replace(_run(row, lambda s, t=t: tell(t, s)), type=t)  # type: ignore[misc]
-        _write_result(results[t], found[t], settings)
+        _write_result(results[t], found[t], of[t])
     logits.unlink(missing_ok=True)
-    return Comparison(name, settings, tuple(found[t] for t in ("base", *types)))
+    return Comparison(name, settings | used, tuple(found[t] for t in of))
+
+
+def _sha256(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _most_used_type(file: GGUFFile) -> str:

@@ -44,12 +44,19 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     return [title for title, _ in _TABLE] + [_FRONT], rows
 
 
+def title(comparison: Comparison) -> str:
+    """What stands over all of it."""
+    imatrix = comparison.settings["imatrix"]
+    return f"{comparison.name}: levels of quantization" + (f", with {Path(imatrix).name}" if imatrix else "")
+
+
 def _facts(comparison: Comparison) -> str:
     s = comparison.settings
     chunks = "all" if s["n_chunks"] is None else f"at most {s['n_chunks']}"
     threads = "one for each core" if s["n_threads"] is None else str(s["n_threads"])
+    matrix = f"Quantized with the importance matrix {s['imatrix']}. " if s["imatrix"] else ""
     return (
-        f"Text: {Path(s['text']).name}, {chunks} chunks of {s['n_ctx']} tokens, of which the second half counts. "
+        f"{matrix}Text: {Path(s['text']).name}, {chunks} chunks of {s['n_ctx']} tokens, of which the second half counts. "
         f"Speed: a prompt of {s['n_prompt']} tokens, {s['n_decode']} tokens decoded after it; threads: {threads}. "
         "KL: divergence from the base in nats. Front: no other level is smaller and closer to the base."
     )
@@ -60,7 +67,7 @@ def markdown(comparison: Comparison) -> str:
     titles, rows = table(comparison)
     rule = ["---"] + ["---:"] * (len(titles) - 1)
     lines = ["| " + " | ".join(cells) + " |" for cells in (titles, rule, *rows)]
-    return f"# {comparison.name}: levels of quantization\n\n" + "\n".join(lines) + f"\n\n{_facts(comparison)}\n"
+    return f"# {title(comparison)}\n\n" + "\n".join(lines) + f"\n\n{_facts(comparison)}\n"
 
 
 def csv_text(comparison: Comparison) -> str:
@@ -88,18 +95,18 @@ def plot(comparison: Comparison) -> bytes:
     front = comparison.front
     levels = sorted((x for x in comparison.levels if x.kl is not None), key=lambda x: x.n_bytes)
     figure = Figure(figsize=(11, 4.6), layout="constrained")
-    figure.suptitle(f"{comparison.name}: divergence from the base")
+    figure.suptitle(title(comparison))
     parts = figure.subplots(1, 2, sharey=True)
     measures: tuple[tuple[str, Callable[[Level], float]], ...] = (
         ("file size, MB", lambda x: x.n_bytes / 1e6),
         ("decode, tokens per second", lambda x: x.decode_rate),
     )
-    for part, (title, measure) in zip(parts, measures, strict=True):
+    for part, (label, measure) in zip(parts, measures, strict=True):
         for x in levels:
             colour = "tab:red" if x.type in front else "tab:gray"
             part.errorbar(measure(x), x.kl, yerr=x.kl_error, fmt="o", color=colour, capsize=3)
             part.annotate(x.type, (measure(x), x.kl), xytext=(5, 4), textcoords="offset points", fontsize=8)
-        part.set_xlabel(title)
+        part.set_xlabel(label)
         part.set_yscale("log")
         part.margins(x=0.14)  # room for the names
         part.grid(alpha=0.3, which="both")
@@ -135,7 +142,7 @@ def page(comparison: Comparison, image: bytes) -> str:
         for row in rows
     ]
     return _PAGE.format(
-        title=html.escape(f"{comparison.name}: levels of quantization"),
+        title=html.escape(title(comparison)),
         head="".join(f"<th>{html.escape(t)}</th>" for t in titles),
         rows="\n".join(lines),
         facts=html.escape(_facts(comparison)),

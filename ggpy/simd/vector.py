@@ -599,8 +599,9 @@ fold_add_i32 = _folder(lambda b, x, y: b.add(x, y))
 
 @intrinsic
 def join(tyctx, x, y):
-    """The vectors of two tiles, one after the other, as one tile."""
-    ret = Tile(x.vector, x.n + y.n)
+    """Two vectors or tiles, one after the other, as one tile."""
+    n = sum(t.n if isinstance(t, Tile) else 1 for t in (x, y))
+    ret = Tile(Vector(x.elem), n)
     return ret(x, y), lambda ctx, b, sig, a: _join(b, ret, _members(b, x, a[0]) + _members(b, y, a[1]))
 
 
@@ -632,55 +633,13 @@ def spread_bits(tyctx, x):
     return ret(I32), codegen
 
 
-@intrinsic
-def steps(tyctx, n, step):
-    """A tile of `n` vectors 0, step, 2 step, … (literals): what neighbouring fields of a dword are shifted by."""
-    ty, by = Tile(I32, n.literal_value), step.literal_value
-
-    def codegen(ctx, b, sig, a):
-        return _join(b, ty, [_const(I32.ir_type, by * i) for i in range(ty.n)])
-
-    return ty(n, step), codegen
-
-
-def constant(data: bytes):
-    """A function that gives the address of `data`, aligned to 64, in the kernel's own object file."""
+def _constant(b, data: bytes):
+    """The address of `data`, aligned to 64, in the kernel's own object file."""
     ty = ir.ArrayType(_I8, len(data))
-
-    @intrinsic
-    def address(tyctx):
-        def codegen(ctx, b, sig, a):
-            place = ir.GlobalVariable(b.module, ty, b.module.get_unique_name("constant"))
-            place.linkage, place.global_constant, place.align = "internal", True, 64
-            place.initializer = ir.Constant(ty, bytearray(data))
-            return b.ptrtoint(place, _I64)
-
-        return ADDRESS(), codegen
-
-    return address
-
-
-@intrinsic
-def gather(tyctx, address, places, n):
-    """Dwords of a table whose entries are `n` (a literal) dwords long: for each vector of places, n vectors with dwords
-    0 … n - 1 of the entries that its lanes name."""
-    size = n.literal_value
-    ret = Tile(I32, places.n * size)
-    wide, pointers = ir.VectorType(_I64, LANES), ir.VectorType(ir.PointerType(), LANES)
-    kind = ir.FunctionType(I32.ir_type, [pointers, _I32, ir.VectorType(ir.IntType(1), LANES), I32.ir_type])
-
-    def codegen(ctx, b, sig, a):
-        f = b.module.declare_intrinsic(f"llvm.masked.gather.v{LANES}i32.v{LANES}p0", fnty=kind)
-        every = _const(kind.args[2], 1)
-        out = []
-        for v in _members(b, places, a[1]):
-            start = b.mul(b.zext(v, wide), _const(wide, 4 * size))
-            for k in range(size):
-                at = b.add(_splat(b, _offset(b, a[0], 4 * k), LANES), start)
-                out.append(b.call(f, [b.inttoptr(at, pointers), ir.Constant(_I32, 4), every, _const(I32.ir_type, 0)]))
-        return _join(b, ret, out)
-
-    return ret(ADDRESS, places, n), codegen
+    place = ir.GlobalVariable(b.module, ty, b.module.get_unique_name("constant"))
+    place.linkage, place.global_constant, place.align = "internal", True, 64
+    place.initializer = ir.Constant(ty, bytearray(data))
+    return b.ptrtoint(place, _I64)
 
 
 @intrinsic
@@ -746,6 +705,53 @@ def lane_numbers(tyctx):
 # --- transposition --------------------------------------------------------------------------------------------------
 
 
+def _transposed(b, rows):
+    """Vector j of the result holds dword j of each of LANES rows; a row is a list of vectors of 4 or 8 dwords, or one of
+    less."""
+    n = rows[0][0].type.count
+    if n < 4:
+        while len(rows) > 1:  # zipping row i with row i + half, over and over, ends in column order
+            pairs = zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True)
+            rows = [[z for x, y in zip(*pair, strict=True) for z in _zip(b, x, y)] for pair in pairs]
+        return rows[0]
+    out = []
+    for part in zip(*rows, strict=True):  # n columns of all rows, turned in fours, where shuffles are cheapest
+        vectors = [_concatenate(b, part[i::n]) for i in range(n)]
+        fours = [_turned(b, *vectors[i : i + 4]) for i in range(0, n, 4)]
+        out += fours[0] if n == 4 else [_take_turns(b, x, y, i, 4, 8) for i in (0, 4) for x, y in zip(*fours, strict=True)]
+    return out
+
+
+def _zip(b, x, y):
+    """x[0], y[0], x[1], y[1] … as one vector, or as two if it has more than LANES."""
+    n = x.type.count
+    order = [i // 2 + (n if i % 2 else 0) for i in range(2 * n)]
+    return [_shuffle(b, x, y, order[i : i + LANES]) for i in range(0, 2 * n, LANES)]
+
+
+def _concatenate(b, vectors):
+    """One vector of several (a power of two)."""
+    while len(vectors) > 1:
+        n = 2 * vectors[0].type.count
+        vectors = [_shuffle(b, x, y, range(n)) for x, y in zip(vectors[::2], vectors[1::2], strict=True)]
+    return vectors[0]
+
+
+def _turned(b, x, y, z, w):
+    """Every four dwords of four vectors as a matrix, transposed."""
+    out = []
+    for half in (0, 2):
+        first, second = _take_turns(b, x, y, half, 1, 4), _take_turns(b, z, w, half, 1, 4)
+        out += [_take_turns(b, first, second, start, 2, 4) for start in (0, 2)]
+    return out
+
+
+def _take_turns(b, x, y, start, n, period):
+    """In every `period` dwords: n of x from `start` on, n of y from there, the next n of x …, as many as fit."""
+    picks = [start + i // (2 * n) * n + i % n + (LANES if i // n % 2 else 0) for i in range(period)]
+    return _shuffle(b, x, y, [k + pick for k in range(0, LANES, period) for pick in picks])
+
+
 @intrinsic
 def load_transposed(tyctx, address, stride, n):
     """Dwords of `LANES` rows, one row to a lane.
@@ -756,30 +762,14 @@ def load_transposed(tyctx, address, stride, n):
     width = n.literal_value
     ty = Tile(I32, width)
 
-    def zip_lists(b, x, y, size):
-        """Interleaves two sequences of dwords, held as lists of vectors of `size` lanes, into vectors of ≤ LANES."""
-        out = []
-        for p, q in zip(x, y, strict=True):
-            order = [k // 2 + (size if k % 2 else 0) for k in range(2 * size)]
-            if 2 * size <= LANES:
-                out.append(_shuffle(b, p, q, order))
-            else:
-                out += [_shuffle(b, p, q, order[:size]), _shuffle(b, p, q, order[size:])]
-        return out, min(2 * size, LANES)
-
     def codegen(ctx, b, sig, a):
-        # Zipping row i with row i + half, over and over, ends in column order: a perfect shuffle a round.
-        size = min(width, LANES)
+        size = min(width, max(LANES // 2, 4))  # of a load, in dwords
         rows, at = [], a[0]
         for _ in range(LANES):
-            parts = [_load(b, _offset(b, at, 4 * size * k), ir.VectorType(_I32, size)) for k in range(width // size)]
+            parts = [_load(b, _offset(b, at, 4 * k), ir.VectorType(_I32, size)) for k in range(0, width, size)]
             rows.append(parts)
             at = b.add(at, a[1])
-        while len(rows) > 1:
-            half = len(rows) // 2
-            zipped = [zip_lists(b, rows[i], rows[i + half], size) for i in range(half)]
-            rows, size = [z[0] for z in zipped], zipped[0][1]
-        return _join(b, ty, rows[0])
+        return _join(b, ty, _transposed(b, rows))
 
     return ty(ADDRESS, ADDRESS, n), codegen
 

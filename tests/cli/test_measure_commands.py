@@ -119,3 +119,5 @@ def test_compare_measures_levels_of_a_checkpoint(folder, capsys, tmp_path, monke
     levels = json.loads(out)["levels"]
     assert code == 0 and [x["type"] for x in levels] == ["base F16", "Q8_0", "Q4_0"] and levels[1]["on_front"]
     assert {p.suffix for p in (tmp_path / "levels").glob("*-levels.*")} == {".json", ".csv", ".md", ".png", ".html"}
+    code, _, err = call(capsys, *arguments, *options, "--imatrix", folder / "f32.gguf")
+    assert code == 1 and err.startswith("ggpy: ") and "not an importance matrix" in err and err.count("\n") == 1

@@ -6,16 +6,18 @@ import io
 import json
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import ggpy
-from ggpy.errors import Error, UnsupportedError
+from ggpy.errors import Error, GGUFError, UnsupportedError
 from ggpy.measure.levels import Comparison, Level, _run, compare_levels
 from ggpy.measure.logits_file import LogitsFile
 from ggpy.measure.perplexity import chunks_of, measure_perplexity
 from ggpy.measure.report import csv_text, markdown, page, plot, write_reports
+from ggpy.quantize import ImportanceMatrix, quantize_model, write_imatrix
 
 from .conftest import TEXT
 
@@ -95,6 +97,52 @@ def test_unknown_types_are_refused_before_anything_is_done(files, tmp_path):
     with pytest.raises(UnsupportedError, match="Q4_K_M"):
         compare_levels(files[0], "tiny", ["q8_0", "q9"], TEXT, tmp_path / "new", **OPTIONS)
     assert not (tmp_path / "new").exists()
+
+
+def imatrix(files, path, seed=0):
+    """An importance matrix of the model, written to `path`: some columns matter much more than others."""
+    rng = np.random.default_rng(seed)
+    with ggpy.GGUFFile(files[0]) as file:
+        shapes = {name: t.shape for name, t in file.tensors.items() if name.startswith("blk.") and len(t.shape) == 2}
+    sums = {name: rng.lognormal(0, 3, (1, shape[1])).astype(np.float32) for name, shape in shapes.items()}
+    write_imatrix(path, ImportanceMatrix(sums, {name: np.ones(1, np.float32) for name in sums}, ["x"], 1, 64))
+    return path
+
+
+def test_levels_are_quantized_with_the_importance_matrix(comparison, files, folder, tmp_path):
+    path = imatrix(files, tmp_path / "i.gguf")
+    weighted = compare_levels(files[0], "tiny", TYPES, TEXT, tmp_path, imatrix=path, **OPTIONS)
+    quantize_model(files[0], tmp_path / "alone.gguf", "q4_0", imatrix=path)
+    made = (tmp_path / "tiny-q4_0.gguf").read_bytes()
+    assert made == (tmp_path / "alone.gguf").read_bytes() and made != (folder / "tiny-q4_0.gguf").read_bytes()
+    kl, plain = weighted.levels[2].kl, comparison.levels[2].kl
+    assert kl > 0 and kl != plain
+    assert weighted.settings["imatrix"] == str(path) and comparison.settings["imatrix"] is None
+    assert weighted.levels[0].perplexity == comparison.levels[0].perplexity
+    # With other importance, or none, levels are measured again; the base too, for what they are compared with.
+    assert states(files, tmp_path, imatrix=path) == []
+    assert states(files, tmp_path, imatrix=imatrix(files, path, seed=1)) == ["base", "Q8_0", "Q4_0"]
+    assert states(files, tmp_path) == ["base", "Q8_0", "Q4_0"]
+
+
+def test_reports_name_the_importance_matrix(comparison):
+    weighted = Comparison("tiny", comparison.settings | {"imatrix": "folder/<i>.gguf"}, comparison.levels)
+    assert "with <i>.gguf" in markdown(weighted) and "importance matrix folder/<i>.gguf" in markdown(weighted)
+    assert "with &lt;i&gt;.gguf" in page(weighted, b"")
+    assert "importance" not in markdown(comparison) and "importance" not in page(comparison, b"")
+
+
+def test_importance_of_another_model_is_refused_before_anything_is_done(files, tmp_path):
+    def refused(message, imatrix, error=Error):
+        with pytest.raises(error, match=message):
+            compare_levels(files[0], "tiny", TYPES, TEXT, tmp_path / "new", imatrix=imatrix, **OPTIONS)
+        assert not (tmp_path / "new").exists()
+
+    other = tmp_path / "other.gguf"
+    write_imatrix(other, ImportanceMatrix({"layers.0.q": np.ones((1, 64))}, {"layers.0.q": np.ones(1)}))
+    refused("other.gguf: .*another model", other)
+    refused("not an importance matrix", files[0], error=GGUFError)
+    refused("No such file", tmp_path / "none.gguf", error=GGUFError)
 
 
 def test_errors_of_the_measuring_process_are_told(tmp_path):
