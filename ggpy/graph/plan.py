@@ -162,7 +162,7 @@ class Plan:
         """A matrix product: `params` are those of the kernel that don't follow from the weights."""
         data = w.attrs["weight"].data
         n_rows, n_cols = w.shape[-2:]
-        self.scratch(scratch_bytes(w.type, n_cols, data.shape[-1], self._lanes))
+        self.scratch(scratch_bytes(w.type, self.padded(node), data.shape[-1], self._lanes))
         params = {"residual": 0, "ids": 0, "groups": 0, "w_stride": data.strides[0], **params}
         self.step(f"mul_mat_{'one_' if one else ''}{w.type}", node, w=w, n_rows=n_rows, n_cols=n_cols, **params)
 

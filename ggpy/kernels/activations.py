@@ -4,8 +4,8 @@ A token's n values x become, in this order:
 
 - q: n int8, round(x / d);
 - d: float32 a block of 32 (q8_32) or 256 (q8_256) values, max |x| / 127;
-- sums: float32 a group of 32 values, the sum of their q (for weights with a minimum);
-- negated sums: int32 of the groups of 32 (q8_32) or 16 (q8_256) values (for weights with a bias).
+- sums: float32 a group of 32 values, the sum of their q, in q8_32 times d (for weights with a minimum or a bias);
+- negated sums, in q8_256 alone: int32 of the groups of 16 values (for weights with a bias).
 """
 
 from ..simd.vector import (
@@ -64,14 +64,12 @@ def _round_16(x, q, inverse):
 def _blocks_32(x, out, n, first, stop):
     """Columns first … stop - 1 (multiples of 32) of a row of n; x is where column `first` is."""
     d, sums = out + n, out + n + n // 8
-    negated = sums + n // 8
     for b in range(first // 32, stop // 32):
         q = out + 32 * b
         scale, inverse = _scale(_amax(x))
         s = _round_16(x, q, inverse) + _round_16(x + 64, q + 16, inverse)
         st_f32(d + 4 * b, scale)
-        st_f32(sums + 4 * b, f32(s))
-        st_i32(negated + 4 * b, i32(-s))
+        st_f32(sums + 4 * b, scale * f32(s))
         x += 128
 
 

@@ -5,8 +5,9 @@ threads. Two kernels for each type of weights:
 
 - `mul_mat_one_T`, one token: each block is unpacked in registers and multiplied at once. Reads every weight once: bound by
   memory bandwidth.
-- `mul_mat_T`, many tokens: LANES rows are unpacked into scratch once and multiplied by all tokens, TOKENS at a time, whose
-  accumulators stay in registers. Bound by the rate of the dot products. Buffers hold a multiple of TOKENS tokens; what
+- `mul_mat_T`, many tokens: PANEL columns of LANES rows are unpacked into scratch, where they stay in the first-level
+  cache, and multiplied by all tokens, TOKENS at a time, whose accumulators stay in registers. Bound by the rate of the dot
+  products. Buffers hold a multiple of TOKENS tokens; what
   stands in the surplus rows is meaningless.
 
 Both take `n_slots` products at once, `*_slot_stride` bytes apart, of matrices `w_stride` bytes apart: the heads of an
@@ -27,9 +28,11 @@ from ..simd.vector import (
     stack,
     store,
     store_tile,
+    tile_f32,
 )
 from .common import ld_state, next_item
 from .source import function, kernel
+from .table import PANEL
 
 _V = 4 * LANES
 _TILE = TOKENS * _V
@@ -68,10 +71,11 @@ def define_products(name, block, n_bytes, one_token, unpack, tokens, unpacked):
 
     one_token(w, row_bytes, n_cols, x, following) -> vector
         LANES rows times one token; prefetches those at `following`.
-    unpack(w, row_bytes, n_cols, scratch, ahead)
-        LANES rows into scratch, `unpacked` bytes for 32 columns; prefetches at `ahead` bytes from what it reads.
-    tokens(scratch, n_cols, x, x_stride) -> tile
-        LANES unpacked rows times TOKENS tokens.
+    unpack(w, row_bytes, first, stop, scratch, ahead)
+        Columns first … stop - 1 of LANES rows into scratch, `unpacked` bytes for 32 columns; prefetches at `ahead` bytes from
+        what it reads.
+    tokens(sums, scratch, n_cols, first, stop, x, x_stride) -> tile
+        sums + these columns of LANES unpacked rows times TOKENS tokens.
     """
 
     @kernel(f"mul_mat_one_{name}")
@@ -129,34 +133,31 @@ def define_products(name, block, n_bytes, one_token, unpack, tokens, unpacked):
             first = then
 
     @function
-    def tile_of_rows(unpacked_rows, n_cols, x, x_stride, n_tokens, out, out_stride, residual, n, tail):
-        """n of LANES unpacked rows times all tokens of a matrix; out[t] is `out_stride` from out[t + 1]."""
-        for t in range(0, n_tokens, TOKENS):
-            f = tokens(unpacked_rows, n_cols, x + t * x_stride, x_stride)
-            at = t * out_stride
-            if n == LANES:
+    def store_tile_of_rows(f, t, out, out_stride, residual, n, tail):
+        """Stores n rows' results for TOKENS tokens from token t on; out[t] is `out_stride` from out[t + 1]."""
+        at = t * out_stride
+        if n == LANES:
+            if residual:
+                f = f + load_tile_f32(residual + at, out_stride, TOKENS)
+            store_tile(out + at, out_stride, f)
+        else:
+            store(tail, f)
+            for k in range(TOKENS):
+                more = residual
                 if residual:
-                    f = f + load_tile_f32(residual + at, out_stride, TOKENS)
-                store_tile(out + at, out_stride, f)
-            else:
-                store(tail, f)
-                for k in range(TOKENS):
-                    more = residual
-                    if residual:
-                        more = residual + at + k * out_stride
-                    _store_few(out + at + k * out_stride, more, tail + _V * k, n)
+                    more = residual + at + k * out_stride
+                _store_few(out + at + k * out_stride, more, tail + _V * k, n)
 
     @function
-    def scattered_tile(unpacked_rows, n_cols, x, x_stride, n_tokens, out, out_stride, order, n, tail):
+    def scatter_tile_of_rows(f, t, n_tokens, out, out_stride, order, n, tail):
         """The same for an expert's tokens: the result of row t belongs to row order[t]."""
-        for t in range(0, n_tokens, TOKENS):
-            store(tail, tokens(unpacked_rows, n_cols, x + t * x_stride, x_stride))
-            for k in range(min(TOKENS, n_tokens - t)):
-                to = out + ld_i32(order + 4 * (t + k)) * out_stride
-                if n == LANES:
-                    store(to, load_f32(tail + _V * k))
-                else:
-                    _store_few(to, 0, tail + _V * k, n)
+        store(tail, f)
+        for k in range(min(TOKENS, n_tokens - t)):
+            to = out + ld_i32(order + 4 * (t + k)) * out_stride
+            if n == LANES:
+                store(to, load_f32(tail + _V * k))
+            else:
+                _store_few(to, 0, tail + _V * k, n)
 
     @kernel(f"mul_mat_{name}")
     def mul_mat(
@@ -183,30 +184,44 @@ def define_products(name, block, n_bytes, one_token, unpack, tokens, unpacked):
     ):
         row_bytes = n_cols // block * n_bytes
         n_tiles = (n_rows + LANES - 1) // LANES
-        mine = scratch + ith * scratch_stride
-        copy = mine + n_cols // 32 * unpacked
+        unpacked_rows = scratch + ith * scratch_stride
+        copy = unpacked_rows + PANEL // 32 * unpacked
+        sums = copy + (LANES * row_bytes + 63) // 64 * 64
         tail = stack(_TILE)
         while True:
             item = next_item(counter)
             if item >= n_slots * n_tiles:
                 break
             slot, tile = item // n_tiles, item % n_tiles
-            first, n_tokens = 0, ld_state(state, 0)
+            first_token, n_tokens = 0, ld_state(state, 0)
             if groups:
-                first, n_tokens = ld_i32(groups + 8 * slot), ld_i32(groups + 8 * slot + 4)
+                first_token, n_tokens = ld_i32(groups + 8 * slot), ld_i32(groups + 8 * slot + 4)
                 if n_tokens == 0:
                     continue
             row = tile * LANES
+            n = min(LANES, n_rows - row)
             # The rows that this thread is likely to take next.
             ahead = nth * LANES * row_bytes if tile + nth < n_tiles else 0
-            unpack(_rows_at(w + slot * w_stride, row, n_rows, row_bytes, copy), row_bytes, n_cols, mine, ahead)
-            n = min(LANES, n_rows - row)
-            if groups:
-                order = groups + 8 * n_slots + 4 * first
-                xs = x + first * x_stride
-                scattered_tile(mine, n_cols, xs, x_stride, n_tokens, out + 4 * row, out_stride, order, n, tail)
-            else:
-                to, more = out + slot * out_slot_stride + 4 * row, residual
-                if residual:
-                    more = residual + 4 * row
-                tile_of_rows(mine, n_cols, x + slot * x_slot_stride, x_stride, n_tokens, to, out_stride, more, n, tail)
+            at = _rows_at(w + slot * w_stride, row, n_rows, row_bytes, copy)
+            order = groups + 8 * n_slots + 4 * first_token
+            xs, to, more = (
+                x + slot * x_slot_stride + first_token * x_stride,
+                out + slot * out_slot_stride + 4 * row,
+                residual,
+            )
+            if residual:
+                more = residual + 4 * row
+            for first in range(0, n_cols, PANEL):
+                stop = min(first + PANEL, n_cols)
+                unpack(at, row_bytes, first, stop, unpacked_rows, ahead)
+                for t in range(0, n_tokens, TOKENS):
+                    f = tile_f32(TOKENS)
+                    if first:
+                        f = load_tile_f32(sums + _V * t, _V, TOKENS)
+                    f = tokens(f, unpacked_rows, n_cols, first, stop, xs + t * x_stride, x_stride)
+                    if stop < n_cols:
+                        store(sums + _V * t, f)
+                    elif groups:
+                        scatter_tile_of_rows(f, t, n_tokens, to, out_stride, order, n, tail)
+                    else:
+                        store_tile_of_rows(f, t, to, out_stride, more, n, tail)

@@ -19,7 +19,6 @@ from ..simd.vector import (
     splat_f32,
     splat_i32,
     store,
-    tile_f32,
 )
 from .common import f32, i32
 from .matmul import define_products
@@ -52,10 +51,10 @@ def _define(name, size, convert):
         return even + odd
 
     @function
-    def unpack(w, stride, n_cols, scratch, ahead):
-        for c in range(0, n_cols, 16):
+    def unpack(w, stride, first, stop, scratch, ahead):
+        for c in range(first, stop, 16):
             prefetch_share(prefetch, w + ahead, c)
-            to = scratch + c * _V
+            to = scratch + (c - first) * _V
             if size == 4:
                 store(to, as_f32(load_transposed(w + 4 * c, stride, 16)))
             else:
@@ -64,10 +63,9 @@ def _define(name, size, convert):
                 store_alternating(to + _V, t1)
 
     @function
-    def tokens(weights, n_cols, x, stride):
-        f = tile_f32(TOKENS)
-        for k in range(n_cols):
-            f = fma(broadcast_f32(x + 4 * k, stride, TOKENS), load_f32(weights + k * _V), f)
+    def tokens(f, weights, n_cols, first, stop, x, stride):
+        for k in range(first, stop):
+            f = fma(broadcast_f32(x + 4 * k, stride, TOKENS), load_f32(weights + (k - first) * _V), f)
         return f
 
     define_products(name, 32, 32 * size, one_token, unpack, tokens, 32 * _V)

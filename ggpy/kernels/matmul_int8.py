@@ -3,6 +3,7 @@
 from ..simd.vector import (
     LANES,
     TOKENS,
+    as_f32,
     broadcast_f32,
     broadcast_i32,
     dot_tile,
@@ -32,46 +33,54 @@ from .unpack import LAYOUTS
 
 _V = 4 * LANES  # bytes of a vector
 _UNPACKED = 12 * _V  # of 32 values of LANES rows: 8 vectors of weights, 2 of scales, 2 of minima
+#: the bits, as an int32, of the float32 1.5 * 2^23, whose last bit is worth 1. A sum of integers that begins with them is,
+#: read as float32, _MAGIC plus that sum, without a conversion, as long as the sum is less than 2^22.
+_MAGIC_BITS, _MAGIC = i32(0x4B400000), f32(1.5 * 2**23)
 
 
 def _define(name):
     layout = LAYOUTS[name]
     n_bytes, block, group = layout.n_bytes, layout.block, layout.group
     subs = block // 32
+    by_32 = block == 32  # activations have a scale for 32 values, as the weights, or for 256
     share_of_emit = LANES * n_bytes // subs  # bytes of the next LANES rows that stand for 32 columns of these
-    has_min, has_bias = layout.has_min, layout.bias > 0
-    shift = max(layout.bias.bit_length() - 1, 0)
+    has_min, bias = layout.has_min, layout.bias
+    has_bias = bias > 0
+    shift = max(bias.bit_length() - 1, 0)
     dot, dot_many = (dot_tile_signed, dots_signed) if layout.signed else (dot_tile, dots)
-    negated_per_32 = 1 if block == 32 else 2  # negated sums of 32 values, by the activations' format
-    d_bytes = 8 if block == 32 else 64  # n / d_bytes bytes of scales stand between q and the sums
+    d_bytes = 8 if by_32 else 64  # n / d_bytes bytes of scales stand between q and the sums
 
-    def sum_of_32(load):
-        """A function of the negated sums' address, a token's stride and j: `load` of the negated sum of 32 values."""
+    @function
+    def least(s0, m0):
+        """What 0 of the unpacked values is worth: the block's minimum, or what the bias says."""
+        if by_32 and has_bias:
+            return s0 * splat_f32(f32(-bias))
+        return m0
 
-        @function
-        def whole(negated, stride, j):
-            return load(negated + 4 * j, stride)
+    @function
+    def negated_sum(negated, j):
+        return splat_i32(i32(ld_i32(negated + 8 * j) + ld_i32(negated + 8 * j + 4)))
 
-        @function
-        def halves(negated, stride, j):
-            return load(negated + 8 * j, stride) + load(negated + 8 * j + 4, stride)
-
-        return whole if block == 32 else halves
-
-    sum_one = sum_of_32(function(lambda at, stride: splat_i32(ld_i32(at))))
-    sum_many = sum_of_32(function(lambda at, stride: broadcast_i32(at, stride, TOKENS)))
+    @function
+    def negated_sums(negated, stride, j):
+        at = negated + 8 * j
+        return broadcast_i32(at, stride, TOKENS) + broadcast_i32(at + 4, stride, TOKENS)
 
     @function
     def emit_dot(g, j, w, s0, s1, m0, m1, places):
-        x, sums, negated, soon = places
+        x, d, sums, negated, soon = places
         # Few at a time: more misses than the processor can track would be dropped.
         for line in range(0, share_of_emit, 64):
             prefetch_once(soon + share_of_emit * j + line)
         keep_order()
-        if group == 32:
+        if by_32:
+            g = fma(to_f32(dot(splat_i32(i32(0)), w, x)) * s0, splat_f32(ld_f32(d)), g)
+            if has_min or has_bias:
+                g = fma(splat_f32(ld_f32(sums)), least(s0, m0), g)
+        elif group == 32:
             a = splat_i32(i32(0))
             if has_bias:
-                a = sum_one(negated, 0, j) << splat_i32(i32(shift))
+                a = negated_sum(negated, j) << splat_i32(i32(shift))
             g = fma(to_f32(dot(a, w, x + 32 * j)), s0, g)
             if has_min:
                 g = fma(splat_f32(ld_f32(sums + 4 * j)), m0, g)
@@ -97,8 +106,8 @@ def _define(name):
         store(to + 8 * _V, s0)
         if group == 16:
             store(to + 9 * _V, s1)
-        if has_min:
-            store(to + 10 * _V, m0)
+        if has_min or (by_32 and has_bias):
+            store(to + 10 * _V, least(s0, m0))
             if group == 16:
                 store(to + 11 * _V, m1)
         return g
@@ -113,34 +122,50 @@ def _define(name):
         acc = splat_f32(f32(0.0))
         for b in range(n_cols // block):
             soon = following + LANES * n_bytes * b
-            places = (x + block * b, sums + 4 * subs * b, negated + 4 * subs * negated_per_32 * b, soon)
-            g = walk_dot(splat_f32(f32(0.0)), w + n_bytes * b, stride, places)
-            acc = fma(g, splat_f32(ld_f32(d + 4 * b)), acc)
+            places = (x + block * b, d + 4 * b, sums + 4 * subs * b, negated + 8 * subs * b, soon)
+            if by_32:
+                acc = walk_dot(acc, w + n_bytes * b, stride, places)
+            else:
+                g = walk_dot(splat_f32(f32(0.0)), w + n_bytes * b, stride, places)
+                acc = fma(g, splat_f32(ld_f32(d + 4 * b)), acc)
         return acc
 
     @function
-    def unpack(w, stride, n_cols, scratch, ahead):
+    def unpack(w, stride, first, stop, scratch, ahead):
         g = splat_f32(f32(0.0))
-        for b in range(n_cols // block):
-            places = (scratch + _UNPACKED * subs * b, w + ahead + LANES * n_bytes * b)
+        for b in range(first // block, stop // block):
+            places = (scratch, w + ahead + LANES * n_bytes * b)
             g = walk_store(g, w + n_bytes * b, stride, places)
+            scratch += _UNPACKED * subs
 
     @function
-    def tokens(weights, n_cols, x, stride):
-        """LANES unpacked rows times TOKENS tokens."""
+    def tokens_by_32(f, weights, n_cols, first, stop, x, stride):
+        d, sums = x + n_cols, x + n_cols + n_cols // d_bytes
+        for b in range(first // 32, stop // 32):
+            s0 = load_f32(weights + 8 * _V)
+            a = dot_many(tile_i32(TOKENS) + splat_i32(_MAGIC_BITS), weights, 8, x + 32 * b, stride)
+            # Exact but for the one rounding that a product has: _MAGIC * s0 has no more bits than a float32.
+            v = fma(as_f32(a), s0, s0 * splat_f32(-_MAGIC))
+            f = fma(v, broadcast_f32(d + 4 * b, stride, TOKENS), f)
+            if has_min or has_bias:
+                f = fma(broadcast_f32(sums + 4 * b, stride, TOKENS), load_f32(weights + 10 * _V), f)
+            weights += _UNPACKED
+        return f
+
+    @function
+    def tokens_by_256(f, weights, n_cols, first, stop, x, stride):
         d, sums = x + n_cols, x + n_cols + n_cols // d_bytes
         negated = sums + n_cols // 8
-        f = tile_f32(TOKENS)
-        for b in range(n_cols // block):
+        for b in range(first // 256, stop // 256):
             g = tile_f32(TOKENS)
-            for k in range(subs):
-                j = subs * b + k
-                w, xj = weights + _UNPACKED * j, x + 32 * j
+            for k in range(8):
+                j = 8 * b + k
+                w, xj = weights + _UNPACKED * k, x + 32 * j
                 s0 = load_f32(w + 8 * _V)
                 if group == 32:
                     a = tile_i32(TOKENS)
                     if has_bias:
-                        a = sum_many(negated, stride, j) << splat_i32(i32(shift))
+                        a = negated_sums(negated, stride, j) << splat_i32(i32(shift))
                     g = fma(to_f32(dot_many(a, w, 8, xj, stride)), s0, g)
                     if has_min:
                         g = fma(broadcast_f32(sums + 4 * j, stride, TOKENS), load_f32(w + 10 * _V), g)
@@ -158,8 +183,10 @@ def _define(name):
                         n1 = to_f32(broadcast_i32(negated + 8 * j + 4, stride, TOKENS))
                         g = g - fma(n0, load_f32(w + 10 * _V), n1 * load_f32(w + 11 * _V))
             f = fma(g, broadcast_f32(d + 4 * b, stride, TOKENS), f)
+            weights += _UNPACKED * 8
         return f
 
+    tokens = tokens_by_32 if by_32 else tokens_by_256
     define_products(name, block, n_bytes, one_token, unpack, tokens, _UNPACKED)
 
 

@@ -42,7 +42,7 @@ def run(kernels, name, n_threads=1, **params):
 @pytest.mark.parametrize("n_rows, n_tokens, n_threads", [(40, 13, 1), (16, 1, 2), (7, 3, 2), (33, 16, 2)])
 def test_product_equals_dequantized_product_of_the_same_activations(simd_form, name, n_rows, n_tokens, n_threads):
     rng = np.random.default_rng(n_rows)
-    n_cols, fmt = 512, QUANTIZED[name]
+    n_cols, fmt = 768, QUANTIZED[name]  # more than a panel
     block = 32 if fmt == "q8_32" else 256
     kernels = load([f"mul_mat_one_{name}", f"mul_mat_{name}", f"quantize_{fmt}"])
     w = random_rows(name, (n_rows, n_cols), rng)
@@ -60,7 +60,7 @@ def test_product_equals_dequantized_product_of_the_same_activations(simd_form, n
     assert np.abs(xd - x[:n_tokens]).max() <= d.max() / 2 * 1.001
 
     expected = xd.astype(np.float64) @ quants.dequantize(w, GGMLQuantizationType[name]).T
-    per_thread = scratch_bytes(name, n_cols, w.shape[1], target().lanes)
+    per_thread = scratch_bytes(name, 16, w.shape[1], target().lanes)
     scratch, counter = aligned(per_thread * n_threads), np.zeros(1, np.int64)
     residual = rng.standard_normal((16, n_rows)).astype(np.float32)
     for kernel, n in ((f"mul_mat_{name}", n_tokens), (f"mul_mat_one_{name}", 1)):
