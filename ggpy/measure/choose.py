@@ -36,7 +36,7 @@ from ..kernels.table import ENCODED, QUANTIZED
 from ..quant import block_type
 from ..quantize import ImportanceMatrix, Override, Plan, encode, quantize_model, read_imatrix
 from ..quantize.mixes import sizes, tensor_types
-from ..quantize.model import new_data
+from ..quantize.model import check_places, new_data
 from .importance import measure_importance
 from .logits_file import LogitsFile
 from .perplexity import chunks_of, measure_perplexity
@@ -146,6 +146,7 @@ def quantize_to_target(
         GGUFFile(source) as file,
         tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=_folder(out)) as folder,
     ):
+        check_places(file, out)
         names = _choosable(file, overrides)
         bench = _Bench(file, Path(folder), names, n_threads, kernel_progress)
         fixed = _fixed_bytes(file, names, overrides)

@@ -155,12 +155,13 @@ def compare_levels(
         was measured before is kept.
     """
     types = list(dict.fromkeys(file_type(t) for t in types))
+    if not types:
+        raise Error("no file types to compare; such are q8_0, q4_k_m")
     base, folder = Path(base), Path(folder)
     tell = progress or (lambda level, state: None)
     files = {t: folder / f"{name}-{t.lower()}.gguf" for t in types}
     for t, path in files.items():
         quantize_model(base, path, t, imatrix=imatrix, dry_run=True)  # what can't be made is refused before the first level
-    folder.mkdir(parents=True, exist_ok=True)
     state = base.stat()
     settings = {
         "format": _FORMAT,
@@ -174,6 +175,7 @@ def compare_levels(
         "n_decode": _DECODE,
     }
     used = {"imatrix": imatrix and str(imatrix), "imatrix_sha256": imatrix and _sha256(imatrix)}
+    folder.mkdir(parents=True, exist_ok=True)
     of = {"base": settings} | dict.fromkeys(types, settings | used)
     results = {t: folder / f"{name}-{t.lower()}.json" for t in of}
     found = {t: level for t, path in results.items() if (level := _read_result(path, of[t])) is not None}
