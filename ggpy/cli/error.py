@@ -130,7 +130,7 @@ def heat_map(errors: "list[TensorError]", path: Path) -> None:
         values[layers.index(e.layer), kinds.index(e.kind)] = e.snr if math.isfinite(e.snr) else np.nan
     images = [parts[0].imshow(values, aspect="auto", cmap="magma")]
     parts[0].set_xticks(range(len(kinds)), kinds, rotation=60, ha="right")
-    parts[0].set_title("signal to noise, dB (blank: equal)")
+    parts[0].set_title("signal to noise, dB (blank: equal, or no such tensor)")
     if experts:
         sums = np.zeros((2, len(layers), n_most))
         for e in experts:
