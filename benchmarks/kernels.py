@@ -9,6 +9,7 @@ out of registers. Kernels run as they do in a model: from a tape, with all threa
 
 import argparse
 import json
+import mmap
 import os
 import statistics
 import subprocess
@@ -31,7 +32,9 @@ class RandomWeight:
 
         row_bytes = block_type(kind).row_bytes(N_COLS)
         pattern = np.random.default_rng(0).integers(0, 64, row_bytes * 64, dtype=np.uint8)
-        self.data = np.resize(pattern, (n_rows, row_bytes))
+        # In small pages, as those of a mapped file are; numpy asks for huge ones.
+        self.data = np.frombuffer(mmap.mmap(-1, n_rows * row_bytes), np.uint8).reshape(n_rows, row_bytes)
+        self.data[:] = np.resize(pattern, (n_rows, row_bytes))
         self.name, self.type, self.shape, self.n_bytes = name, kind, (n_rows, N_COLS), self.data.nbytes
 
 

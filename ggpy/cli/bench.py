@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import byte_count, open_model
+from .common import KVType, byte_count, open_model
 
 if TYPE_CHECKING:
     from ..generate.model import Model
@@ -19,6 +19,7 @@ def bench(
     n: Annotated[int, typer.Option("-n", "--decode", min=0, help="Tokens decoded; 0: none.")] = 64,
     depth: Annotated[int, typer.Option("-d", "--depth", min=0, help="Tokens in the cache before each run.")] = 0,
     threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Default: physical cores.")] = None,
+    kv_type: KVType = "f16",
     repeat: Annotated[int, typer.Option("-r", "--repeat", min=1, help="Runs; the median counts.")] = 5,
     n_expert_used: Annotated[
         int | None, typer.Option("--n-expert-used", min=1, help="Experts for each token; default: as trained.")
@@ -30,7 +31,7 @@ def bench(
 ) -> None:
     """Measure tokens per second: medians and spread over several runs."""
     budget = None if ram_budget is None else byte_count(ram_budget)
-    how = {"n_expert_used": n_expert_used, "ram_budget": budget}
+    how = {"kv_type": kv_type, "n_expert_used": n_expert_used, "ram_budget": budget}
     with open_model(model, depth + max(prompt, n) + 1, threads, **how) as opened:
         tests = [(f"prompt {prompt}", prompt, 0)] * (prompt > 0) + [(f"decode {n}", 0, n)] * (n > 0)
         results = []

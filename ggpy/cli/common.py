@@ -6,13 +6,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from ..errors import Error
 
 if TYPE_CHECKING:
     from ..generate.model import Model
     from ..kernels.build import Progress
+
+#: the option of all commands that run a model
+KVType = Annotated[str, typer.Option("--kv-type", help="Type of the KV cache: f16, q8_0 or f32.")]
 
 
 @contextmanager

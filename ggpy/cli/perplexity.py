@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import Error
-from .common import open_model
+from .common import KVType, open_model
 
 if TYPE_CHECKING:
     from ..measure.perplexity import Perplexity
@@ -43,6 +43,7 @@ def perplexity(
         Path | None, typer.Option("--kl-base", help="Compare with these log-probabilities, of the same text.")
     ] = None,
     threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Default: physical cores.")] = None,
+    kv_type: KVType = "f16",
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Measure perplexity as llama-perplexity does, and the divergence from a base."""
@@ -54,7 +55,7 @@ def perplexity(
         if text is None and base is None:
             raise Error("name a text to measure, or --kl-base")
         n_ctx = ctx if base is None else base.tokens.shape[1]
-        opened = stack.enter_context(open_model(model, n_ctx, threads))
+        opened = stack.enter_context(open_model(model, n_ctx, threads, kv_type=kv_type))
         chunks = base.tokens[:n] if base is not None else None
         if text is not None:
             ids = opened.tokenize(text.read_text(encoding="utf-8"), special=False)

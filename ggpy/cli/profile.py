@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from .common import open_model
+from .common import KVType, open_model
 
 if TYPE_CHECKING:
     from ..generate.model import Model
@@ -20,12 +20,13 @@ def profile(
     prompt: Annotated[int, typer.Option("-p", "--prompt", min=0, help="Tokens of a prompt; 0: decode one token.")] = 0,
     depth: Annotated[int, typer.Option("-d", "--depth", min=0, help="Tokens in the cache before.")] = 64,
     threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Default: physical cores.")] = None,
+    kv_type: KVType = "f16",
     repeat: Annotated[int, typer.Option("-r", "--repeat", min=1, help="Runs; the median counts.")] = 9,
     by_layer: Annotated[bool, typer.Option("--by-layer", help="Sum by layer instead of by kernel.")] = False,
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Show the time, bytes and operations of each kernel or layer in a run."""
-    with open_model(model, depth + max(prompt, 1), threads) as opened:
+    with open_model(model, depth + max(prompt, 1), threads, kv_type=kv_type) as opened:
         rows, seconds = _measure(opened, max(prompt, 1), depth, repeat, by_layer)
         facts = {"model": str(opened.file.path), "threads": opened.n_threads, "tokens": max(prompt, 1), "depth": depth}
     if json:

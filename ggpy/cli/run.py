@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import byte_count, open_model
+from .common import KVType, byte_count, open_model
 
 if TYPE_CHECKING:
     from ..generate.model import Generation, Model
@@ -30,7 +30,7 @@ def run(
     stop: Annotated[list[str] | None, typer.Option("--stop", help="A text that ends the answer; may be repeated.")] = None,
     ctx: Annotated[int | None, typer.Option("-c", "--ctx", min=1, help="Tokens of context.")] = None,
     threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Default: physical cores.")] = None,
-    kv_type: Annotated[str, typer.Option("--kv-type", help="Type of the KV cache: f16 or f32.")] = "f16",
+    kv_type: KVType = "f16",
     mla: Annotated[str, typer.Option("--mla", help="Form of latent attention: absorbed or naive.")] = "absorbed",
     n_expert_used: Annotated[
         int | None, typer.Option("--n-expert-used", min=1, help="Experts for each token; default: as trained.")

@@ -40,8 +40,8 @@ class Model:
         By default one for each physical core that this process may use.
     n_batch : int
         Tokens of a prompt that are run at once.
-    kv_type : {"f16", "f32"}
-        Of the cached keys and values.
+    kv_type : {"f16", "q8_0", "f32"}
+        Of the cached keys and values. Q8_0 takes about half the memory of float16.
     n_expert_used : int, optional
         Experts for each token of a mixture, instead of the file's number.
     mla : {"absorbed", "naive"}

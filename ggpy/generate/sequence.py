@@ -32,7 +32,7 @@ class TokenSequence:
         The most tokens in one run.
     team : Team
         The threads.
-    kv_type : {"F16", "F32"}
+    kv_type : {"F16", "Q8_0", "F32"}
         Of the cached keys and values.
     ram_budget : int, optional
         Bytes that the process may take; see `expert_memory`.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..errors import GraphError
-from ..kernels.table import FLOAT, HEADS_PER_ITEM, KEYS_PER_ITEM, MOST_EXPERTS, QUANTIZED
+from ..kernels.table import FLOAT, KEYS_PER_ITEM, MOST_EXPERTS, QUANTIZED, attention_scratch
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -306,24 +306,24 @@ def _attention_lower(p: "Plan", node: "Tensor") -> None:
     sizes: dict[str, Any] = {"n_head_kv": n_head_kv, "n_ctx": p.n_ctx}
     keys, values = p.cache(cache)
     kind = p.kv_type
-    p.step(f"store_k_{kind}", node, writes=("cache",), k=k, cache=keys, head_dim=head_dim, **sizes)
-    p.step(f"store_v_{kind}", node, writes=("cache",), v=v, cache=values, head_dim=head_dim_v, **sizes)
+    p.step(f"store_k_{kind}", node, writes=("cache",), x=k, cache=keys, head_dim=head_dim, **sizes)
+    p.step(f"store_v_{kind}", node, writes=("cache",), x=v, cache=values, head_dim=head_dim_v, **sizes)
     take: dict[str, Any] = {
         "q": q,
         "k_cache": keys,
         "v_cache": values,
-        "out": node,
         "n_head": n_head,
         "head_dim": head_dim,
         "head_dim_v": head_dim_v,
         "scale": float(node.attrs["scale"]),
     }
+    p.scratch(attention_scratch(head_dim, head_dim_v))
     if node.shape[0] == 1:
         partial = p.buffer(4 * (p.n_ctx // KEYS_PER_ITEM + 1) * n_head * (head_dim_v + 16))
         p.step(f"attention_one_{kind}", node, writes=("partial",), partial=partial, **take, **sizes)
         p.step("attention_merge", node, partial=partial, out=node, n_head=n_head, head_dim=head_dim_v)
     else:
-        p.step(f"attention_many_{kind}", node, **take, **sizes)
+        p.step(f"attention_many_{kind}", node, out=node, **take, **sizes)
 
 
 # Values may be longer or shorter than queries and keys.
@@ -563,7 +563,7 @@ def _latent_lower(p: "Plan", node: "Tensor") -> None:
     kind, width = p.kv_type, n_latent + n_rot
     store: dict[str, Any] = {"latent": latent, "k_rot": k_rot, "n_latent": n_latent, "n_rot": n_rot}
     p.step(f"store_latent_{kind}", node, writes=("cache",), cache=rows, **store)
-    p.scratch(4 * HEADS_PER_ITEM * (width + n_latent) + 64 * width)
+    p.scratch(attention_scratch(width, n_latent))
     sizes: dict[str, Any] = {"n_head": n_head, "n_latent": n_latent, "n_rot": n_rot, "scale": float(node.attrs["scale"])}
     take: dict[str, Any] = {"q_latent": q, "q_rot": q_rot, "cache": rows, **sizes}
     if node.shape[0] == 1:

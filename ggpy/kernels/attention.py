@@ -1,63 +1,323 @@
-"""Attention over a float16 KV cache, with an online softmax (Milakov & Gimelshein 2018; Dao et al. 2022).
+"""Attention over the KV cache, with an online softmax (Milakov & Gimelshein 2018; Dao et al. 2022).
 
-The caches are laid out for reading. K: (n_head_kv, n_ctx / 16, head_dim, 16), so that 16 keys stand in the lanes and no
-sum crosses lanes; V: (n_head_kv, n_ctx, head_dim_v), of mostly the same length. n_ctx is a multiple of KV_BLOCK. Queries
-come scaled by nothing: the kernels multiply the scores by `scale`.
+The caches are laid out for reading (`kv_formats`). K: (n_head_kv, n_ctx / SLAB) slabs (head_dim, SLAB), so that keys
+stand in the lanes and no sum crosses lanes; V: (n_head_kv, n_ctx / SLAB) slabs (SLAB, head_dim_v).
+
+A work item has up to ROWS_PER_ITEM *rows*: the queries of some tokens and of some heads that share keys. Slab by slab, it
+takes two small matrix products, with register tiles of ROWS rows, and a softmax. Many rows have each slab unpacked to
+float32 once for all (`unpacked_products`); what bounds them is the rate of multiply-adds. The few rows of one token
+multiply what they read at once, and ask for the next slab as they do so (`direct_products`); what bounds them is the
+reading of the cache, whose values are read and converted once for all heads of a group.
 
 One token is shared out by (KV head, KEYS_PER_ITEM keys), so that long contexts use all threads whatever the number of
-heads, and merged in order of position. Prompts are shared out by (head, TOKENS queries).
+heads, and merged in order of position. Prompts are shared out by (tokens, KV head), the longest items first. Scores are
+in units of log2: queries are multiplied by `scale` and log2(e) as they are collected.
 """
 
 from ..simd.vector import (
     LANES,
-    TOKENS,
-    broadcast_f32,
+    copy_bytes,
     fma,
+    fma_grid,
+    fold_add_f32,
+    fold_max,
     lane_numbers,
     ld_f32,
-    load_f16,
     load_f32,
-    load_tile_f16,
+    load_grid,
     load_tile_f32,
     max_f32,
     maximum,
+    prefetch,
     splat_f32,
     splat_i32,
-    st_f16,
     st_f32,
-    stack,
     store,
-    store_tile,
+    store_grid,
     sum_f32,
     tile_f32,
     where_less,
 )
-from .common import bits_f32, exp, f32, i32, ld_state, next_item, share
+from .common import bits_f32, exp2, f32, i32, ld_state, next_item, share
+from .kv_formats import KV_FORMATS, VECTORS
 from .source import function, kernel
-from .table import KEYS_PER_ITEM, KV_BLOCK
+from .table import HEADS_PER_ITEM, KEYS_PER_ITEM, ROWS_PER_ITEM, SCORES_PER_ITEM, SLAB
 
+LOG2_E = f32(1.4426950408889634)
+ROWS = 4  # of a register tile
 _V = 4 * LANES
-_ITEM_SCORES = 4 * KEYS_PER_ITEM
-_SCORES = 4 * TOKENS * KV_BLOCK
-_PER_TOKEN = 4 * TOKENS
-_BLOCKS = KV_BLOCK // 16
 _LOWEST = f32(-3e38)
+_LINE, _LONG_LINE = 4 * SLAB, 4 * KEYS_PER_ITEM  # bytes of a row's scores
+_BLOCK_VECTORS = SLAB // LANES
+
+
+def _grid_product(rows, vectors):
+    @function
+    def add_product(x, x_stride, y, y_stride, n, out, out_stride):
+        grid = load_grid(out, out_stride, rows, vectors)
+        for k in range(n):
+            grid = fma_grid(grid, x + 4 * k, x_stride, load_tile_f32(y + y_stride * k, _V, vectors))
+        store_grid(out, out_stride, grid, vectors)
+
+    return add_product
+
+
+_tile, _tile_last = _grid_product(ROWS, VECTORS), _grid_product(ROWS, 1)
+_row, _row_last = _grid_product(1, 4), _grid_product(1, 1)
 
 
 @function
-def _vector(x):
-    return splat_f32(f32(x))
+def add_product(x, x_stride, n_rows, y, n, n_cols, out):
+    """out += x y, for x (n_rows, n), y (n, n_cols), out (n_rows, n_cols), float32; n_cols is a multiple of 16.
+
+    There must be room for n_rows rounded up to ROWS.
+    """
+    stride = 4 * n_cols
+    for r in range(0, n_rows, ROWS):
+        xr, outr, c = x + x_stride * r, out + stride * r, 0
+        if n_rows - r > 1:
+            while c + VECTORS * _V <= stride:
+                _tile(xr, x_stride, y + c, stride, n, outr + c, stride)
+                c += VECTORS * _V
+            while c < stride:
+                _tile_last(xr, x_stride, y + c, stride, n, outr + c, stride)
+                c += _V
+        else:
+            while c + 4 * _V <= stride:
+                _row(xr, x_stride, y + c, stride, n, outr + c, stride)
+                c += 4 * _V
+            while c < stride:
+                _row_last(xr, x_stride, y + c, stride, n, outr + c, stride)
+                c += _V
+
+
+def unpacked_products(unpack_keys, unpack_values):
+    """The products of scores and of values by way of `room`, for caches that are read by the functions given."""
+
+    @function
+    def set_scores(q, n_rows, keys, slab_bytes, head_dim, n, scores, room, after):
+        """scores = q k for n keys, one or more whole slabs."""
+        unpack_keys(keys, head_dim, room)
+        fill_zero(scores, _LINE * padded_rows(n_rows))
+        add_product(q, 4 * head_dim, n_rows, room, head_dim, SLAB, scores)
+
+    @function
+    def add_values(weights, n_rows, values, slab_bytes, width, n, head_dim_v, o, room, after):
+        """o += weights v for n positions and the first head_dim_v of their `width` values."""
+        unpack_values(values, width, n, head_dim_v, room)
+        add_product(weights, _LINE, n_rows, room, n, head_dim_v, o)
+
+    return set_scores, add_values
+
+
+def direct_products(kv):
+    """The same products without `room` for unpacked values, for keys in the lanes."""
+    size, load_tile, scaled_scores, scaled_weights = kv.size, kv.load_tile, kv.scaled_scores, kv.scaled_weights
+    columns = 2 * LANES  # of a tile of values
+
+    def scores_of(rows):
+        grid_vectors = rows * VECTORS
+
+        @function
+        def scores_of(q, slab, head_dim, scores, after):
+            for k in range(0, SLAB, VECTORS * LANES):
+                total = tile_f32(grid_vectors)
+                for b in range(0, head_dim, 32):
+                    part = tile_f32(grid_vectors)
+                    for d in range(b, min(b + 32, head_dim)):
+                        for i in range(0, size * VECTORS * LANES, 64):
+                            prefetch(after + size * (SLAB * d + k) + i)
+                        tile = load_tile(slab + size * (SLAB * d + k), size * LANES, VECTORS)
+                        part = fma_grid(part, q + 4 * d, 4 * head_dim, tile)
+                    total = total + scaled_scores(part, slab, head_dim, b, k)
+                store_grid(scores + 4 * k, _LONG_LINE, total, VECTORS)
+
+        return scores_of
+
+    def values_of(rows, vectors):
+        @function
+        def values_of(weights, weight_stride, values, width, n, o, stride, after):
+            grid = load_grid(o, stride, rows, vectors)
+            for k in range(n):
+                for i in range(0, size * vectors * LANES, 64):
+                    prefetch(after + size * width * k + i)
+                tile = load_tile(values + size * width * k, size * LANES, vectors)
+                grid = fma_grid(grid, weights + 4 * k, weight_stride, tile)
+            store_grid(o, stride, grid, vectors)
+
+        return values_of
+
+    scores_of_tile, scores_of_row = scores_of(ROWS), scores_of(1)
+    values_of_tile, last_of_tile = values_of(ROWS, 2), values_of(ROWS, 1)
+    values_of_row, last_of_row = values_of(1, 2), values_of(1, 1)
+
+    @function
+    def set_scores(q, n_rows, keys, slab_bytes, head_dim, n, scores, room, after):
+        for k in range(0, n, SLAB):
+            slab = keys + slab_bytes * (k // SLAB)
+            for r in range(0, n_rows, ROWS):
+                to, ahead = scores + _LONG_LINE * r + 4 * k, slab + slab_bytes if k + SLAB < n else after
+                if n_rows - r > 1:
+                    scores_of_tile(q + 4 * head_dim * r, slab, head_dim, to, ahead)
+                else:
+                    scores_of_row(q + 4 * head_dim * r, slab, head_dim, to, ahead)
+
+    @function
+    def add_values(weights, n_rows, values, slab_bytes, width, n, head_dim_v, o, room, after):
+        stride, padded = 4 * head_dim_v, padded_rows(n_rows)
+        for k in range(0, n, SLAB):
+            slab, left = values + slab_bytes * (k // SLAB), min(SLAB, n - k)
+            ahead = slab + slab_bytes if k + SLAB < n else after
+            for b in range(0, head_dim_v, 32):
+                line, step = scaled_weights(weights + 4 * k, _LONG_LINE, padded, slab, width, b, room, _LINE)
+                for r in range(0, n_rows, ROWS):
+                    at, d, end = line + step * r, b, min(b + 32, head_dim_v)
+                    while d < end:
+                        to = o + stride * r + 4 * d
+                        if n_rows - r > 1:
+                            if d + columns <= end:
+                                values_of_tile(at, step, slab + size * d, width, left, to, stride, ahead + size * d)
+                            else:
+                                last_of_tile(at, step, slab + size * d, width, left, to, stride, ahead + size * d)
+                        elif d + columns <= end:
+                            values_of_row(at, step, slab + size * d, width, left, to, stride, ahead + size * d)
+                        else:
+                            last_of_row(at, step, slab + size * d, width, left, to, stride, ahead + size * d)
+                        d += columns
+
+    return set_scores, add_values
 
 
 @function
-def _softmax(scores, n, m):
-    """exp(score - m) in place for n scores (a multiple of 16); their sum."""
-    total = _vector(0.0)
+def padded_rows(n_rows):
+    return (n_rows + ROWS - 1) // ROWS * ROWS
+
+
+@function
+def fill_zero(to, n_bytes):
+    """Writes n_bytes zeros, a multiple of 64."""
+    for i in range(0, n_bytes, _V):
+        store(to + i, splat_f32(f32(0.0)))
+
+
+@function
+def copy_scaled(to, x, n, factor):
+    """to = x * factor, n values."""
     for i in range(0, 4 * n, _V):
-        p = exp(load_f32(scores + i) - splat_f32(m))
-        store(scores + i, p)
-        total = total + p
-    return sum_f32(total)
+        store(to + i, load_f32(x + i) * splat_f32(factor))
+
+
+@function
+def rows_of(work, head_dim, head_dim_v):
+    """Where in an item's memory (`table.attention_scratch`) things are: queries, sums of values, maxima and sums."""
+    o = work + 4 * ROWS_PER_ITEM * head_dim
+    stats = o + 4 * ROWS_PER_ITEM * head_dim_v
+    return work, o, stats
+
+
+@function
+def start_rows(work, n_rows, head_dim, head_dim_v):
+    """Makes rows ready for `attend`; their queries are collected by the caller."""
+    q, o, stats = rows_of(work, head_dim, head_dim_v)
+    for r in range(n_rows):
+        st_f32(stats + 8 * r, _LOWEST)
+        st_f32(stats + 8 * r + 4, f32(0.0))
+    fill_zero(q + 4 * head_dim * n_rows, 4 * head_dim * (padded_rows(n_rows) - n_rows))
+    fill_zero(o, 4 * head_dim_v * padded_rows(n_rows))
+
+
+@function
+def _soften(line, n, seen, o, head_dim_v, stats):
+    """A row's n scores (a multiple of SLAB) to weights 2^(score - maximum), zero from the position `seen` on.
+
+    The row's maximum and sum are brought up to date, and what it has so far is scaled to match.
+    """
+    best = splat_f32(_LOWEST)
+    for b in range(0, n, SLAB):
+        at = line + 4 * b
+        if seen - b < SLAB:
+            for k in range(0, SLAB, LANES):
+                s = load_f32(at + 4 * k)
+                s = where_less(lane_numbers() + splat_i32(i32(b + k)), splat_i32(i32(seen)), s, splat_f32(_LOWEST))
+                store(at + 4 * k, s)
+        best = maximum(best, fold_max(load_tile_f32(at, _V, _BLOCK_VECTORS)))
+    before = ld_f32(stats)
+    now = max(before, max_f32(best))
+    sums = splat_f32(f32(0.0))
+    for b in range(0, 4 * n, 4 * SLAB):
+        weights = exp2(load_tile_f32(line + b, _V, _BLOCK_VECTORS) - splat_f32(now))
+        store(line + b, weights)
+        sums = sums + fold_add_f32(weights)
+    total = sum_f32(sums)
+    if now > before:
+        shrink = max_f32(exp2(splat_f32(before - now)))
+        st_f32(stats, now)
+        total = ld_f32(stats + 4) * shrink + total
+        for d in range(0, 4 * head_dim_v, _V):
+            store(o + d, load_f32(o + d) * splat_f32(shrink))
+    else:
+        total = ld_f32(stats + 4) + total
+    st_f32(stats + 4, total)
+
+
+def attention_over(slab_bytes, block, products):
+    """The function that attends over slabs of a type, with products that take `block` positions at a time."""
+    set_scores, add_values = products
+    line_bytes = 4 * block
+
+    @function
+    def attend(work, n_rows, per_token, n_seen, keys, values, n, head_dim, head_dim_v, width_v, after):
+        """Adds n keys and values to what the rows have.
+
+        Row r may see n_seen + r // per_token of them. `keys` and `values` are the addresses of slabs of head_dim and
+        width_v values, of which the first head_dim_v are taken; `after` is what will be read next.
+        """
+        q, o, stats = rows_of(work, head_dim, head_dim_v)
+        scores = stats + 8 * ROWS_PER_ITEM
+        room = scores + 4 * SCORES_PER_ITEM
+        key_bytes, value_bytes = slab_bytes(head_dim), slab_bytes(width_v)
+        for b in range(0, n, block):
+            left = min(block, n - b)
+            # Positions past the last are within the cache, whose length is a multiple of SLAB.
+            padded = (left + SLAB - 1) // SLAB * SLAB
+            at = values + value_bytes * (b // SLAB)
+            set_scores(q, n_rows, keys + key_bytes * (b // SLAB), key_bytes, head_dim, padded, scores, room, at)
+            for r in range(n_rows):
+                seen, line = n_seen + r // per_token - b, scores + line_bytes * r
+                if seen > 0:
+                    _soften(line, padded, seen, o + 4 * head_dim_v * r, head_dim_v, stats + 8 * r)
+                else:
+                    fill_zero(line, line_bytes)
+            add_values(scores, n_rows, at, value_bytes, width_v, left, head_dim_v, o, room, after)
+
+    return attend
+
+
+@function
+def put_part(work, n_rows, head_dim, head_dim_v, to):
+    """What rows have of some keys, to `partial`: a row of head_dim_v + 16 values, maximum and sum first."""
+    _, o, stats = rows_of(work, head_dim, head_dim_v)
+    row = 4 * (head_dim_v + 16)
+    for r in range(n_rows):
+        copy_bytes(to + row * r, stats + 8 * r, 8)
+        copy_bytes(to + row * r + 64, o + 4 * head_dim_v * r, 4 * head_dim_v)
+
+
+@function
+def put_result(work, first, n_rows, head_dim, head_dim_v, to):
+    """What rows have of all keys, as results."""
+    _, o, stats = rows_of(work, head_dim, head_dim_v)
+    for r in range(first, first + n_rows):
+        total = splat_f32(ld_f32(stats + 8 * r + 4))
+        for d in range(0, 4 * head_dim_v, _V):
+            store(to + 4 * head_dim_v * (r - first) + d, load_f32(o + 4 * head_dim_v * r + d) / total)
+
+
+@function
+def tokens_per_item(n_tokens, n_items_a_token, n_heads, nth):
+    """Of a prompt: as many as there are rows for, but so few that each thread gets several items."""
+    few = n_tokens * n_items_a_token // (4 * nth)
+    return max(1, min(ROWS_PER_ITEM // n_heads, few))
 
 
 @kernel("attention_merge")
@@ -70,166 +330,135 @@ def attention_merge(ith, nth, partial, out, state, n_head, head_dim):
         m = _LOWEST
         for i in range(n_items):
             m = max(m, ld_f32(first + stride * i))
-        total = _vector(0.0)
+        total = f32(0.0)
         for i in range(n_items):
             at = first + stride * i
-            total = fma(exp(splat_f32(ld_f32(at) - m)), splat_f32(ld_f32(at + 4)), total)
+            weight = max_f32(exp2(splat_f32(ld_f32(at) - m)))
+            st_f32(at, weight)
+            total += weight * ld_f32(at + 4)
         for d in range(0, 4 * head_dim, _V):
-            acc = _vector(0.0)
+            acc = splat_f32(f32(0.0))
             for i in range(n_items):
                 at = first + stride * i
-                acc = fma(exp(splat_f32(ld_f32(at) - m)), load_f32(at + 64 + d), acc)
-            store(out + 4 * head_dim * h + d, acc / total)
+                acc = fma(splat_f32(ld_f32(at)), load_f32(at + 64 + d), acc)
+            store(out + 4 * head_dim * h + d, acc / splat_f32(total))
 
 
-def _define(name, size, load, load_tile, put):
-    @kernel(f"store_k_{name}")
-    def store_k(ith, nth, k, cache, state, n_head_kv, head_dim, n_ctx):
-        n_past = ld_state(state, 1)
-        start, stop = share(ld_state(state, 0) * n_head_kv, ith, nth)
-        for item in range(start, stop):
-            t, h = item // n_head_kv, item % n_head_kv
-            pos = n_past + t
-            to = cache + size * (h * n_ctx * head_dim + pos // 16 * 16 * head_dim + pos % 16)
-            for d in range(head_dim):
-                put(to + 16 * size * d, ld_f32(k + 4 * (item * head_dim + d)))
+def _define(name, kv):
+    slab_bytes, put_lane, put_row = kv.slab_bytes, kv.put_lane, kv.put_row
+    attend_one = attention_over(slab_bytes, KEYS_PER_ITEM, direct_products(kv))
+    attend_many = attention_over(slab_bytes, SLAB, unpacked_products(kv.unpack_lanes, kv.unpack_rows))
 
-    @kernel(f"store_v_{name}")
-    def store_v(ith, nth, v, cache, state, n_head_kv, head_dim, n_ctx):
-        n_past = ld_state(state, 1)
-        start, stop = share(ld_state(state, 0) * n_head_kv, ith, nth)
-        for item in range(start, stop):
-            t, h = item // n_head_kv, item % n_head_kv
-            to = cache + size * (h * n_ctx + n_past + t) * head_dim
-            for d in range(head_dim):
-                put(to + size * d, ld_f32(v + 4 * (item * head_dim + d)))
+    def define_store(part, put):
+        @kernel(f"store_{part}_{name}")
+        def store_part(ith, nth, x, cache, state, n_head_kv, head_dim, n_ctx):
+            n_past = ld_state(state, 1)
+            start, stop = share(ld_state(state, 0) * n_head_kv, ith, nth)
+            for item in range(start, stop):
+                position, h = n_past + item // n_head_kv, item % n_head_kv
+                slab = cache + slab_bytes(head_dim) * (h * n_ctx // SLAB + position // SLAB)
+                put(slab, position % SLAB, x + 4 * head_dim * item, head_dim)
 
-    @function
-    def weighted_sum(weights, values, n, head_dim, out):
-        """out = sum over n keys of weight * value."""
-        d = 0
-        while d + 4 * LANES <= head_dim:
-            acc4 = tile_f32(4)
-            for k in range(n):
-                v = load_tile(values + size * (k * head_dim + d), size * LANES, 4)
-                acc4 = fma(v, splat_f32(ld_f32(weights + 4 * k)), acc4)
-            store(out + 4 * d, acc4)
-            d += 4 * LANES
-        while d < head_dim:
-            acc = _vector(0.0)
-            for k in range(n):
-                acc = fma(load(values + size * (k * head_dim + d)), splat_f32(ld_f32(weights + 4 * k)), acc)
-            store(out + 4 * d, acc)
-            d += LANES
+    define_store("k", put_lane)
+    define_store("v", put_row)
 
     @kernel(f"attention_one_{name}")
     def attention_one(
-        ith, nth, q, k_cache, v_cache, out, partial, state, counter, n_head, n_head_kv, head_dim, head_dim_v, n_ctx, scale
+        ith,
+        nth,
+        q,
+        k_cache,
+        v_cache,
+        partial,
+        scratch,
+        scratch_stride,
+        state,
+        counter,
+        n_head,
+        n_head_kv,
+        head_dim,
+        head_dim_v,
+        n_ctx,
+        scale,
     ):
         n_kv = ld_state(state, 1) + 1
-        n_items = (n_kv + KEYS_PER_ITEM - 1) // KEYS_PER_ITEM
+        n_parts = (n_kv + KEYS_PER_ITEM - 1) // KEYS_PER_ITEM
         group = n_head // n_head_kv
-        scores = stack(_ITEM_SCORES)
-        factor = splat_f32(bits_f32(scale))
-        while True:
-            item = next_item(counter)
-            if item >= n_items * n_head_kv:
-                break
-            kv, part = item // n_items, item % n_items
+        n_splits = (group + HEADS_PER_ITEM - 1) // HEADS_PER_ITEM
+        work = scratch + ith * scratch_stride
+        key_bytes, value_bytes = slab_bytes(head_dim), slab_bytes(head_dim_v)
+        item = next_item(counter)
+        while item < n_parts * n_head_kv * n_splits:
+            following = next_item(counter)
+            part, kv, split = item % n_parts, item // n_parts // n_splits, item // n_parts % n_splits
+            h, n = kv * group + split * HEADS_PER_ITEM, min(HEADS_PER_ITEM, group - split * HEADS_PER_ITEM)
+            start_rows(work, n, head_dim, head_dim_v)
+            copy_scaled(work, q + 4 * head_dim * h, n * head_dim, bits_f32(scale) * LOG2_E)
             first = part * KEYS_PER_ITEM
-            n = min(KEYS_PER_ITEM, n_kv - first)
-            padded = (n + KV_BLOCK - 1) // KV_BLOCK * KV_BLOCK
-            keys = k_cache + size * head_dim * (kv * n_ctx + first)
-            values = v_cache + size * head_dim_v * (kv * n_ctx + first)
-            for h in range(kv * group, kv * group + group):
-                qh = q + 4 * head_dim * h
-                best = splat_f32(_LOWEST)
-                for b in range(0, padded, KV_BLOCK):
-                    for lane in range(0, 16, LANES):
-                        acc = tile_f32(_BLOCKS)
-                        at = keys + size * (head_dim * b + lane)
-                        for d in range(head_dim):
-                            x = splat_f32(ld_f32(qh + 4 * d))
-                            acc = fma(load_tile(at + 16 * size * d, 16 * size * head_dim, _BLOCKS), x, acc)
-                        store_tile(scores + 4 * (b + lane), 64, acc * factor)
-                    for i in range(b, b + KV_BLOCK, LANES):
-                        s = load_f32(scores + 4 * i)
-                        s = where_less(lane_numbers() + splat_i32(i32(i)), splat_i32(i32(n)), s, splat_f32(_LOWEST))
-                        store(scores + 4 * i, s)
-                        best = maximum(best, s)
-                m = max_f32(best)
-                total = _softmax(scores, padded, m)
-                to = partial + 4 * (part * n_head + h) * (head_dim_v + 16)
-                st_f32(to, m)
-                st_f32(to + 4, total)
-                weighted_sum(scores, values, n, head_dim_v, to + 64)
+            n_keys = min(KEYS_PER_ITEM, n_kv - first)
+            slab = (kv * n_ctx + first) // SLAB
+            after = (following // n_parts // n_splits * n_ctx + following % n_parts * KEYS_PER_ITEM) // SLAB
+            attend_one(
+                work,
+                n,
+                n,
+                n_keys,
+                k_cache + key_bytes * slab,
+                v_cache + value_bytes * slab,
+                n_keys,
+                head_dim,
+                head_dim_v,
+                head_dim_v,
+                k_cache + key_bytes * after,
+            )
+            put_part(work, n, head_dim, head_dim_v, partial + 4 * (head_dim_v + 16) * (part * n_head + h))
+            item = following
 
     @kernel(f"attention_many_{name}")
     def attention_many(
-        ith, nth, q, k_cache, v_cache, out, state, counter, n_head, n_head_kv, head_dim, head_dim_v, n_ctx, scale
+        ith,
+        nth,
+        q,
+        k_cache,
+        v_cache,
+        out,
+        scratch,
+        scratch_stride,
+        state,
+        counter,
+        n_head,
+        n_head_kv,
+        head_dim,
+        head_dim_v,
+        n_ctx,
+        scale,
     ):
         n_tokens, n_past = ld_state(state, 0), ld_state(state, 1)
-        n_groups = (n_tokens + TOKENS - 1) // TOKENS
-        row, row_v = 4 * n_head * head_dim, 4 * n_head * head_dim_v
-        factor = splat_f32(bits_f32(scale))
-        scores = stack(_SCORES)  # (TOKENS, KV_BLOCK)
-        maxima, sums = stack(_PER_TOKEN), stack(_PER_TOKEN)
-        shrink = stack(_PER_TOKEN)
+        group = n_head // n_head_kv
+        n_splits = (group + HEADS_PER_ITEM - 1) // HEADS_PER_ITEM
+        per_item = tokens_per_item(n_tokens, n_head_kv * n_splits, min(group, HEADS_PER_ITEM), nth)
+        n_parts = (n_tokens + per_item - 1) // per_item
+        work = scratch + ith * scratch_stride
         while True:
             item = next_item(counter)
-            if item >= n_groups * n_head:
+            if item >= n_parts * n_head_kv * n_splits:
                 break
-            t0 = (n_groups - 1 - item // n_head) * TOKENS  # the longest first
-            h = item % n_head
-            kv = h // (n_head // n_head_kv)
-            q_at, o_at = q + t0 * row + 4 * h * head_dim, out + t0 * row_v + 4 * h * head_dim_v
-            keys, values = k_cache + size * head_dim * n_ctx * kv, v_cache + size * head_dim_v * n_ctx * kv
-            for d in range(0, head_dim_v, LANES):
-                store_tile(o_at + 4 * d, row_v, tile_f32(TOKENS))
-            for i in range(TOKENS):
-                st_f32(maxima + 4 * i, _LOWEST)
-                st_f32(sums + 4 * i, f32(0.0))
-            last = min(n_past + t0 + TOKENS, n_past + n_tokens)
-            for b in range(0, last, KV_BLOCK):
-                for k in range(0, KV_BLOCK, LANES):
-                    at = keys + size * (head_dim * (b + k // 16 * 16) + k % 16)
-                    s = tile_f32(TOKENS)
-                    for d in range(head_dim):
-                        s = fma(broadcast_f32(q_at + 4 * d, row, TOKENS), load(at + 16 * size * d), s)
-                    store_tile(scores + 4 * k, 4 * KV_BLOCK, s * factor)
-                for i in range(TOKENS):
-                    line = scores + 4 * KV_BLOCK * i
-                    limit = n_past + t0 + i + 1 - b  # keys of this block that query i may see
-                    best = splat_f32(_LOWEST)
-                    for k in range(0, KV_BLOCK, LANES):
-                        s1 = load_f32(line + 4 * k)
-                        if limit < KV_BLOCK:
-                            seen = lane_numbers() + splat_i32(i32(k))
-                            s1 = where_less(seen, splat_i32(i32(limit)), s1, splat_f32(_LOWEST))
-                            store(line + 4 * k, s1)
-                        best = maximum(best, s1)
-                    before = ld_f32(maxima + 4 * i)
-                    m = max(before, max_f32(best))
-                    factor_i = max_f32(exp(splat_f32(before - m)))
-                    total = _softmax(line, KV_BLOCK, m)
-                    if limit <= 0:
-                        total = f32(0.0)
-                        for k in range(0, KV_BLOCK, LANES):
-                            store(line + 4 * k, _vector(0.0))
-                    st_f32(maxima + 4 * i, m)
-                    st_f32(shrink + 4 * i, factor_i)
-                    st_f32(sums + 4 * i, ld_f32(sums + 4 * i) * factor_i + total)
-                n = min(KV_BLOCK, last - b)
-                for d in range(0, head_dim_v, LANES):
-                    o = load_tile_f32(o_at + 4 * d, row_v, TOKENS) * broadcast_f32(shrink, 4, TOKENS)
-                    for k in range(n):
-                        v = load(values + size * (head_dim_v * (b + k) + d))
-                        o = fma(broadcast_f32(scores + 4 * k, 4 * KV_BLOCK, TOKENS), v, o)
-                    store_tile(o_at + 4 * d, row_v, o)
-            for d in range(0, head_dim_v, LANES):
-                o = load_tile_f32(o_at + 4 * d, row_v, TOKENS) / broadcast_f32(sums, 4, TOKENS)
-                store_tile(o_at + 4 * d, row_v, o)
+            t = (n_parts - 1 - item // (n_head_kv * n_splits)) * per_item
+            n = min(per_item, n_tokens - t)
+            kv, split = item // n_splits % n_head_kv, item % n_splits
+            h, n_heads = kv * group + split * HEADS_PER_ITEM, min(HEADS_PER_ITEM, group - split * HEADS_PER_ITEM)
+            start_rows(work, n * n_heads, head_dim, head_dim_v)
+            for i in range(n):
+                source = q + 4 * head_dim * (n_head * (t + i) + h)
+                copy_scaled(work + 4 * head_dim * n_heads * i, source, n_heads * head_dim, bits_f32(scale) * LOG2_E)
+            slab = kv * n_ctx // SLAB
+            keys, values = k_cache + slab_bytes(head_dim) * slab, v_cache + slab_bytes(head_dim_v) * slab
+            seen, v = n_past + t + 1, head_dim_v
+            attend_many(work, n * n_heads, n_heads, seen, keys, values, seen + n - 1, head_dim, v, v, keys)
+            for i in range(n):
+                to = out + 4 * head_dim_v * (n_head * (t + i) + h)
+                put_result(work, n_heads * i, n_heads, head_dim, head_dim_v, to)
 
 
-_define("F16", 2, load_f16, load_tile_f16, st_f16)
-_define("F32", 4, load_f32, load_tile_f32, st_f32)
+for _name, _kv in KV_FORMATS.items():
+    _define(_name, _kv)

@@ -46,6 +46,14 @@ def _rows_at(w, row, n_rows, row_bytes, copy):
 
 
 @function
+def _matrix(w, slot, ids, w_stride):
+    """The address of the matrix that slot `slot` is multiplied with."""
+    if ids:
+        return w + int(ld_f32(ids + 8 * slot)) * w_stride
+    return w + slot * w_stride
+
+
+@function
 def _store_few(out, residual, values, n):
     """The first n of the values, of a vector stored at `values`."""
     for i in range(n):
@@ -58,10 +66,10 @@ def _store_few(out, residual, values, n):
 def define_products(name, block, n_bytes, one_token, unpack, tokens, unpacked):
     """Defines the two kernels of a type whose blocks hold `block` values in `n_bytes`.
 
-    one_token(w, row_bytes, n_cols, x, ahead) -> vector
-        LANES rows times one token; prefetches at `ahead` bytes from what it reads.
+    one_token(w, row_bytes, n_cols, x, following) -> vector
+        LANES rows times one token; prefetches those at `following`.
     unpack(w, row_bytes, n_cols, scratch, ahead)
-        LANES rows into scratch, `unpacked` bytes for 32 columns; prefetches likewise.
+        LANES rows into scratch, `unpacked` bytes for 32 columns; prefetches at `ahead` bytes from what it reads.
     tokens(scratch, n_cols, x, x_stride) -> tile
         LANES unpacked rows times TOKENS tokens.
     """
@@ -91,21 +99,22 @@ def define_products(name, block, n_bytes, one_token, unpack, tokens, unpacked):
     ):
         row_bytes = n_cols // block * n_bytes
         n_tiles = (n_rows + LANES - 1) // LANES
-        chunk = max(1, n_slots * n_tiles // (8 * nth))
+        n_items = n_slots * n_tiles
+        chunk = max(1, n_items // (16 * nth))
         tail = stack(_V)
-        while True:
-            first = next_item(counter) * chunk
-            if first >= n_slots * n_tiles:
-                break
-            for item in range(first, min(first + chunk, n_slots * n_tiles)):
-                slot, tile = item // n_tiles, item % n_tiles
-                matrix = slot
-                if ids:
-                    matrix = int(ld_f32(ids + 8 * slot))
-                row = tile * LANES
-                at = _rows_at(w + matrix * w_stride, row, n_rows, row_bytes, scratch + ith * scratch_stride)
-                ahead = LANES * row_bytes if tile + 1 < n_tiles else 0
-                acc = one_token(at, row_bytes, n_cols, x + slot * x_slot_stride, ahead)
+        first = ith * chunk
+        while first < n_items:
+            # Taken one chunk ahead, so that the end of this one can ask for the beginning of the next.
+            then = (nth + next_item(counter)) * chunk
+            last = min(first + chunk, n_items) - 1
+            for item in range(first, last + 1):
+                slot, row = item // n_tiles, item % n_tiles * LANES
+                soon = item + 1
+                if item == last:
+                    soon = min(then, n_items - 1)
+                at = _rows_at(_matrix(w, slot, ids, w_stride), row, n_rows, row_bytes, scratch + ith * scratch_stride)
+                following = _matrix(w, soon // n_tiles, ids, w_stride) + soon % n_tiles * LANES * row_bytes
+                acc = one_token(at, row_bytes, n_cols, x + slot * x_slot_stride, following)
                 to = out + slot * out_slot_stride + 4 * row
                 more = residual
                 if residual:
@@ -117,6 +126,7 @@ def define_products(name, block, n_bytes, one_token, unpack, tokens, unpacked):
                 else:
                     store(tail, acc)
                     _store_few(to, more, tail, n_rows - row)
+            first = then
 
     @function
     def tile_of_rows(unpacked_rows, n_cols, x, x_stride, n_tokens, out, out_stride, residual, n, tail):

@@ -15,6 +15,7 @@ from ..simd.vector import (
     load_f32,
     load_transposed,
     prefetch,
+    prefetch_once,
     splat_f32,
     splat_i32,
     store,
@@ -33,15 +34,15 @@ def _define(name, size, convert):
     share = LANES * 16 * size  # bytes of the next LANES rows that stand for 16 columns of these
 
     @function
-    def prefetch_share(soon, c):
+    def prefetch_share(prefetch, soon, c):
         for line in range(0, share, 64):
             prefetch(soon + c // 16 * share + line)
 
     @function
-    def one_token(w, stride, n_cols, x, ahead):
+    def one_token(w, stride, n_cols, x, following):
         even, odd = splat_f32(f32(0.0)), splat_f32(f32(0.0))
         for c in range(0, n_cols, 16):
-            prefetch_share(w + ahead, c)
+            prefetch_share(prefetch_once, following, c)
             if size == 4:
                 even = dot_f32(even, as_f32(load_transposed(w + 4 * c, stride, 8)), x + 4 * c, 4)
                 odd = dot_f32(odd, as_f32(load_transposed(w + 4 * c + 32, stride, 8)), x + 4 * c + 32, 4)
@@ -53,7 +54,7 @@ def _define(name, size, convert):
     @function
     def unpack(w, stride, n_cols, scratch, ahead):
         for c in range(0, n_cols, 16):
-            prefetch_share(w + ahead, c)
+            prefetch_share(prefetch, w + ahead, c)
             to = scratch + c * _V
             if size == 4:
                 store(to, as_f32(load_transposed(w + 4 * c, stride, 16)))

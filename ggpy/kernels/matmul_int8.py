@@ -15,6 +15,7 @@ from ..simd.vector import (
     ld_i32,
     load_f32,
     prefetch,
+    prefetch_once,
     splat_f32,
     splat_i32,
     store,
@@ -64,7 +65,7 @@ def _define(name):
         x, sums, negated, soon = places
         # Few at a time: more misses than the processor can track would be dropped.
         for line in range(0, share_of_emit, 64):
-            prefetch(soon + share_of_emit * j + line)
+            prefetch_once(soon + share_of_emit * j + line)
         if group == 32:
             a = splat_i32(i32(0))
             if has_bias:
@@ -102,13 +103,13 @@ def _define(name):
     walk_dot, walk_store = layout.walk(emit_dot), layout.walk(emit_store)
 
     @function
-    def one_token(w, stride, n_cols, x, ahead):
+    def one_token(w, stride, n_cols, x, following):
         """LANES rows times one token."""
         d, sums = x + n_cols, x + n_cols + n_cols // d_bytes
         negated = sums + n_cols // 8
         acc = splat_f32(f32(0.0))
         for b in range(n_cols // block):
-            soon = w + ahead + LANES * n_bytes * b
+            soon = following + LANES * n_bytes * b
             places = (x + block * b, sums + 4 * subs * b, negated + 4 * subs * negated_per_32 * b, soon)
             g = walk_dot(splat_f32(f32(0.0)), w + n_bytes * b, stride, places)
             acc = fma(g, splat_f32(ld_f32(d + 4 * b)), acc)

@@ -12,7 +12,7 @@ from .table import KERNELS
 SOURCES: dict = {}
 
 #: for the functions that kernels are made of: no Python exceptions, C's division
-function = njit(error_model="numpy", nogil=True)
+function = njit(error_model="numpy", nogil=True, forceinline=True)
 
 
 def kernel(name: str):

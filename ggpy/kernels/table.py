@@ -74,14 +74,25 @@ def activation_bytes(n_cols: int) -> int:
 
 #: experts that a router can have
 MOST_EXPERTS = 1024
-#: heads that one work item of latent attention takes
+#: heads that one work item of attention takes at most, and its most rows: queries of a token and a head
 HEADS_PER_ITEM = 16
+ROWS_PER_ITEM = 48
 #: types that the KV cache can have
-KV_TYPES = ("F16", "F32")
+KV_TYPES = ("F16", "Q8_0", "F32")
 #: keys that one work item of single-token attention takes; its results are merged in order, whatever the threads
 KEYS_PER_ITEM = 256
-#: what the KV cache's length is a multiple of
-KV_BLOCK = 64
+#: positions that stand together in the KV cache, whose length is a multiple of it
+SLAB = 64
+#: scores that a work item of attention has at once
+SCORES_PER_ITEM = max(ROWS_PER_ITEM * SLAB, HEADS_PER_ITEM * KEYS_PER_ITEM)
+
+
+def attention_scratch(head_dim: int, head_dim_v: int) -> int:
+    """Bytes that each thread needs in attention; see `attention`. Rows: queries, sums of values, scores, maximum and sum;
+    then a block of keys or values."""
+    rows = ROWS_PER_ITEM * (head_dim + head_dim_v + 2) + SCORES_PER_ITEM
+    return 4 * (rows + max(SCORES_PER_ITEM, SLAB * max(head_dim, head_dim_v)))
+
 
 #: types with encoders
 ENCODED = (
@@ -124,19 +135,19 @@ def _kernels() -> dict[str, Kernel]:
         "combine": Kernel("moe", ("x", "route", "out", "state", "n_used", "n_cols")),
         "sigmoid_gate": Kernel("moe", ("x", "gate", "out", "state", "n_cols")),
     }
+    work = ("scratch", "scratch_stride", "state", "counter")
     for name in KV_TYPES:
-        sizes = ("n_head", "n_head_kv", "head_dim", "head_dim_v", "n_ctx", "scale")
-        given = ("q", "k_cache", "v_cache", "out")
         for part in "kv":
-            params = (part, "cache", "state", "n_head_kv", "head_dim", "n_ctx")
+            params: tuple[str, ...] = ("x", "cache", "state", "n_head_kv", "head_dim", "n_ctx")
             table[f"store_{part}_{name}"] = Kernel("attention", params)
-        table[f"attention_one_{name}"] = Kernel("attention", (*given, "partial", "state", "counter", *sizes))
-        table[f"attention_many_{name}"] = Kernel("attention", (*given, "state", "counter", *sizes))
-        given = ("scratch", "scratch_stride", "state", "counter", "n_head", "n_latent", "n_rot", "scale")
-        table[f"store_latent_{name}"] = Kernel("latent", ("latent", "k_rot", "cache", "state", "n_latent", "n_rot"))
+        params = ("latent", "k_rot", "cache", "scratch", "scratch_stride", "state", "n_latent", "n_rot")
+        table[f"store_latent_{name}"] = Kernel("latent", params)
         for kind, result in (("one", "partial"), ("many", "out")):
-            params = ("q_latent", "q_rot", "cache", result, *given)
-            table[f"latent_attention_{kind}_{name}"] = Kernel("latent", params)
+            params = ("q", "k_cache", "v_cache", result, *work)
+            sizes: tuple[str, ...] = ("n_head", "n_head_kv", "head_dim", "head_dim_v", "n_ctx", "scale")
+            table[f"attention_{kind}_{name}"] = Kernel("attention", params + sizes)
+            params, sizes = ("q_latent", "q_rot", "cache", result, *work), ("n_head", "n_latent", "n_rot", "scale")
+            table[f"latent_attention_{kind}_{name}"] = Kernel("latent", params + sizes)
     for name in ("q8_32", "q8_256"):
         table[f"quantize_{name}"] = Kernel("activations", _QUANTIZE)
         params = ("x", "w", "out", "state", "n_cols", "x_stride", "out_stride", "eps")

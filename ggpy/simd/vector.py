@@ -371,6 +371,13 @@ def load_f16(tyctx, address):
 
 
 @intrinsic
+def load_i8(tyctx, address):
+    """`LANES` int8 values at `address`, as float32."""
+    ty = ir.VectorType(_I8, LANES)
+    return F32(ADDRESS), lambda ctx, b, sig, a: b.sitofp(_load(b, a[0], ty), F32.ir_type)
+
+
+@intrinsic
 def store(tyctx, address, v):
     """Writes a vector, or the vectors of a tile one after the other."""
 
@@ -419,35 +426,87 @@ def store_tile(tyctx, address, stride, tile):
     return types.void(ADDRESS, ADDRESS, tile), codegen
 
 
+def _tile_loader(ir_type, convert):
+    @intrinsic
+    def load(tyctx, address, stride, n):
+        ty, memory = Tile(F32, n.literal_value), ir.VectorType(ir_type, LANES)
+
+        def codegen(ctx, b, sig, a):
+            at, out = a[0], []
+            for _ in range(ty.n):
+                out.append(convert(b, _load(b, at, memory)))
+                at = b.add(at, a[1])
+            return _join(b, ty, out)
+
+        return ty(ADDRESS, ADDRESS, n), codegen
+
+    return load
+
+
+# A tile whose vector t is the LANES values of a type at `address + t * stride`, as float32.
+load_tile_f32 = _tile_loader(_F32, lambda b, v: v)
+load_tile_f16 = _tile_loader(_I16, _f16_to_f32)
+load_tile_i8 = _tile_loader(_I8, lambda b, v: b.sitofp(v, F32.ir_type))
+
+
+# A *grid* is a tile of rows × n vectors, row after row.
+
+
 @intrinsic
-def load_tile_f32(tyctx, address, stride, n):
-    """A tile whose vector t is the LANES float32 at `address + t * stride`."""
-    ty = Tile(F32, n.literal_value)
+def load_grid(tyctx, address, stride, rows, n):
+    """A grid whose row r is the `n * LANES` float32 at `address + r * stride`."""
+    ty = Tile(F32, rows.literal_value * n.literal_value)
 
     def codegen(ctx, b, sig, a):
         at, out = a[0], []
-        for _ in range(ty.n):
-            out.append(_load(b, at, F32.ir_type))
+        for _ in range(rows.literal_value):
+            out += [_load(b, _offset(b, at, 4 * LANES * j), F32.ir_type) for j in range(n.literal_value)]
             at = b.add(at, a[1])
         return _join(b, ty, out)
 
-    return ty(ADDRESS, ADDRESS, n), codegen
+    return ty(ADDRESS, ADDRESS, rows, n), codegen
 
 
 @intrinsic
-def load_tile_f16(tyctx, address, stride, n):
-    """A tile whose vector t is the LANES float16 at `address + t * stride`, as float32."""
-    ty = Tile(F32, n.literal_value)
-    bits = ir.VectorType(_I16, LANES)
+def store_grid(tyctx, address, stride, grid, n):
+    """The inverse of `load_grid`."""
 
     def codegen(ctx, b, sig, a):
-        at, out = a[0], []
-        for _ in range(ty.n):
-            out.append(_f16_to_f32(b, _load(b, at, bits)))
+        at, vectors = a[0], _members(b, grid, a[2])
+        for i in range(0, grid.n, n.literal_value):
+            for j in range(n.literal_value):
+                _store(b, _offset(b, at, 4 * LANES * j), vectors[i + j])
             at = b.add(at, a[1])
-        return _join(b, ty, out)
+        return ctx.get_dummy_value()
 
-    return ty(ADDRESS, ADDRESS, n), codegen
+    return types.void(ADDRESS, ADDRESS, grid, n), codegen
+
+
+@intrinsic
+def fma_grid(tyctx, grid, address, stride, tile):
+    """grid[r][j] + x[r] * tile[j], with x[r] the float32 at `address + r * stride`, given to every lane."""
+
+    def codegen(ctx, b, sig, a):
+        at, out, vectors = a[1], [], _members(b, tile, a[3])
+        sums = _members(b, grid, a[0])
+        for r in range(0, grid.n, tile.n):
+            x = _splat(b, _load(b, at, _F32), LANES)
+            out += [_call(b, f"llvm.fma.v{LANES}f32", F32.ir_type, [x, v, sums[r + j]]) for j, v in enumerate(vectors)]
+            at = b.add(at, a[2])
+        return _join(b, grid, out)
+
+    return grid(grid, ADDRESS, ADDRESS, tile), codegen
+
+
+@intrinsic
+def mul_grid(tyctx, grid, tile):
+    """grid[r][j] * tile[j]."""
+
+    def codegen(ctx, b, sig, a):
+        columns = _members(b, tile, a[1]) * (grid.n // tile.n)
+        return _join(b, grid, [b.fmul(x, y) for x, y in zip(_members(b, grid, a[0]), columns, strict=True)])
+
+    return grid(grid, tile), codegen
 
 
 @intrinsic
@@ -532,17 +591,26 @@ def bits_f32(tyctx, x):
     return types.float32(ADDRESS), lambda ctx, b, sig, a: b.bitcast(b.trunc(a[0], _I32), _F32)
 
 
-@intrinsic
-def prefetch(tyctx, address):
-    """Asks for the cache line at `address`, into the second level (the first is too small for LANES rows); never faults."""
+def _prefetcher(locality, doc):
+    """`locality` is LLVM's: 0 for data that is used once, to 3 for data to be kept in all caches."""
     pointer = _I8.as_pointer()
 
-    def codegen(ctx, b, sig, a):
-        f = b.module.declare_intrinsic("llvm.prefetch.p0", fnty=ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32]))
-        b.call(f, [b.inttoptr(a[0], pointer)] + [ir.Constant(_I32, k) for k in (0, 2, 1)])
-        return ctx.get_dummy_value()
+    @intrinsic
+    def prefetch(tyctx, address):
+        def codegen(ctx, b, sig, a):
+            kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+            f = b.module.declare_intrinsic("llvm.prefetch.p0", fnty=kind)
+            b.call(f, [b.inttoptr(a[0], pointer)] + [ir.Constant(_I32, k) for k in (0, locality, 1)])
+            return ctx.get_dummy_value()
 
-    return types.void(ADDRESS), codegen
+        return types.void(ADDRESS), codegen
+
+    prefetch.__doc__ = doc
+    return prefetch
+
+
+prefetch = _prefetcher(2, "Asks for the cache line at `address`, into the second level; never faults.")
+prefetch_once = _prefetcher(0, "Asks for the cache line at `address`, into the first level, to be used once; never faults.")
 
 
 # --- reductions -----------------------------------------------------------------------------------------------------
@@ -586,6 +654,7 @@ def _folder(combine):
 # The vectors of a tile (a power of two of them) combined into one.
 fold_max = _folder(lambda b, x, y: _call(b, f"llvm.maxnum.v{LANES}f32", F32.ir_type, [x, y]))
 fold_add_i32 = _folder(lambda b, x, y: b.add(x, y))
+fold_add_f32 = _folder(lambda b, x, y: b.fadd(x, y))
 
 
 @intrinsic

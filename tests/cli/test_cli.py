@@ -89,7 +89,7 @@ def test_convert_writes_and_dry_run_does_not(folder, capsys, tmp_path):
         (["run", "{folder}", "-p", "x"], "a folder without config.json"),
         (["run", "{folder}/f32.gguf", "-p", "the " * 600, "-c", "32"], "the context holds 32"),
         (["run", "{folder}/f32.gguf", "-p", ""], "the prompt is empty"),
-        (["run", "{folder}/f32.gguf", "-p", "x", "--kv-type", "f8"], "there are F16, F32"),
+        (["run", "{folder}/f32.gguf", "-p", "x", "--kv-type", "f8"], "there are F16, Q8_0, F32"),
         (["convert", "{folder}/checkpoint", "-o", "{folder}/x.gguf", "--type", "q9"], "q9"),
         (["convert", "{folder}/nowhere", "-o", "{folder}/x.gguf"], "nowhere"),
     ],

@@ -131,7 +131,7 @@ def test_rope(teams, kind, n_head, n_rot, n_tokens, threads, seed):
 
 @SETTINGS
 @given(
-    group=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 3, 4, 5, 8, 18]),
     n_head_kv=st.integers(1, 3),
     head_dim=st.sampled_from([16, 32, 48, 64, 80, 128]),
     head_dim_v=st.sampled_from([None, 16, 64, 96]),
@@ -294,7 +294,7 @@ def test_sigmoid_gate(teams, n_tokens, n, threads, seed):
 @SETTINGS
 @given(
     n_head=st.sampled_from([1, 4, 8, 16, 21]),
-    n_latent=st.sampled_from([32, 64]),
+    n_latent=st.sampled_from([32, 48, 64]),
     kv_type=st.sampled_from(KV_TYPES),
     runs=st.lists(st.sampled_from([1, 2, 9, 64, 200, 300]), min_size=1, max_size=4),
     threads=n_threads,
