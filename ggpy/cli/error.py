@@ -25,9 +25,11 @@ def error(
     png: Annotated[Path | None, typer.Option("--png", help="Write a heat map.")] = None,
 ) -> None:
     """Compare the weights of two files of one model: relative RMSE and signal to noise, the worst tensors first."""
-    from ..file import GGUFFile
+    from ..file import GGUFFile, folder_of
     from ..measure.weights import together, weight_errors
 
+    if png is not None:
+        folder_of(png)
     with GGUFFile(find_model(model_a, "f32")) as a, GGUFFile(find_model(model_b)) as b:
         with conversion_progress() as progress:
             errors = weight_errors(a, b, progress)

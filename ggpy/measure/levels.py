@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Error
-from ..file import GGUFFile, writing_aside
+from ..file import GGUFFile, read_text, writing_aside
 from ..generate.model import Model
 from ..quantize import quantize_model
 from ..quantize.mixes import file_type
@@ -151,8 +151,8 @@ def compare_levels(
     GGUFError
         The model or the importance matrix is damaged.
     Error
-        The importance matrix is another model's, or a type needs one: nothing was done then. Or a measurement failed; what
-        was measured before is kept.
+        The importance matrix is another model's, a type needs one, or the text isn't UTF-8: nothing was done then. Or a
+        measurement failed; what was measured before is kept.
     """
     types = list(dict.fromkeys(file_type(t) for t in types))
     if not types:
@@ -162,6 +162,7 @@ def compare_levels(
     files = {t: folder / f"{name}-{t.lower()}.gguf" for t in types}
     for t, path in files.items():
         quantize_model(base, path, t, imatrix=imatrix, dry_run=True)  # what can't be made is refused before the first level
+    read_text(text)
     state = base.stat()
     settings = {
         "format": _FORMAT,
@@ -301,7 +302,7 @@ def measure_level(
             chunks = opened.tokens
         else:
             assert text is not None
-            ids = model.tokenize(Path(text).read_text(encoding="utf-8"), special=False)
+            ids = model.tokenize(read_text(text), special=False)
             chunks = chunks_of(ids, n_ctx, n_chunks)
 
         def running(sofar: Perplexity) -> None:
