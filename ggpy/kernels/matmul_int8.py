@@ -11,6 +11,7 @@ from ..simd.vector import (
     dots_signed,
     fma,
     get_range,
+    keep_order,
     ld_f32,
     ld_i32,
     load_f32,
@@ -66,6 +67,7 @@ def _define(name):
         # Few at a time: more misses than the processor can track would be dropped.
         for line in range(0, share_of_emit, 64):
             prefetch_once(soon + share_of_emit * j + line)
+        keep_order()
         if group == 32:
             a = splat_i32(i32(0))
             if has_bias:
@@ -90,6 +92,7 @@ def _define(name):
         to = scratch + _UNPACKED * j
         for line in range(0, share_of_emit, 64):
             prefetch(soon + share_of_emit * j + line)
+        keep_order()
         store(to, w)
         store(to + 8 * _V, s0)
         if group == 16:

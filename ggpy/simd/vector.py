@@ -613,6 +613,17 @@ prefetch = _prefetcher(2, "Asks for the cache line at `address`, into the second
 prefetch_once = _prefetcher(0, "Asks for the cache line at `address`, into the first level, to be used once; never faults.")
 
 
+@intrinsic
+def keep_order(tyctx):
+    """Keeps LLVM from moving loads, stores and prefetches past this place, where it would bring them together; no code."""
+
+    def codegen(ctx, b, sig, a):
+        b.fence("seq_cst", targetscope="singlethread")
+        return ctx.get_dummy_value()
+
+    return types.void(), codegen
+
+
 # --- reductions -----------------------------------------------------------------------------------------------------
 
 
