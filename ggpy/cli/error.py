@@ -25,9 +25,11 @@ def error(
     png: Annotated[Path | None, typer.Option("--png", help="Write a heat map.")] = None,
 ) -> None:
     """Compare the weights of two files of one model: relative RMSE and signal to noise, the worst tensors first."""
-    from ..file import GGUFFile
+    from ..file import GGUFFile, folder_of
     from ..measure.weights import together, weight_errors
 
+    if png is not None:
+        folder_of(png)
     with GGUFFile(find_model(model_a, "f32")) as a, GGUFFile(find_model(model_b)) as b:
         with conversion_progress() as progress:
             errors = weight_errors(a, b, progress)
@@ -130,7 +132,7 @@ def heat_map(errors: "list[TensorError]", path: Path) -> None:
         values[layers.index(e.layer), kinds.index(e.kind)] = e.snr if math.isfinite(e.snr) else np.nan
     images = [parts[0].imshow(values, aspect="auto", cmap="magma")]
     parts[0].set_xticks(range(len(kinds)), kinds, rotation=60, ha="right")
-    parts[0].set_title("signal to noise, dB (blank: equal)")
+    parts[0].set_title("signal to noise, dB (blank: equal, or no such tensor)")
     if experts:
         sums = np.zeros((2, len(layers), n_most))
         for e in experts:

@@ -28,10 +28,13 @@ def experts(
     threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Default: physical cores.")] = None,
 ) -> None:
     """Show how often each expert of each layer is chosen, and how balanced that is."""
+    from ..file import folder_of, read_text
     from ..generate.experts import expert_use
 
+    for path in filter(None, (trace, png)):
+        folder_of(path)
     with open_model(model, None, threads) as opened:
-        ids = opened.tokenize(text.read_text(encoding="utf-8"), special=False)[:n]
+        ids = opened.tokenize(read_text(text), special=False)[:n]
         if not ids:
             raise Error(f"{text}: no text")
         use = expert_use(opened, ids)

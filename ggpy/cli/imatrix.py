@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from ..errors import Error
 from .common import open_model
 
 
@@ -21,14 +20,14 @@ def imatrix(
     from rich.console import Console
     from rich.progress import Progress
 
+    from ..file import folder_of, read_text
     from ..measure.importance import measure_importance
     from ..measure.perplexity import chunks_of
     from ..quantize.imatrix import write_imatrix
 
-    if not out.absolute().parent.is_dir():
-        raise Error(f"{out}: there is no folder {out.absolute().parent}")
+    folder_of(out)
     with open_model(model, ctx, threads) as opened:
-        chunks = chunks_of(opened.tokenize(text.read_text(encoding="utf-8"), special=False)[:n], ctx)
+        chunks = chunks_of(opened.tokenize(read_text(text), special=False)[:n], ctx)
         with Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("running the text")
             matrix = measure_importance(

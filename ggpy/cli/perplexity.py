@@ -47,6 +47,7 @@ def perplexity(
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Measure perplexity as llama-perplexity does, and the divergence from a base."""
+    from ..file import read_text
     from ..measure.logits_file import LogitsFile
     from ..measure.perplexity import chunks_of, measure_perplexity
 
@@ -58,7 +59,7 @@ def perplexity(
         opened = stack.enter_context(open_model(model, n_ctx, threads, kv_type=kv_type))
         chunks = base.tokens[:n] if base is not None else None
         if text is not None:
-            ids = opened.tokenize(text.read_text(encoding="utf-8"), special=False)
+            ids = opened.tokenize(read_text(text), special=False)
             chunks = chunks_of(ids, n_ctx, n if chunks is None else len(chunks))
         assert chunks is not None
         progress = stack.enter_context(running_line(len(chunks)))

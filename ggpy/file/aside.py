@@ -10,6 +10,20 @@ from pathlib import Path
 from ..errors import Error
 
 
+def folder_of(path: str | os.PathLike[str]) -> Path:
+    """The folder that a file is to be written into; a symbolic link is followed.
+
+    Raises
+    ------
+    Error
+        It doesn't exist. Worth asking before long work.
+    """
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir():
+        raise Error(f"{path}: there is no folder {folder}")
+    return folder
+
+
 @contextmanager
 def writing_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a path beside `path` to write to; the file is moved to `path` once the block is left without an error.
@@ -32,8 +46,7 @@ def writing_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
         The folder doesn't exist, or `path` is there and isn't a regular file.
     """
     target = Path(os.path.realpath(path))
-    if not target.parent.is_dir():
-        raise Error(f"{path}: there is no folder {target.parent}")
+    folder_of(path)
     if target.exists() and not target.is_file():
         raise Error(f"{path}: not a regular file, won't be overwritten")
     aside = target.with_name(f".{target.name}.{os.urandom(4).hex()}.part")

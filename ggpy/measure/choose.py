@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import Error
-from ..file import GGUFFile
+from ..file import GGUFFile, folder_of, read_text
 from ..generate.model import Model
 from ..graph import default_threads
 from ..kernels.build import Progress, load
@@ -36,7 +36,7 @@ from ..kernels.table import ENCODED, QUANTIZED
 from ..quant import block_type
 from ..quantize import ImportanceMatrix, Override, Plan, encode, quantize_model, read_imatrix
 from ..quantize.mixes import sizes, tensor_types
-from ..quantize.model import new_data
+from ..quantize.model import check_places, new_data
 from .importance import measure_importance
 from .logits_file import LogitsFile
 from .perplexity import chunks_of, measure_perplexity
@@ -144,8 +144,9 @@ def quantize_to_target(
     tell = progress or (lambda done, total, what: None)
     with (
         GGUFFile(source) as file,
-        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=_folder(out)) as folder,
+        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=folder_of(out)) as folder,
     ):
+        check_places(file, out)
         names = _choosable(file, overrides)
         bench = _Bench(file, Path(folder), names, n_threads, kernel_progress)
         fixed = _fixed_bytes(file, names, overrides)
@@ -261,13 +262,6 @@ def _meet(kl: float, options: Mapping[str, Sequence[Option]], attempt: Callable[
     return choice if smallest is tried[-1][0] else attempt(smallest)
 
 
-def _folder(out: Path) -> Path:
-    folder = out.absolute().parent
-    if not folder.is_dir():
-        raise Error(f"{out}: there is no folder {folder}")
-    return folder
-
-
 def _choosable(file: GGUFFile, overrides: Sequence[Override]) -> dict[str, tuple[str, ...]]:
     """The matrices whose types are to be chosen -> what fits their rows."""
     names = [name for name, type in tensor_types(file, "Q8_0").items() if type == "Q8_0"]
@@ -345,7 +339,7 @@ class _Bench:
 
     def prepare(self, text: Path, importance: ImportanceMatrix | None, tell: Callable[[int, int, str], None]) -> None:
         """Makes the copy, and measures what the rest needs of it."""
-        words = text.read_text(encoding="utf-8")
+        words = read_text(text)
         quantize_model(self._file.path, self._copy, "F16", imatrix=importance, n_threads=self._n_threads)
         with GGUFFile(self._copy) as copy:
             tensors = sum(_padded(t.n_bytes, copy) for t in copy.tensors.values())

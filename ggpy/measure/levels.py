@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Error
-from ..file import GGUFFile, writing_aside
+from ..file import GGUFFile, read_text, writing_aside
 from ..generate.model import Model
 from ..quantize import quantize_model
 from ..quantize.mixes import file_type
@@ -151,16 +151,18 @@ def compare_levels(
     GGUFError
         The model or the importance matrix is damaged.
     Error
-        The importance matrix is another model's, or a type needs one: nothing was done then. Or a measurement failed; what
-        was measured before is kept.
+        The importance matrix is another model's, a type needs one, or the text isn't UTF-8: nothing was done then. Or a
+        measurement failed; what was measured before is kept.
     """
     types = list(dict.fromkeys(file_type(t) for t in types))
+    if not types:
+        raise Error("no file types to compare; such are q8_0, q4_k_m")
     base, folder = Path(base), Path(folder)
     tell = progress or (lambda level, state: None)
     files = {t: folder / f"{name}-{t.lower()}.gguf" for t in types}
     for t, path in files.items():
         quantize_model(base, path, t, imatrix=imatrix, dry_run=True)  # what can't be made is refused before the first level
-    folder.mkdir(parents=True, exist_ok=True)
+    read_text(text)
     state = base.stat()
     settings = {
         "format": _FORMAT,
@@ -174,6 +176,7 @@ def compare_levels(
         "n_decode": _DECODE,
     }
     used = {"imatrix": imatrix and str(imatrix), "imatrix_sha256": imatrix and _sha256(imatrix)}
+    folder.mkdir(parents=True, exist_ok=True)
     of = {"base": settings} | dict.fromkeys(types, settings | used)
     results = {t: folder / f"{name}-{t.lower()}.json" for t in of}
     found = {t: level for t, path in results.items() if (level := _read_result(path, of[t])) is not None}
@@ -299,7 +302,7 @@ def measure_level(
             chunks = opened.tokens
         else:
             assert text is not None
-            ids = model.tokenize(Path(text).read_text(encoding="utf-8"), special=False)
+            ids = model.tokenize(read_text(text), special=False)
             chunks = chunks_of(ids, n_ctx, n_chunks)
 
         def running(sofar: Perplexity) -> None:

@@ -121,9 +121,9 @@ def plot(comparison: Comparison) -> bytes:
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>body{{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem}}
+<style>body{{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:80rem;padding:0 1rem}}
 table{{border-collapse:collapse}}td,th{{padding:.25rem .7rem;text-align:right;border-bottom:1px solid #ddd}}
-td:first-child,th:first-child{{text-align:left}}tr.front{{background:#fdecea}}img{{max-width:100%}}</style>
+td:first-child,th:first-child{{text-align:left}}td{{white-space:nowrap}}tr.front{{background:#fdecea}}img{{max-width:100%}}</style>
 <h1>{title}</h1>
 <table><tr>{head}</tr>
 {rows}

@@ -32,6 +32,8 @@ class ImportanceMatrix:
         The texts.
     n_chunks, chunk_size : int
         How many pieces of text, and tokens of a piece.
+    path : str
+        The file that it was read from; empty if it was measured.
     """
 
     sums: dict[str, np.ndarray]
@@ -39,6 +41,7 @@ class ImportanceMatrix:
     datasets: list[str] = field(default_factory=list)
     n_chunks: int = 0
     chunk_size: int = 0
+    path: str = ""
 
     def weights(self, name: str) -> np.ndarray:
         """Mean squared activations, float32 (n_matrices, n_cols).
@@ -84,7 +87,8 @@ def read_imatrix(path: str | os.PathLike[str]) -> ImportanceMatrix:
             sums[name] = parts[0].reshape(counts[name].size, -1)
         datasets = list(file.metadata.get("imatrix.datasets", ()))
         n_chunks = file.get("imatrix.chunk_count", int, 0)
-        return ImportanceMatrix(sums, counts, datasets, n_chunks, file.get("imatrix.chunk_size", int, 0))
+        chunk_size = file.get("imatrix.chunk_size", int, 0)
+        return ImportanceMatrix(sums, counts, datasets, n_chunks, chunk_size, str(path))
 
 
 def write_imatrix(path: str | os.PathLike[str], matrix: ImportanceMatrix) -> None:

@@ -134,22 +134,22 @@ def quantize_model(
         A file is damaged.
     Error
         The importance matrix is another model's or is needed and not given; a value isn't finite or is too large; the file
-        can't be written. Nothing is left of it then.
+        can't be written, or is the model itself. Nothing is left of it then.
     """
     type = file_type(type)
     with GGUFFile(source) as file:
-        if imatrix is None or isinstance(imatrix, ImportanceMatrix):
-            importance, origin = imatrix, ""
-        else:
-            importance, origin = read_imatrix(imatrix), str(imatrix)
+        if not (imatrix is None or isinstance(imatrix, ImportanceMatrix)):
+            imatrix = read_imatrix(imatrix)
+        importance = imatrix
         plan = _plan(file, Path(out), type, importance, tuple(overrides))
+        parts = _parts(file, plan) if keep_split else [(plan.path, plan.steps)]
+        check_places(file, *(path for path, _ in parts))
         if importance is not None:
-            _check_importance(file, importance, origin or "measured")
+            _check_importance(file, importance)
         _check_types(file, plan, importance)
         if not dry_run:
             load([f"encode_{name}" for name in ENCODED if any(_is_encoded(s, name) for s in plan.steps)], kernel_progress)
-            entries = {} if importance is None else _entries(importance, origin)
-            parts = _parts(file, plan) if keep_split else [(plan.path, plan.steps)]
+            entries = {} if importance is None else _entries(importance)
             _write(file, plan, parts, importance, entries, n_threads or default_threads(), progress)
     return plan
 
@@ -172,8 +172,23 @@ def _plan(
     return Plan(out, type, steps, missing)
 
 
-def _check_importance(file: GGUFFile, importance: ImportanceMatrix, path: str) -> None:
+def check_places(file: GGUFFile, *paths: Path) -> None:
+    """Refuses to write over the model.
+
+    Raises
+    ------
+    Error
+        One of the paths is one of its files.
+    """
+    old = {path.resolve() for path in (Path(file.path), *(tensor.path for tensor in file.tensors.values()))}
+    for path in paths:
+        if path.resolve() in old:
+            raise Error(f"{path}: is the model that is to be quantized; name another file")
+
+
+def _check_importance(file: GGUFFile, importance: ImportanceMatrix) -> None:
     """Whether the matrix is this model's: its names are there, and have its columns."""
+    path = importance.path or "measured"
     shared = [name for name in importance.sums if name in file.tensors]
     if not shared:
         raise Error(f"{path}: the importance matrix of another model: it has none of {file.path}'s tensors")
@@ -203,10 +218,10 @@ def _check_types(file: GGUFFile, plan: Plan, importance: ImportanceMatrix | None
             raise Error(f"{step.name}: {plan.type} is useless without an importance matrix (--imatrix) for this tensor")
 
 
-def _entries(importance: ImportanceMatrix, path: str) -> dict[str, str | int]:
-    """The metadata that say which importance matrix was used, as llama-quantize writes them; no path: it was no file."""
+def _entries(importance: ImportanceMatrix) -> dict[str, str | int]:
+    """The metadata that say which importance matrix was used, as llama-quantize writes them."""
     datasets = {"quantize.imatrix.dataset": importance.datasets[0]} if importance.datasets else {}
-    file = {"quantize.imatrix.file": path} if path else {}
+    file = {"quantize.imatrix.file": importance.path} if importance.path else {}
     return {
         **file,
         **datasets,

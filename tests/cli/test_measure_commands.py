@@ -76,6 +76,28 @@ def test_imatrix_tells_of_experts_that_no_token_chose(capsys, tmp_path, folder):
     assert code == 0 and unseen >= 2 * 2 * 3 and f"{unseen} experts' matrices" in err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("perplexity", "{f}/f32.gguf", "{text}"),
+        ("imatrix", "{f}/f32.gguf", "{text}", "-o", "{t}/i.gguf"),
+        ("compare", "{f}/f32.gguf", "--text", "{text}", "--types", "q4_0", "--out", "{t}/levels"),
+        ("quantize", "{f}/f32.gguf", "{t}/q.gguf", "--target-size", "1M", "--text", "{text}"),
+        ("experts", "{f}/f32.gguf", "--text", "{text}"),
+    ],
+)
+def test_what_is_no_text_is_refused_in_one_line(folder, capsys, tmp_path, arguments):
+    text = tmp_path / "latin-1.txt"
+    text.write_bytes("Er las die Sätze".encode("latin-1"))
+    arguments = [a.format(f=folder, t=tmp_path, text=text) for a in arguments]
+    for content, message in ((True, "isn't text in UTF-8: invalid continuation byte at byte 12"), (False, "No such file")):
+        if not content:
+            text.unlink()
+        code, _, err = call(capsys, *arguments)
+        assert code == 1 and err.strip().splitlines()[-1].startswith(f"ggpy: {text}: {message}")
+        assert [p.name for p in tmp_path.iterdir()] == [text.name] * content
+
+
 def test_imatrix_needs_the_folder_before_it_runs(folder, capsys, tmp_path):
     code, _, err = call(capsys, "imatrix", folder / "f32.gguf", folder / "text.txt", "-o", tmp_path / "no" / "i.gguf")
     assert code == 1 and "there is no folder" in err
@@ -92,6 +114,8 @@ def test_error_lists_the_worst_tensors_first(folder, capsys, tmp_path):
     code, out, _ = call(capsys, *arguments, "-n", 2, "--png", tmp_path / "heat.png")
     assert code == 0 and facts["tensors"][0]["name"] in out and facts["tensors"][2]["name"] not in out
     assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
+    code, out, err = call(capsys, *arguments, "--png", tmp_path / "no" / "heat.png")
+    assert code == 1 and "there is no folder" in err and not out
 
 
 def test_error_draws_experts_apart(capsys, tmp_path):

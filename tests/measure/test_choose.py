@@ -4,6 +4,7 @@ import itertools
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from ggpy.kernels.table import FLOAT, QUANTIZED
 from ggpy.measure.choose import CANDIDATES, Option, cheapest, quantize_to_target
 from ggpy.measure.logits_file import LogitsFile
 from ggpy.measure.perplexity import chunks_of, measure_perplexity
-from ggpy.quantize import quantize_model
+from ggpy.quantize import ImportanceMatrix, quantize_model, write_imatrix
 from tests.cli.test_cli import call
 
 from .conftest import TEXT
@@ -132,6 +133,13 @@ def test_impossible_targets_are_refused(files, text, tmp_path):
         quantize_to_target(files[0], out, text, size=BELOW_Q4_0, n_threads=2)
     with pytest.raises(Error, match="no mix of types was found with a divergence of 1e-12; the best has"):
         quantize_to_target(files[0], out, text, kl=1e-12, n_threads=2)
+    with pytest.raises(Error, match="is the model that is to be quantized"):
+        quantize_to_target(files[0], files[0], text, size=q8_0_bytes(files), n_threads=2)
+    other = tmp_path / "other.gguf"
+    write_imatrix(other, ImportanceMatrix({"layers.0.q": np.ones((1, 64))}, {"layers.0.q": np.ones(1)}))
+    with pytest.raises(Error, match=r"other.gguf: the importance matrix of another model"):
+        quantize_to_target(files[0], out, text, size=q8_0_bytes(files), imatrix=other, n_threads=2)
+    other.unlink()
     short = tmp_path / "short.txt"
     short.write_text("the hand")
     with pytest.raises(Error, match="too few for one chunk of 256"):

@@ -96,6 +96,10 @@ def test_a_stopped_run_goes_on_where_it_was(files, tmp_path):
 def test_unknown_types_are_refused_before_anything_is_done(files, tmp_path):
     with pytest.raises(UnsupportedError, match="Q4_K_M"):
         compare_levels(files[0], "tiny", ["q8_0", "q9"], TEXT, tmp_path / "new", **OPTIONS)
+    with pytest.raises(Error, match="no file types"):
+        compare_levels(files[0], "tiny", [], TEXT, tmp_path / "new", **OPTIONS)
+    with pytest.raises(OSError, match="nowhere"):
+        compare_levels(files[0], "tiny", ["q8_0"], tmp_path / "nowhere", tmp_path / "new", **OPTIONS)
     assert not (tmp_path / "new").exists()
 
 

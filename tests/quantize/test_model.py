@@ -152,14 +152,12 @@ def test_a_split_model_becomes_one_file(source, tmp_path):
         assert all(np.array_equal(t.data, whole.tensors[n].data) for n, t in kept.tensors.items())
 
 
-def test_a_copy_in_place_keeps_every_byte_of_the_tensors(source):
-    quantize_model(source, source, "Q5_K_S")
-    with GGUFFile(source) as file:
-        before = {name: bytes(tensor.data) for name, tensor in file.tensors.items()}
-    plan = quantize_model(source, source, "copy")
-    with GGUFFile(source) as file:
-        assert {name: bytes(tensor.data) for name, tensor in file.tensors.items()} == before
-        assert file.metadata["general.file_type"] == FILE_TYPES["Q5_K_S"].id
+def test_a_copy_keeps_every_byte_of_the_tensors(source, tmp_path):
+    quantize_model(source, tmp_path / "q.gguf", "Q5_K_S")
+    plan = quantize_model(tmp_path / "q.gguf", tmp_path / "copy.gguf", "copy")
+    with GGUFFile(tmp_path / "q.gguf") as old, GGUFFile(tmp_path / "copy.gguf") as new:
+        assert {n: bytes(t.data) for n, t in new.tensors.items()} == {n: bytes(t.data) for n, t in old.tensors.items()}
+        assert new.metadata["general.file_type"] == FILE_TYPES["Q5_K_S"].id
     assert plan.decoded_again == ()
 
 
@@ -274,6 +272,19 @@ def test_a_full_disk_is_seen_before_and_while_writing(source, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(model, "_pad", full)
         refused(tmp_path, "no space left after .* nothing was kept", source, "Q8_0")
+
+
+def test_the_model_itself_is_not_written_over(source, tmp_path):
+    before = source.read_bytes()
+    for out in (source, tmp_path / "folder" / ".." / source.name):
+        with pytest.raises(Error, match=r"in.gguf: is the model that is to be quantized"):
+            quantize_model(source, out, "Q4_0")
+    split = tmp_path / "in-00001-of-00001.gguf"
+    split.write_bytes(before)
+    with pytest.raises(Error, match=r"in-00001-of-00001.gguf: is the model"):
+        quantize_model(split, source, "Q4_0", keep_split=True)
+    assert source.read_bytes() == split.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in-00001-of-00001.gguf", "in.gguf"]
 
 
 def test_an_interrupted_run_leaves_nothing(source, tmp_path):
