@@ -88,9 +88,9 @@ SCORES_PER_ITEM = max(ROWS_PER_ITEM * SLAB, HEADS_PER_ITEM * KEYS_PER_ITEM)
 
 
 def attention_scratch(head_dim: int, head_dim_v: int) -> int:
-    """Bytes that each thread needs in attention; see `attention`. Rows: queries, sums of values, scores, maximum and sum;
-    then a block of keys or values."""
-    rows = ROWS_PER_ITEM * (head_dim + head_dim_v + 2) + SCORES_PER_ITEM
+    """Bytes that each thread needs in attention; see `attention`. Rows: queries, sums of values, maximum, sums of weights,
+    scores; then a slab of keys or values, or scaled weights."""
+    rows = ROWS_PER_ITEM * (head_dim + head_dim_v + 17) + SCORES_PER_ITEM
     return 4 * (rows + max(SCORES_PER_ITEM, SLAB * max(head_dim, head_dim_v)))
 
 
