@@ -76,7 +76,7 @@ def activation_bytes(n_cols: int) -> int:
 MOST_EXPERTS = 1024
 #: heads that one work item of attention takes at most, and its most rows: queries of a token and a head
 HEADS_PER_ITEM = 16
-ROWS_PER_ITEM = 48
+ROWS_PER_ITEM = 96
 #: types that the KV cache can have
 KV_TYPES = ("F16", "Q8_0", "F32")
 #: keys that one work item of single-token attention takes; its results are merged in order, whatever the threads
