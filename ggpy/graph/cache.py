@@ -94,10 +94,14 @@ def _quantize(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values.reshape(*x.shape[:-1], -1)[..., :n], scales
 
 
+def _has_scales(slabs: np.ndarray) -> bool:
+    return "scales" in (slabs.dtype.names or ())
+
+
 def _put(slabs: np.ndarray, position: int, x: np.ndarray, by_rows: bool) -> None:
     """Stores one position's values, (n,) or (n_head_kv, n), in slabs (n_ctx / SLAB,) or (n_head_kv, n_ctx / SLAB)."""
     here = slabs[..., position // SLAB]
-    if "scales" in slabs.dtype.names:
+    if _has_scales(slabs):
         x, here["scales"][..., position % SLAB] = _quantize(x)
     values = here["values"]
     (values if by_rows else values.swapaxes(-1, -2))[..., position % SLAB, :] = x
@@ -107,7 +111,7 @@ def _rows(slabs: np.ndarray, by_rows: bool) -> np.ndarray:
     """All positions' values as float32, (n_ctx, n) or (n_head_kv, n_ctx, n)."""
     values = slabs["values"].astype(np.float32)
     values = values if by_rows else values.swapaxes(-1, -2)  # (…, n_ctx / SLAB, SLAB, n)
-    if "scales" in slabs.dtype.names:
+    if _has_scales(slabs):
         scales = slabs["scales"].astype(np.float32).swapaxes(-1, -2)
         values = values * np.repeat(scales, _BLOCK, -1)[..., : values.shape[-1]]
     return values.reshape(*values.shape[:-3], -1, values.shape[-1])

@@ -16,6 +16,7 @@ in units of log2: queries are multiplied by `scale` and log2(e) as they are coll
 
 from ..simd.vector import (
     LANES,
+    any_less,
     copy_bytes,
     fma,
     fma_grid,
@@ -47,8 +48,8 @@ LOG2_E = f32(1.4426950408889634)
 ROWS = 4  # of a register tile
 _V = 4 * LANES
 _LOWEST = f32(-3e38)
-_LINE, _LONG_LINE = 4 * SLAB, 4 * KEYS_PER_ITEM  # bytes of a row's scores
-_BLOCK_VECTORS = SLAB // LANES
+LINE = 4 * SLAB  # bytes of a row's scores of a slab
+_SLAB_VECTORS = SLAB // LANES
 
 
 def _grid_product(rows, vectors):
@@ -98,19 +99,19 @@ def unpacked_products(unpack_keys, unpack_values):
     def set_scores(q, n_rows, keys, slab_bytes, head_dim, n, scores, room, after):
         """scores = q k for n keys, one or more whole slabs."""
         unpack_keys(keys, head_dim, room)
-        fill_zero(scores, _LINE * padded_rows(n_rows))
+        fill_zero(scores, LINE * padded_rows(n_rows))
         add_product(q, 4 * head_dim, n_rows, room, head_dim, SLAB, scores)
 
     @function
     def add_values(weights, n_rows, values, slab_bytes, width, n, head_dim_v, o, room, after):
         """o += weights v for n positions and the first head_dim_v of their `width` values."""
         unpack_values(values, width, n, head_dim_v, room)
-        add_product(weights, _LINE, n_rows, room, n, head_dim_v, o)
+        add_product(weights, LINE, n_rows, room, n, head_dim_v, o)
 
     return set_scores, add_values
 
 
-def direct_products(kv):
+def direct_products(kv, line_bytes):
     """The same products without `room` for unpacked values, for keys in the lanes."""
     size, load_tile, scaled_scores, scaled_weights = kv.size, kv.load_tile, kv.scaled_scores, kv.scaled_weights
     columns = 2 * LANES  # of a tile of values
@@ -130,7 +131,7 @@ def direct_products(kv):
                         tile = load_tile(slab + size * (SLAB * d + k), size * LANES, VECTORS)
                         part = fma_grid(part, q + 4 * d, 4 * head_dim, tile)
                     total = total + scaled_scores(part, slab, head_dim, b, k)
-                store_grid(scores + 4 * k, _LONG_LINE, total, VECTORS)
+                store_grid(scores + 4 * k, line_bytes, total, VECTORS)
 
         return scores_of
 
@@ -156,7 +157,7 @@ def direct_products(kv):
         for k in range(0, n, SLAB):
             slab = keys + slab_bytes * (k // SLAB)
             for r in range(0, n_rows, ROWS):
-                to, ahead = scores + _LONG_LINE * r + 4 * k, slab + slab_bytes if k + SLAB < n else after
+                to, ahead = scores + line_bytes * r + 4 * k, slab + slab_bytes if k + SLAB < n else after
                 if n_rows - r > 1:
                     scores_of_tile(q + 4 * head_dim * r, slab, head_dim, to, ahead)
                 else:
@@ -169,7 +170,7 @@ def direct_products(kv):
             slab, left = values + slab_bytes * (k // SLAB), min(SLAB, n - k)
             ahead = slab + slab_bytes if k + SLAB < n else after
             for b in range(0, head_dim_v, 32):
-                line, step = scaled_weights(weights + 4 * k, _LONG_LINE, padded, slab, width, b, room, _LINE)
+                line, step = scaled_weights(weights + 4 * k, line_bytes, padded, slab, width, b, room, LINE)
                 for r in range(0, n_rows, ROWS):
                     at, d, end = line + step * r, b, min(b + 32, head_dim_v)
                     while d < end:
@@ -209,55 +210,61 @@ def copy_scaled(to, x, n, factor):
 
 @function
 def rows_of(work, head_dim, head_dim_v):
-    """Where in an item's memory (`table.attention_scratch`) things are: queries, sums of values, maxima and sums."""
+    """Where in an item's memory (`table.attention_scratch`) things are.
+
+    By rows: the sums of values, their maxima (a float32), the sums of weights (a vector). The queries stand at `work`.
+    """
     o = work + 4 * ROWS_PER_ITEM * head_dim
-    stats = o + 4 * ROWS_PER_ITEM * head_dim_v
-    return work, o, stats
+    maxima = o + 4 * ROWS_PER_ITEM * head_dim_v
+    return o, maxima, maxima + 4 * ROWS_PER_ITEM
 
 
 @function
 def start_rows(work, n_rows, head_dim, head_dim_v):
     """Makes rows ready for `attend`; their queries are collected by the caller."""
-    q, o, stats = rows_of(work, head_dim, head_dim_v)
+    o, maxima, sums = rows_of(work, head_dim, head_dim_v)
     for r in range(n_rows):
-        st_f32(stats + 8 * r, _LOWEST)
-        st_f32(stats + 8 * r + 4, f32(0.0))
-    fill_zero(q + 4 * head_dim * n_rows, 4 * head_dim * (padded_rows(n_rows) - n_rows))
+        st_f32(maxima + 4 * r, _LOWEST)
+    fill_zero(sums, 64 * n_rows)
+    fill_zero(work + 4 * head_dim * n_rows, 4 * head_dim * (padded_rows(n_rows) - n_rows))
     fill_zero(o, 4 * head_dim_v * padded_rows(n_rows))
 
 
 @function
-def _soften(line, n, seen, o, head_dim_v, stats):
-    """A row's n scores (a multiple of SLAB) to weights 2^(score - maximum), zero from the position `seen` on.
+def _hide(line, n, seen):
+    """Takes the scores from `seen` on out of the n of a row."""
+    for k in range(0, n, LANES):
+        s = load_f32(line + 4 * k)
+        s = where_less(lane_numbers() + splat_i32(i32(k)), splat_i32(i32(seen)), s, splat_f32(_LOWEST))
+        store(line + 4 * k, s)
 
-    The row's maximum and sum are brought up to date, and what it has so far is scaled to match.
-    """
+
+@function
+def _raise_maximum(best, maximum_at, sums, o, head_dim_v):
+    """Makes the largest lane of `best` the maximum of a row, and scales what the row has so far to match."""
+    now = max_f32(best)
+    shrink = exp2(splat_f32(ld_f32(maximum_at) - now))
+    st_f32(maximum_at, now)
+    store(sums, load_f32(sums) * shrink)
+    for d in range(0, 4 * head_dim_v, _V):
+        store(o + d, load_f32(o + d) * shrink)
+
+
+@function
+def _soften(line, n, maximum_at, sums, o, head_dim_v):
+    """A row's n scores (a multiple of SLAB) to weights 2^(score - maximum)."""
     best = splat_f32(_LOWEST)
-    for b in range(0, n, SLAB):
-        at = line + 4 * b
-        if seen - b < SLAB:
-            for k in range(0, SLAB, LANES):
-                s = load_f32(at + 4 * k)
-                s = where_less(lane_numbers() + splat_i32(i32(b + k)), splat_i32(i32(seen)), s, splat_f32(_LOWEST))
-                store(at + 4 * k, s)
-        best = maximum(best, fold_max(load_tile_f32(at, _V, _BLOCK_VECTORS)))
-    before = ld_f32(stats)
-    now = max(before, max_f32(best))
-    sums = splat_f32(f32(0.0))
-    for b in range(0, 4 * n, 4 * SLAB):
-        weights = exp2(load_tile_f32(line + b, _V, _BLOCK_VECTORS) - splat_f32(now))
-        store(line + b, weights)
-        sums = sums + fold_add_f32(weights)
-    total = sum_f32(sums)
-    if now > before:
-        shrink = max_f32(exp2(splat_f32(before - now)))
-        st_f32(stats, now)
-        total = ld_f32(stats + 4) * shrink + total
-        for d in range(0, 4 * head_dim_v, _V):
-            store(o + d, load_f32(o + d) * splat_f32(shrink))
-    else:
-        total = ld_f32(stats + 4) + total
-    st_f32(stats + 4, total)
+    for k in range(0, 4 * n, 4 * SLAB):
+        best = maximum(best, fold_max(load_tile_f32(line + k, _V, _SLAB_VECTORS)))
+    # Mostly not: nothing is summed or compared across lanes.
+    if any_less(splat_f32(ld_f32(maximum_at)), best):
+        _raise_maximum(best, maximum_at, sums, o, head_dim_v)
+    top, total = splat_f32(ld_f32(maximum_at)), load_f32(sums)
+    for k in range(0, 4 * n, 4 * SLAB):
+        weights = exp2(load_tile_f32(line + k, _V, _SLAB_VECTORS) - top)
+        store(line + k, weights)
+        total = total + fold_add_f32(weights)
+    store(sums, total)
 
 
 def attention_over(slab_bytes, block, products):
@@ -266,29 +273,35 @@ def attention_over(slab_bytes, block, products):
     line_bytes = 4 * block
 
     @function
-    def attend(work, n_rows, per_token, n_seen, keys, values, n, head_dim, head_dim_v, width_v, after):
-        """Adds n keys and values to what the rows have.
+    def attend(work, n_tokens, n_heads, n_seen, keys, values, n, head_dim, head_dim_v, width_v, after):
+        """Adds n keys and values to what the rows, n_heads for each token, have.
 
-        Row r may see n_seen + r // per_token of them. `keys` and `values` are the addresses of slabs of head_dim and
-        width_v values, of which the first head_dim_v are taken; `after` is what will be read next.
+        The first token may see n_seen of them, and each token one more than the one before. `keys` and `values` are the
+        addresses of slabs of head_dim and width_v values, of which the first head_dim_v are taken; `after` is what will be
+        read next.
         """
-        q, o, stats = rows_of(work, head_dim, head_dim_v)
-        scores = stats + 8 * ROWS_PER_ITEM
+        o, maxima, sums = rows_of(work, head_dim, head_dim_v)
+        scores = sums + 64 * ROWS_PER_ITEM
         room = scores + 4 * SCORES_PER_ITEM
-        key_bytes, value_bytes = slab_bytes(head_dim), slab_bytes(width_v)
+        key_bytes, value_bytes, n_rows = slab_bytes(head_dim), slab_bytes(width_v), n_tokens * n_heads
         for b in range(0, n, block):
             left = min(block, n - b)
             # Positions past the last are within the cache, whose length is a multiple of SLAB.
             padded = (left + SLAB - 1) // SLAB * SLAB
             at = values + value_bytes * (b // SLAB)
-            set_scores(q, n_rows, keys + key_bytes * (b // SLAB), key_bytes, head_dim, padded, scores, room, at)
-            for r in range(n_rows):
-                seen, line = n_seen + r // per_token - b, scores + line_bytes * r
-                if seen > 0:
-                    _soften(line, padded, seen, o + 4 * head_dim_v * r, head_dim_v, stats + 8 * r)
-                else:
-                    fill_zero(line, line_bytes)
-            add_values(scores, n_rows, at, value_bytes, width_v, left, head_dim_v, o, room, after)
+            upcoming = keys + key_bytes * ((b + block) // SLAB) if b + block < n else after
+            set_scores(work, n_rows, keys + key_bytes * (b // SLAB), key_bytes, head_dim, padded, scores, room, at)
+            for t in range(n_tokens):
+                seen = n_seen + t - b
+                for r in range(t * n_heads, t * n_heads + n_heads):
+                    line = scores + line_bytes * r
+                    if seen <= 0:
+                        fill_zero(line, line_bytes)
+                        continue
+                    if seen < padded:
+                        _hide(line, padded, seen)
+                    _soften(line, padded, maxima + 4 * r, sums + 64 * r, o + 4 * head_dim_v * r, head_dim_v)
+            add_values(scores, n_rows, at, value_bytes, width_v, left, head_dim_v, o, room, upcoming)
 
     return attend
 
@@ -296,19 +309,20 @@ def attention_over(slab_bytes, block, products):
 @function
 def put_part(work, n_rows, head_dim, head_dim_v, to):
     """What rows have of some keys, to `partial`: a row of head_dim_v + 16 values, maximum and sum first."""
-    _, o, stats = rows_of(work, head_dim, head_dim_v)
+    o, maxima, sums = rows_of(work, head_dim, head_dim_v)
     row = 4 * (head_dim_v + 16)
     for r in range(n_rows):
-        copy_bytes(to + row * r, stats + 8 * r, 8)
+        st_f32(to + row * r, ld_f32(maxima + 4 * r))
+        st_f32(to + row * r + 4, sum_f32(load_f32(sums + 64 * r)))
         copy_bytes(to + row * r + 64, o + 4 * head_dim_v * r, 4 * head_dim_v)
 
 
 @function
 def put_result(work, first, n_rows, head_dim, head_dim_v, to):
     """What rows have of all keys, as results."""
-    _, o, stats = rows_of(work, head_dim, head_dim_v)
+    o, _, sums = rows_of(work, head_dim, head_dim_v)
     for r in range(first, first + n_rows):
-        total = splat_f32(ld_f32(stats + 8 * r + 4))
+        total = splat_f32(sum_f32(load_f32(sums + 64 * r)))
         for d in range(0, 4 * head_dim_v, _V):
             store(to + 4 * head_dim_v * (r - first) + d, load_f32(o + 4 * head_dim_v * r + d) / total)
 
@@ -346,7 +360,7 @@ def attention_merge(ith, nth, partial, out, state, n_head, head_dim):
 
 def _define(name, kv):
     slab_bytes, put_lane, put_row = kv.slab_bytes, kv.put_lane, kv.put_row
-    attend_one = attention_over(slab_bytes, KEYS_PER_ITEM, direct_products(kv))
+    attend_one = attention_over(slab_bytes, KEYS_PER_ITEM, direct_products(kv, 4 * KEYS_PER_ITEM))
     attend_many = attention_over(slab_bytes, SLAB, unpacked_products(kv.unpack_lanes, kv.unpack_rows))
 
     def define_store(part, put):
@@ -400,7 +414,7 @@ def _define(name, kv):
             after = (following // n_parts // n_splits * n_ctx + following % n_parts * KEYS_PER_ITEM) // SLAB
             attend_one(
                 work,
-                n,
+                1,
                 n,
                 n_keys,
                 k_cache + key_bytes * slab,
@@ -454,7 +468,7 @@ def _define(name, kv):
             slab = kv * n_ctx // SLAB
             keys, values = k_cache + slab_bytes(head_dim) * slab, v_cache + slab_bytes(head_dim_v) * slab
             seen, v = n_past + t + 1, head_dim_v
-            attend_many(work, n * n_heads, n_heads, seen, keys, values, seen + n - 1, head_dim, v, v, keys)
+            attend_many(work, n, n_heads, seen, keys, values, seen + n - 1, head_dim, v, v, keys)
             for i in range(n):
                 to = out + 4 * head_dim_v * (n_head * (t + i) + h)
                 put_result(work, n_heads * i, n_heads, head_dim, head_dim_v, to)

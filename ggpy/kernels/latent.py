@@ -7,9 +7,11 @@ and (n_tokens, n_head, n_rot). Keys are transposed to the lanes as they are unpa
 
 from ..simd.vector import copy_bytes
 from .attention import (
+    LINE,
     LOG2_E,
     attention_over,
     copy_scaled,
+    direct_products,
     put_part,
     put_result,
     start_rows,
@@ -33,7 +35,10 @@ def collect(work, q_latent, q_rot, n_heads, n_latent, n_rot, scale):
 
 def _define(name, kv):
     slab_bytes, put_row = kv.slab_bytes, kv.put_row
-    attend = attention_over(slab_bytes, SLAB, unpacked_products(kv.unpack_transposed, kv.unpack_rows))
+    products = unpacked_products(kv.unpack_transposed, kv.unpack_rows)
+    attend_many = attention_over(slab_bytes, SLAB, products)
+    # The values of a slab are near when its keys have been unpacked.
+    attend_one = attention_over(slab_bytes, SLAB, (products[0], direct_products(kv, LINE)[1]))
 
     @kernel(f"store_latent_{name}")
     def store_latent(ith, nth, latent, k_rot, cache, scratch, scratch_stride, state, n_latent, n_rot):
@@ -55,10 +60,9 @@ def _define(name, kv):
         n_parts = (n_kv + KEYS_PER_ITEM - 1) // KEYS_PER_ITEM
         n_splits = (n_head + HEADS_PER_ITEM - 1) // HEADS_PER_ITEM
         work = scratch + ith * scratch_stride
-        while True:
-            item = next_item(counter)
-            if item >= n_parts * n_splits:
-                break
+        item = next_item(counter)
+        while item < n_parts * n_splits:
+            following = next_item(counter)
             part, h = item // n_splits, item % n_splits * HEADS_PER_ITEM
             n = min(HEADS_PER_ITEM, n_head - h)
             start_rows(work, n, width, n_latent)
@@ -66,8 +70,10 @@ def _define(name, kv):
             first = part * KEYS_PER_ITEM
             n_keys = min(KEYS_PER_ITEM, n_kv - first)
             rows = cache + slab_bytes(width) * (first // SLAB)
-            attend(work, n, n, n_keys, rows, rows, n_keys, width, n_latent, width, 0)
+            after = cache + slab_bytes(width) * (following // n_splits * KEYS_PER_ITEM // SLAB)
+            attend_one(work, 1, n, n_keys, rows, rows, n_keys, width, n_latent, width, after)
             put_part(work, n, width, n_latent, partial + 4 * (n_latent + 16) * (part * n_head + h))
+            item = following
 
     @kernel(f"latent_attention_many_{name}")
     def latent_attention_many(
@@ -89,7 +95,7 @@ def _define(name, kv):
                 head, rows = n_head * (t + i) + h, work + 4 * width * n_heads * i
                 collect(rows, q_latent + 4 * n_latent * head, q_rot + 4 * n_rot * head, n_heads, n_latent, n_rot, scale)
             seen = n_past + t + 1
-            attend(work, n * n_heads, n_heads, seen, cache, cache, seen + n - 1, width, n_latent, width, 0)
+            attend_many(work, n, n_heads, seen, cache, cache, seen + n - 1, width, n_latent, width, 0)
             for i in range(n):
                 to = out + 4 * n_latent * (n_head * (t + i) + h)
                 put_result(work, n_heads * i, n_heads, width, n_latent, to)

@@ -80,7 +80,7 @@ def activation_bytes(n_cols: int) -> int:
 MOST_EXPERTS = 1024
 #: heads that one work item of attention takes at most, and its most rows: queries of a token and a head
 HEADS_PER_ITEM = 16
-ROWS_PER_ITEM = 48
+ROWS_PER_ITEM = 96
 #: types that the KV cache can have
 KV_TYPES = ("F16", "Q8_0", "F32")
 #: keys that one work item of single-token attention takes; its results are merged in order, whatever the threads
@@ -92,9 +92,9 @@ SCORES_PER_ITEM = max(ROWS_PER_ITEM * SLAB, HEADS_PER_ITEM * KEYS_PER_ITEM)
 
 
 def attention_scratch(head_dim: int, head_dim_v: int) -> int:
-    """Bytes that each thread needs in attention; see `attention`. Rows: queries, sums of values, scores, maximum and sum;
-    then a block of keys or values."""
-    rows = ROWS_PER_ITEM * (head_dim + head_dim_v + 2) + SCORES_PER_ITEM
+    """Bytes that each thread needs in attention; see `attention`. Rows: queries, sums of values, maximum, sums of weights,
+    scores; then a slab of keys or values, or scaled weights."""
+    rows = ROWS_PER_ITEM * (head_dim + head_dim_v + 17) + SCORES_PER_ITEM
     return 4 * (rows + max(SCORES_PER_ITEM, SLAB * max(head_dim, head_dim_v)))
 
 

@@ -768,6 +768,18 @@ def where_less(tyctx, x, y, a_, b_):
 
 
 @intrinsic
+def any_less(tyctx, x, y):
+    """Whether x < y in any lane (float32)."""
+    bits = ir.IntType(LANES)
+
+    def codegen(ctx, b, sig, a):
+        found = b.bitcast(b.fcmp_ordered("<", a[0], a[1]), bits)
+        return b.icmp_unsigned("!=", found, ir.Constant(bits, 0))
+
+    return types.boolean(x, y), codegen
+
+
+@intrinsic
 def lane_numbers(tyctx):
     """0, 1, … LANES - 1."""
     return I32(), lambda ctx, b, sig, a: ir.Constant(I32.ir_type, list(range(LANES)))

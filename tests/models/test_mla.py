@@ -1,14 +1,19 @@
 """Latent attention: the absorbed and the naive form, from files with attn_kv_b and from files with its parts."""
 
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
 
 import ggpy
+from converters import convert
 from ggpy.file import GGUFFile
 
 from .checkpoints import N_TOKENS, converted, ids, transformers_logits
 from .test_moe import made
+
+DEMO = Path(ggpy.__file__).parent / "demo_model"
 
 
 def joined(path, out):
@@ -87,6 +92,21 @@ def test_quantized_files_are_as_close_to_the_truth_in_both_forms(tmp_path):
         log_p = logits - np.logaddexp.reduce(logits, -1, keepdims=True)
         divergence[mla] = (truth * (np.log(truth) - log_p)).sum(-1).mean()
     assert divergence["naive"] < 1.5 * divergence["absorbed"] < 0.05
+
+
+@pytest.mark.parametrize("mla", ["absorbed", "naive"])
+def test_q8_0_caches_take_half_the_memory_and_change_little(tmp_path, mla):
+    path = tmp_path / "demo.gguf"
+    convert(DEMO, path, "f32")
+    logs, sizes = {}, {}
+    for kv_type in ("f32", "f16", "q8_0"):
+        with ggpy.load(path, n_ctx=512, kv_type=kv_type, mla=mla) as ours:
+            logits = ours.logits(ours.tokenize((DEMO / "heldout.txt").read_text())[:400])
+            sizes[kv_type] = ours.sequence.caches.n_bytes
+        logs[kv_type] = logits - np.logaddexp.reduce(logits, -1, keepdims=True)
+    divergence = {t: (np.exp(logs["f32"]) * (logs["f32"] - logs[t])).sum(-1).mean() for t in ("f16", "q8_0")}
+    assert divergence["f16"] < 1e-6 < divergence["q8_0"] < 5e-4
+    assert sizes["q8_0"] == sizes["f16"] * 8.5 / 16 == sizes["f32"] * 8.5 / 32
 
 
 def test_other_forms_are_refused(tmp_path):
