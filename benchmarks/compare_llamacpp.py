@@ -4,7 +4,8 @@
 
 Each round starts a fresh process of each engine, one after the other, so that drifting clocks and noisy neighbours hit all
 alike; the medians over rounds count, and the spread is printed. Engines: ggpy, llama-cpp-python and xllamacpp, as far as
-they are installed (a llama-cpp-python compiled on this machine is the one to beat; xllamacpp is a prebuilt wheel). `first
+they are installed (a llama-cpp-python compiled on this machine is the one to beat; xllamacpp is a prebuilt wheel), and with
+--engines also ik-llama-cpp-python and transformers. `first
 token` is a whole process: start, import, load, a prompt of 5 tokens, one token. `peak` is the resident memory at the end's
 maximum, mapped file included.
 """
@@ -112,7 +113,7 @@ def _round(engine: str, a: argparse.Namespace) -> dict[str, float]:
 
 
 def _print(engines: list[str], medians: dict, spreads: dict) -> None:
-    print(f"{'':<14}" + "".join(f"{e:>26}" for e in engines) + "".join(f"{'ggpy / ' + e:>26}" for e in engines[1:]))
+    print(f"{'':<12}" + "".join(f"{e:>26}" for e in engines) + "".join(f"{'ggpy / ' + e:>28}" for e in engines[1:]))
     for key, (unit, _) in MEASURES.items():
         if key not in medians[engines[0]]:
             continue
@@ -122,7 +123,7 @@ def _print(engines: list[str], medians: dict, spreads: dict) -> None:
             line += f"{value:>26}"
         for e in engines[1:]:
             ratio = f"{medians['ggpy'][key] / medians[e][key]:.2f}×" if key in medians[e] else "–"
-            line += f"{ratio:>26}"
+            line += f"{ratio:>28}"
         print(line)
 
 

@@ -5,6 +5,7 @@ only where they are used; an engine that isn't installed is left out.
 """
 
 import importlib.util
+from pathlib import Path
 
 import numpy as np
 
@@ -44,26 +45,29 @@ class LlamaCpp:
     needs = "llama_cpp"
 
     def __init__(self, path: str, n_ctx: int, n_threads: int):
-        import llama_cpp as api
-
-        self._api = api
-        self._silence = api.llama_log_callback(lambda *_: None)
-        api.llama_log_set(self._silence, None)
-        api.llama_backend_init()
+        api = self._api = self._load()
         options = api.llama_model_default_params()
         options.n_gpu_layers = 0
         self._model = api.llama_model_load_from_file(path.encode(), options)
         if not self._model:
-            raise SystemExit(f"llama.cpp can't load {path}")
+            raise SystemExit(f"{self.needs} can't load {path}")
         context = api.llama_context_default_params()
         context.n_ctx, context.n_batch, context.n_ubatch = n_ctx, 512, 512
         context.n_threads = context.n_threads_batch = n_threads
         self._context = api.llama_init_from_model(self._model, context)
         if not self._context:
-            raise SystemExit(f"llama.cpp can't run {path}")
+            raise SystemExit(f"{self.needs} can't run {path}")
         self._vocab = api.llama_model_get_vocab(self._model)
         self.n_vocab = api.llama_vocab_n_tokens(self._vocab)
         self._n_past = 0
+
+    def _load(self):
+        import llama_cpp as api
+
+        self._silence = api.llama_log_callback(lambda *_: None)
+        api.llama_log_set(self._silence, None)
+        api.llama_backend_init()
+        return api
 
     def clear(self) -> None:
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
@@ -104,9 +108,57 @@ class LlamaCpp:
         return list(room[:n])
 
 
-ENGINES = {"ggpy": Ggpy, "llama-cpp-python": LlamaCpp}
+class IkLlamaCpp(LlamaCpp):
+    """ik_llama.cpp, llama.cpp's fork for processors, through ik-llama-cpp-python's prebuilt wheel."""
+
+    needs = "ik_llama_cpp"
+
+    def _load(self):
+        from ik_llama_cpp import _ctypes_api as api
+
+        api.llama_backend_init()
+        return api
+
+    def clear(self) -> None:
+        self._api.llama_kv_cache_clear(self._context)
+        self._n_past = 0
+
+
+class Transformers:
+    """transformers with PyTorch, which dequantizes the file to float32 when it loads it."""
+
+    needs = "transformers"
+
+    def __init__(self, path: str, n_ctx: int, n_threads: int):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self._torch = torch
+        torch.set_num_threads(n_threads)
+        where = Path(path)
+        model = AutoModelForCausalLM.from_pretrained(where.parent, gguf_file=where.name, dtype=torch.float32)
+        self._model, self.n_vocab = model.eval(), model.config.vocab_size
+        self.clear()
+
+    def clear(self) -> None:
+        self._cache = None
+
+    def extend(self, ids: list[int]) -> np.ndarray:
+        with self._torch.no_grad():
+            given = {"past_key_values": self._cache, "use_cache": True, "logits_to_keep": 1}
+            out = self._model(self._torch.tensor([ids]), **given)
+        self._cache = out.past_key_values
+        return out.logits[0, -1].numpy()
+
+
+ENGINES = {
+    "ggpy": Ggpy,
+    "llama-cpp-python": LlamaCpp,
+    "ik-llama-cpp-python": IkLlamaCpp,
+    "transformers": Transformers,
+}
 
 
 def available() -> list[str]:
-    """The engines that are installed."""
-    return [name for name, engine in ENGINES.items() if importlib.util.find_spec(engine.needs)]
+    """The engines that are installed, but for those that are slow or noisy and must be asked for."""
+    return [name for name in ("ggpy", "llama-cpp-python") if importlib.util.find_spec(ENGINES[name].needs)]

@@ -7,8 +7,7 @@ threads. Two kernels for each type of weights:
   memory bandwidth.
 - `mul_mat_T`, many tokens: PANEL columns of LANES rows are unpacked into scratch, where they stay in the first-level
   cache, and multiplied by all tokens, TOKENS at a time, whose accumulators stay in registers. Bound by the rate of the dot
-  products. Buffers hold a multiple of TOKENS tokens; what
-  stands in the surplus rows is meaningless.
+  products. Buffers hold a multiple of TOKENS tokens; what stands in the surplus rows is meaningless.
 
 Both take `n_slots` products at once, `*_slot_stride` bytes apart, of matrices `w_stride` bytes apart: the heads of an
 attention, or the experts of a mixture. Experts are named by `ids`, the router's pairs of (expert, weight): for one token,
@@ -72,8 +71,8 @@ def define_products(name, block, n_bytes, one_token, unpack, tokens, unpacked):
     one_token(w, row_bytes, n_cols, x, following) -> vector
         LANES rows times one token; prefetches those at `following`.
     unpack(w, row_bytes, first, stop, scratch, ahead)
-        Columns first … stop - 1 of LANES rows into scratch, `unpacked` bytes for 32 columns; prefetches at `ahead` bytes from
-        what it reads.
+        Columns first … stop - 1 of LANES rows into scratch, `unpacked` bytes for 32 columns; prefetches at `ahead` bytes
+        from what it reads.
     tokens(sums, scratch, n_cols, first, stop, x, x_stride) -> tile
         sums + these columns of LANES unpacked rows times TOKENS tokens.
     """
