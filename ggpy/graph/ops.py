@@ -469,9 +469,9 @@ def _id_lower(p: "Plan", node: "Tensor") -> None:
     n_used = route.shape[1]
     source, stride = p.activations(x, w.type, n_cols)
     shared = len(x.shape) == 2  # all experts of a token take the same row
-    sizes: dict[str, Any] = {"out_stride": 4 * n_rows, "out_slot_stride": 4 * n_rows, "x_stride": stride}
+    sizes: dict[str, Any] = {"out_stride": 4 * n_rows, "x_stride": stride}
     if x.shape[0] == 1:
-        slots: dict[str, Any] = {"n_slots": n_used, "x_slot_stride": 0 if shared else stride}
+        slots: dict[str, Any] = {"n_slots": n_used, "x_slot_stride": 0 if shared else stride, "out_slot_stride": 4 * n_rows}
         p.product(w, node, True, x=source, out=node, ids=route, **slots, **sizes)
         return
     # Each expert's rows are brought together, so that its matrix is unpacked once for all of them.
@@ -488,7 +488,8 @@ def _id_lower(p: "Plan", node: "Tensor") -> None:
         p.step("gather_rows", x, x=source, groups=groups, out=out, n_expert=n_expert, per_row=per_row, row_bytes=stride)
 
     rows = p.once(("gathered", source, given), stride * n_sorted, gather)
-    p.product(w, node, False, x=rows, out=node, groups=groups, n_slots=n_expert, x_slot_stride=0, **sizes)
+    slots = {"n_slots": n_expert, "x_slot_stride": 0, "out_slot_stride": 0}
+    p.product(w, node, False, x=rows, out=node, groups=groups, **slots, **sizes)
 
 
 OPS["MUL_MAT_ID"] = Op(_id_shape, _id_reference, _id_lower)
