@@ -75,10 +75,11 @@ def tiny(tmp_path_factory):
 
 def test_reference_executor_equals_kernels(tiny):
     tokens = ids(40)
-    with ggpy.load(tiny, n_ctx=64, n_threads=1) as model:
+    # In a float32 cache: rounding to float16 makes a step of a difference in the last bit.
+    with ggpy.load(tiny, n_ctx=64, n_threads=1, kv_type="f32") as model:
         inputs = {"ids": np.array(tokens, np.int32), **run_inputs(model.architecture, 0, 40)}
-        reference = Reference(model.graph(40, "all"), Caches(64)).run(inputs, 0)["logits"]
-        np.testing.assert_allclose(model.logits(tokens), reference, atol=2e-4)
+        reference = Reference(model.graph(40, "all"), Caches(64, "F32")).run(inputs, 0)["logits"]
+        np.testing.assert_allclose(model.logits(tokens), reference, atol=5e-5)
 
 
 def test_chunks_of_a_prompt_give_the_same_logits(tiny):
