@@ -305,14 +305,14 @@ class Plan:
         states : (int, int)
             Addresses of the state of the whole run and of its last token alone.
         counters : int
-            Address of a 64-byte line for each step.
+            Address of an int64 for each step.
         """
         values: list[int] = []
         starts: list[tuple[int, int]] = []
         for i, step in enumerate(self.steps):
             params = dict(step.params)
             params["state"] = states[0] if step.node.shape[0] == self.graph.n_tokens else states[1]
-            params["counter"] = counters + _ALIGN * i
+            params["counter"] = counters + 8 * i
             params["scratch"], params["scratch_stride"] = self._scratch, self._scratch_stride
             starts.append((len(values), int(step.barrier)))
             for key in KERNELS[step.kernel].params:

@@ -57,7 +57,7 @@ class Program:
         n_steps = len(self.plan.steps)
         self._arena = aligned(self.plan.arena_bytes)
         self._state = aligned(128).view(np.int64)
-        self._counters = aligned(64 * n_steps)
+        self._counters = aligned(8 * n_steps)
         state = self._state.ctypes.data
         self._params, starts = self.plan.encode(self._arena.ctypes.data, (state, state + 64), self._counters.ctypes.data)
         base = self._params.ctypes.data

@@ -1,7 +1,7 @@
 """Rotary position embedding: the frequencies, from metadata, and the table of a run."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +10,8 @@ from ..errors import UnsupportedError
 
 if TYPE_CHECKING:
     from ..file import GGUFFile
+
+_NEIGHBOURS = 256  # positions whose cosines and sines are worked out together when tokens come one by one
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,19 @@ class Rope:
     n_rot: int
     frequencies: np.ndarray
     magnitude: float = 1.0
+    _tables: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def table(self, first: int, n: int) -> np.ndarray:
         """Cosines and then sines of positions first … first + n - 1: float32 (n, n_rot)."""
+        if n == 1:  # decoding: from a table of its neighbours, made once
+            start = first // _NEIGHBOURS * _NEIGHBOURS
+            if start not in self._tables:
+                self._tables.clear()
+                self._tables[start] = self._compute(start, _NEIGHBOURS)
+            return self._tables[start][first - start : first - start + 1]
+        return self._compute(first, n)
+
+    def _compute(self, first: int, n: int) -> np.ndarray:
         positions = np.arange(first, first + n, dtype=np.float32)
         angles = positions[:, None] * self.frequencies
         table = np.empty((n, self.n_rot), np.float32)
