@@ -69,13 +69,17 @@ def _write_object(name: str, symbol: str, code: bytes) -> None:
     os.replace(aside, path)
 
 
-def _compile_here(names: Iterable[str]) -> None:
+def work() -> None:
     """The worker: compiles each kernel named on a line of standard input and answers with its name."""
     from .source import compile_kernel
 
-    for line in names:
+    for line in sys.stdin:
         _write_object(line.strip(), *compile_kernel(line.strip()))
         print(line.strip(), flush=True)
+
+
+#: What the worker runs: this very package, whatever folder it is started in.
+_WORKER = f"import sys; sys.path[0] = {str(_PACKAGE.parent.parent)!r}; from {__name__} import work; work()"
 
 
 def _worker_environment() -> dict[str, str]:
@@ -87,7 +91,6 @@ def _worker_environment() -> dict[str, str]:
         "NUMBA_CPU_NAME": machine.cpu,
         "NUMBA_CPU_FEATURES": machine.features,
         "NUMBA_DISABLE_JIT": "0",
-        "PYTHONPATH": os.pathsep.join([str(_PACKAGE.parent.parent), os.environ.get("PYTHONPATH", "")]),
     }
 
 
@@ -123,7 +126,7 @@ def compile_missing(names: Iterable[str], progress: Progress | None = None) -> i
 
     def drive() -> None:
         worker = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.build"],
+            [sys.executable, "-c", _WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -217,7 +220,3 @@ def load(names: Iterable[str], progress: Progress | None = None) -> dict[str, in
     names = list(dict.fromkeys(names))
     compile_missing(names, progress)
     return {name: _loaded().address(name) for name in names}
-
-
-if __name__ == "__main__":
-    _compile_here(sys.stdin)

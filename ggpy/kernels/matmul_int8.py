@@ -1,6 +1,7 @@
 """Quantized weights × int8 activations (formats: see `activations`). Drivers and plan: see `matmul`."""
 
 from ..simd.vector import (
+    HAS_FMA,
     LANES,
     TOKENS,
     as_f32,
@@ -143,9 +144,12 @@ def _define(name):
         d, sums = x + n_cols, x + n_cols + n_cols // d_bytes
         for b in range(first // 32, stop // 32):
             s0 = load_f32(weights + 8 * _V)
-            a = dot_many(tile_i32(TOKENS) + splat_i32(_MAGIC_BITS), weights, 8, x + 32 * b, stride)
-            # Exact but for the one rounding that a product has: _MAGIC * s0 has no more bits than a float32.
-            v = fma(as_f32(a), s0, s0 * splat_f32(-_MAGIC))
+            if HAS_FMA:
+                a = dot_many(tile_i32(TOKENS) + splat_i32(_MAGIC_BITS), weights, 8, x + 32 * b, stride)
+                # Exact but for the one rounding that a product has: _MAGIC * s0 has no more bits than a float32.
+                v = fma(as_f32(a), s0, s0 * splat_f32(-_MAGIC))
+            else:
+                v = to_f32(dot_many(tile_i32(TOKENS), weights, 8, x + 32 * b, stride)) * s0
             f = fma(v, broadcast_f32(d + 4 * b, stride, TOKENS), f)
             if has_min or has_bias:
                 f = fma(broadcast_f32(sums + 4 * b, stride, TOKENS), load_f32(weights + 10 * _V), f)

@@ -246,12 +246,21 @@ for _op, _table in _OPERATORS.items():
     _register(_op, _table)
 
 
+#: whether the processor has `fma`; LLVM would call a library for it
+HAS_FMA = TARGET.form != "portable" or not cpu_is_x86()
+
+
+def _fma(b, x, y, z):
+    if HAS_FMA:
+        return _call(b, f"llvm.fma.v{LANES}f32", F32.ir_type, [x, y, z])
+    return b.fadd(b.fmul(x, y), z)
+
+
 @intrinsic
 def fma(tyctx, x, y, z):
-    """x * y + z, rounded once."""
+    """x * y + z, rounded once if HAS_FMA."""
     ret = _shape_of(x, y, z)
-    ty = F32.ir_type
-    return ret(x, y, z), _elementwise(ret, (x, y, z), lambda b, *v: _call(b, f"llvm.fma.v{LANES}f32", ty, v))
+    return ret(x, y, z), _elementwise(ret, (x, y, z), _fma)
 
 
 def _binary(name):
@@ -491,7 +500,7 @@ def fma_grid(tyctx, grid, address, stride, tile):
         sums = _members(b, grid, a[0])
         for r in range(0, grid.n, tile.n):
             x = _splat(b, _load(b, at, _F32), LANES)
-            out += [_call(b, f"llvm.fma.v{LANES}f32", F32.ir_type, [x, v, sums[r + j]]) for j, v in enumerate(vectors)]
+            out += [_fma(b, x, v, sums[r + j]) for j, v in enumerate(vectors)]
             at = b.add(at, a[2])
         return _join(b, grid, out)
 
@@ -517,7 +526,7 @@ def dot_f32(tyctx, acc, tile, address, step):
         out, at = a[0], a[2]
         for v in _members(b, tile, a[1]):
             x = _splat(b, _load(b, at, _F32), LANES)
-            out = _call(b, f"llvm.fma.v{LANES}f32", F32.ir_type, [v, x, out])
+            out = _fma(b, v, x, out)
             at = b.add(at, a[3])
         return out
 
@@ -885,13 +894,17 @@ def _dot(b, acc, w, x, signed: bool):
         pairs = _call(b, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(_I16, 2 * LANES), [w, x])
         ones = _const(ir.VectorType(_I16, 2 * LANES), 1)
         return b.add(acc, _call(b, "llvm.x86.avx2.pmadd.wd", I32.ir_type, [pairs, ones]))
-    # portable: each lane's bytes by shifts, sign-extended in place
-    for k in range(4):
-        left = _const(I32.ir_type, 8 * (3 - k))
-        down = _const(I32.ir_type, 24)
-        p = b.mul(b.ashr(b.shl(w, left), down), b.ashr(b.shl(x, left), down))
-        acc = b.add(acc, p)
-    return acc
+    # portable: the even and the odd bytes as int16, whose products' sums fit (2 * 127 * 127); then pairs of those as int32
+    halves = ir.VectorType(_I16, 2 * LANES)
+
+    def low_and_high(v, n):
+        by = _const(v.type, n)
+        return b.ashr(b.shl(v, by), by), b.ashr(v, by)
+
+    (w0, w1), (x0, x1) = (low_and_high(b.bitcast(v, halves), 8) for v in (w, x))
+    pairs = b.add(b.mul(w0, x0), b.mul(w1, x1))
+    p0, p1 = low_and_high(b.bitcast(pairs, I32.ir_type), 16)
+    return b.add(acc, b.add(p0, p1))
 
 
 def _dotter(signed):
