@@ -3,7 +3,7 @@
     python benchmarks/compare_llamacpp.py MODEL.gguf [-t 2] [-p 512] [-n 64] [-d 0] [-r 5] [--json OUT]
 
 Each round starts a fresh process of each engine, one after the other, so that drifting clocks and noisy neighbours hit all
-alike; the medians over rounds count, and the spread is printed. Engines: ggpy, llama-cpp-python and xllamacpp, as far as
+alike, with the file in the page cache; the medians over rounds count, and the spread is printed. Engines: ggpy, llama-cpp-python and xllamacpp, as far as
 they are installed (a llama-cpp-python compiled on this machine is the one to beat; xllamacpp is a prebuilt wheel), and with
 --engines also ik-llama-cpp-python and transformers. `first
 token` is a whole process: start, import, load, a prompt of 5 tokens, one token. `peak` is the resident memory at the end's
@@ -92,8 +92,17 @@ def _work_first(engine: str, a: argparse.Namespace) -> None:
     int(model.extend(_ids(5, model.n_vocab)).argmax())
 
 
+def _read_once(path: str) -> None:
+    """Brings the file into the page cache, which an engine that copies its weights may have driven it out of."""
+    room = bytearray(1 << 24)
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(room):
+            pass
+
+
 def child(mode: str, engine: str, a: argparse.Namespace) -> tuple[dict[str, float], float]:
     """Runs this script for one measurement; its result and its seconds."""
+    _read_once(a.model)
     sizes = ["-t", a.threads, "-p", a.prompt, "-n", a.decode, "-d", a.depth]
     command = [sys.executable, str(Path(__file__).resolve()), a.model, "--work", f"{mode}:{engine}", *map(str, sizes)]
     started = time.perf_counter()

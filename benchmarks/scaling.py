@@ -33,21 +33,32 @@ def measure(model: str, threads: int, depth: int, prompt: int, rounds: int, engi
 def plot(rows: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    keys = dict.fromkeys((Path(r["model"]).stem, r["threads"], e) for r in rows for e in r["medians"])
-    for model, threads, engine in keys:
-        line = [r for r in rows if Path(r["model"]).stem == model and r["threads"] == threads]
-        depths = [max(r["depth"], 1) for r in line]
-        style = "o-" if engine == "ggpy" else "s--"
-        axes.plot(
-            depths, [r["medians"][engine]["decode"] for r in line], style, label=f"{engine}, {model}, {threads} threads"
-        )
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("tokens in the cache")
-    axes.set_ylabel("decode, tok/s")
-    axes.set_ylim(0)
-    axes.legend(fontsize=8)
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    names = {r["model"]: Path(r["model"]).stem for r in rows}
+    engines = list(rows[0]["medians"])
+    runs = list(dict.fromkeys((r["model"], r["threads"]) for r in rows))
+    for color, (model, threads) in enumerate(runs):
+        line = [r for r in rows if (r["model"], r["threads"]) == (model, threads)]
+        for engine in engines:
+            style = "o-" if engine == "ggpy" else "s--"
+            rates = [r["medians"][engine]["decode"] for r in line]
+            label = f"{engine}, {names[model]}, {threads} threads"
+            left.plot([max(r["depth"], 1) for r in line], rates, style, color=f"C{color}", label=label)
+    left.set_xscale("log", base=2)
+    left.set_xlabel("tokens in the cache")
+    left.set_ylabel("decode, tok/s")
+    left.set_yscale("log")
+    left.legend(fontsize=7)
+    for i, engine in enumerate(engines):
+        places = [k + 0.8 * i / len(engines) for k in range(len(runs))]
+        rates = [next(r for r in rows if (r["model"], r["threads"]) == run)["medians"][engine]["prompt"] for run in runs]
+        hatch = None if engine == "ggpy" else "//"
+        colors = [f"C{k}" for k in range(len(runs))]
+        right.bar(places, rates, 0.8 / len(engines), align="edge", color=colors, hatch=hatch, edgecolor="white")
+    ticks = [k + 0.4 for k in range(len(runs))]
+    right.set_xticks(ticks, [f"{names[m]}\n{t} threads" for m, t in runs], fontsize=7, rotation=30, ha="right")
+    right.set_ylabel(f"prompt of 512, tok/s ({', hatched '.join(engines)})")
     figure.savefig(path, dpi=150)
 
 

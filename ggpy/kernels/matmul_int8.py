@@ -28,7 +28,7 @@ from ..simd.vector import (
 )
 from .common import f32, i32
 from .matmul import define_products
-from .source import function
+from .source import function, inlined
 from .table import QUANTIZED
 from .unpack import LAYOUTS
 
@@ -67,7 +67,7 @@ def _define(name):
         at = negated + 8 * j
         return broadcast_i32(at, stride, TOKENS) + broadcast_i32(at + 4, stride, TOKENS)
 
-    @function
+    @inlined
     def emit_dot(g, j, w, s0, s1, m0, m1, places):
         x, d, sums, negated, soon = places
         # Few at a time: more misses than the processor can track would be dropped.
@@ -113,7 +113,7 @@ def _define(name):
                 store(to + 11 * _V, m1)
         return g
 
-    walk_dot, walk_store = layout.walk(emit_dot), layout.walk(emit_store)
+    walk_dot, walk_store = inlined(layout.walk(emit_dot).py_func), layout.walk(emit_store)
 
     @function
     def one_token(w, stride, n_cols, x, following):
@@ -139,7 +139,7 @@ def _define(name):
             g = walk_store(g, w + n_bytes * b, stride, places)
             scratch += _UNPACKED * subs
 
-    @function
+    @inlined
     def tokens_by_32(f, weights, n_cols, first, stop, x, stride):
         d, sums = x + n_cols, x + n_cols + n_cols // d_bytes
         for b in range(first // 32, stop // 32):
@@ -156,7 +156,7 @@ def _define(name):
             weights += _UNPACKED
         return f
 
-    @function
+    @inlined
     def tokens_by_256(f, weights, n_cols, first, stop, x, stride):
         d, sums = x + n_cols, x + n_cols + n_cols // d_bytes
         negated = sums + n_cols // 8

@@ -12,7 +12,9 @@ from .table import KERNELS
 SOURCES: dict = {}
 
 #: for the functions that kernels are made of: no Python exceptions, C's division
-function = njit(error_model="numpy", nogil=True, forceinline=True)
+function = njit(error_model="numpy", nogil=True)
+#: the same for those in the innermost loops, which must not be calls, whatever their length; compiling takes longer
+inlined = njit(error_model="numpy", nogil=True, forceinline=True)
 
 
 def kernel(name: str):
