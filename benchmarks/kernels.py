@@ -4,7 +4,7 @@
 
 Matrix × vector: GB/s of weights, out of memory (256 MB) and out of the second-level cache, beside the bandwidth of plain
 reading. Matrix × matrix: GOP/s (2 per weight and token) for several numbers of tokens, beside the rate of int8 dot products
-out of registers. Kernels run as they do in a model: from a tape, with all threads.
+out of the first-level cache. Kernels run as they do in a model: from a tape, with all threads.
 """
 
 import argparse
@@ -65,26 +65,10 @@ def seconds(kind: str, n_bytes: int, n_tokens: int, team, repeat: int = 7) -> tu
     return statistics.median(shares), weight.n_bytes
 
 
-def bandwidth(n_threads: int) -> float:
-    """GB/s of reading: numpy's sum of int64, a thread for each part of 512 MB."""
-    import threading
-
-    parts = [np.ones((512 << 20) // 8 // n_threads, np.int64) for _ in range(n_threads)]
-    best = 0.0
-    for _ in range(5):
-        threads = [threading.Thread(target=p.max) for p in parts]
-        started = time.perf_counter()
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-        best = max(best, sum(p.nbytes for p in parts) / (time.perf_counter() - started) / 1e9)
-    return best
-
-
 def measure(types: list[str], threads: list[int], tokens: list[int]) -> dict:
     """All figures of one SIMD form."""
     from ggpy.graph import Team
+    from ggpy.measure.limits import measure_limits
     from ggpy.simd.target import target
 
     result: dict = {"form": target().form, "threads": {}}
@@ -101,8 +85,10 @@ def measure(types: list[str], threads: list[int], tokens: list[int]) -> dict:
                 n_weights = seconds_weights(kind, 4 << 20)
                 row[f"GOP/s {n}"] = 2 * n_weights * n / t / 1e9
             rows[kind] = row
-        result["threads"][n_threads] = {"bandwidth": bandwidth(n_threads), "types": rows}
         team.close()
+        limits = measure_limits(n_threads)
+        facts = {"bandwidth": limits.bytes_per_second / 1e9, "peak": limits.operations_per_second / 1e9}
+        result["threads"][n_threads] = {**facts, "types": rows}
     return result
 
 
@@ -115,7 +101,8 @@ def seconds_weights(kind: str, n_bytes: int) -> int:
 
 def show(result: dict) -> None:
     for n_threads, facts in result["threads"].items():
-        print(f"\n{result['form']}, {n_threads} threads; reading alone: {facts['bandwidth']:.1f} GB/s")
+        limits = f"reading alone: {facts['bandwidth']:.1f} GB/s, dot products alone: {facts['peak']:.0f} GOP/s"
+        print(f"\n{result['form']}, {n_threads} threads; {limits}")
         columns = list(next(iter(facts["types"].values())))
         print(f"{'':<6}" + "".join(f"{c:>14}" for c in columns))
         for kind, row in facts["types"].items():
@@ -134,6 +121,7 @@ def plot(results: list[dict], path: Path) -> None:
         left.plot(kinds, [facts["types"][k]["GB/s memory"] for k in kinds], "o-", label=label)
         many = [c for c in facts["types"][kinds[0]] if c.startswith("GOP")][-1]
         right.plot(kinds, [facts["types"][k][many] for k in kinds], "o-", label=label)
+        right.axhline(facts["peak"], color="gray", linestyle="--", linewidth=0.8)
     left.axhline(facts["bandwidth"], color="gray", linestyle="--", label="reading alone")
     left.set_ylabel("matrix × vector, GB/s from memory")
     right.set_ylabel(f"matrix × matrix, {many}")

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from .common import KVType, open_model
+from .common import KVType, kernel_progress, open_model
 
 if TYPE_CHECKING:
     from ..generate.model import Model
     from ..graph.plan import Step
+    from ..measure.limits import Limits
 
 
 def profile(
@@ -25,14 +26,25 @@ def profile(
     by_layer: Annotated[bool, typer.Option("--by-layer", help="Sum by layer instead of by kernel.")] = False,
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Show the time, bytes and operations of each kernel or layer in a run."""
+    """Show the time, bytes and operations of each kernel or layer in a run, beside what this machine can do.
+
+    The limits are measured on the spot: reading memory, and int8 dot products, with nothing else. Matrices that stay in a
+    cache may exceed the first.
+    """
+    from ..measure.limits import measure_limits
+
     with open_model(model, depth + max(prompt, 1), threads, kv_type=kv_type) as opened:
         rows, seconds = _measure(opened, max(prompt, 1), depth, repeat, by_layer)
+        with kernel_progress() as progress:
+            limits = measure_limits(opened.n_threads, progress)
+        for row in rows:
+            nearer = max(row["bytes"] / limits.bytes_per_second, row["operations"] / limits.operations_per_second)
+            row["share_of_limit"] = nearer / row["seconds"] if row["seconds"] else 0.0
         facts = {"model": str(opened.file.path), "threads": opened.n_threads, "tokens": max(prompt, 1), "depth": depth}
     if json:
-        print(json_format.dumps({**facts, "seconds": seconds, "rows": rows}, indent=1))
+        print(json_format.dumps({**facts, "limits": limits._asdict(), "seconds": seconds, "rows": rows}, indent=1))
         return
-    _print(facts, rows, seconds)
+    _print(facts, limits, rows, seconds)
 
 
 def _measure(model: "Model", n: int, depth: int, repeat: int, by_layer: bool) -> tuple[list[dict[str, Any]], float]:
@@ -81,14 +93,16 @@ def _work(step: "Step", n_tokens: int) -> tuple[int, int]:
     return one_matrix * n_matrices, 2 * n * per_token * weight.shape[-1] * weight.shape[-2]
 
 
-def _print(facts: dict[str, Any], rows: list[dict[str, Any]], seconds: float) -> None:
+def _print(facts: dict[str, Any], limits: "Limits", rows: list[dict[str, Any]], seconds: float) -> None:
     rate = facts["tokens"] / seconds
     print(
         f"{facts['model']}, {facts['threads']} threads: {facts['tokens']} tokens after {facts['depth']}, {rate:.1f} tok/s"
     )
-    print(f"{'':<28}{'steps':>6}{'ms':>10}{'share':>8}{'GB/s':>8}{'GOP/s':>9}")
+    peaks = (limits.bytes_per_second / 1e9, limits.operations_per_second / 1e9)
+    print("limits: reading alone {:.1f} GB/s, int8 dot products alone {:.0f} GOP/s".format(*peaks))
+    print(f"{'':<28}{'steps':>6}{'ms':>10}{'share':>8}{'GB/s':>8}{'GOP/s':>9}{'of limit':>10}")
     for r in rows:
         gb, gop = (r[k] / r["seconds"] / 1e9 if r["seconds"] else 0.0 for k in ("bytes", "operations"))
-        speeds = f"{gb:8.1f}{gop:9.1f}" if r["bytes"] else ""
+        speeds = f"{gb:8.1f}{gop:9.1f}{r['share_of_limit']:10.0%}" if r["bytes"] else ""
         print(f"{r['name']:<28}{r['steps']:>6}{1e3 * r['seconds']:>10.3f}{r['seconds'] / seconds:>8.1%}{speeds}")
     print(f"{'all':<28}{sum(r['steps'] for r in rows):>6}{1e3 * seconds:>10.3f}")

@@ -110,6 +110,8 @@ def _kernels() -> dict[str, Kernel]:
         "run_tape": Kernel("tape", ("tape", "n_ops", "sync", "profile")),
         "wait_for_work": Kernel("tape", ("sync", "run_tape", "spins")),
         "publish": Kernel("tape", ("sync",)),
+        "read_memory": Kernel("limits", ("address", "n_bytes", "out")),
+        "multiply_int8": Kernel("limits", ("n", "out")),
         "rms_norm": Kernel(
             "rows", ("x", "w", "out", "state", "n_cols", "n_rows_per_token", "x_stride", "out_stride", "eps")
         ),

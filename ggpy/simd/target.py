@@ -33,6 +33,11 @@ class Target:
         """float32 values in a vector; also the number of weight rows that a matrix kernel works on at once."""
         return {"avx512": 16, "avx2": 8, "portable": 4}[self.form]
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that a matrix kernel multiplies at once: as many as registers are left for accumulators."""
+        return 8 if self.form == "avx512" else 4
+
     def has(self, feature: str) -> bool:
         """Whether LLVM may use `feature` (an LLVM feature name) in this form."""
         return f"+{feature}" in self.features.split(",")

@@ -873,7 +873,7 @@ _HAS_ARM_DOT = not cpu_is_x86() and TARGET.has("dotprod")
 HAS_VNNI = TARGET.form == "avx512" or (TARGET.form == "avx2" and TARGET.has("avxvnni"))
 # What 8-bit weights are biased by to be unsigned: `vpdpbusd` wants one unsigned side; other forms multiply signed bytes.
 BIAS_8BIT = 128 if HAS_VNNI else 0
-TOKENS = 8 if TARGET.form == "avx512" else 4  # of a register tile: as many as the accumulators leave room for
+TOKENS = TARGET.tokens
 
 
 def _dot(b, acc, w, x, signed: bool):
