@@ -4,8 +4,8 @@
 
 Each round starts a fresh process of each engine, one after the other, so that drifting clocks and noisy neighbours hit all
 alike, with the file in the page cache; the medians over rounds count, and the spread is printed. Engines: ggpy,
-llama-cpp-python and xllamacpp, as far as they are installed (a llama-cpp-python compiled on this machine is the one to beat;
-xllamacpp is a prebuilt wheel), and with --engines also ik-llama-cpp-python and transformers. `first token` is a whole
+llama-cpp-python and xllamacpp, as far as they are installed (a llama-cpp-python compiled on this machine is the one to
+beat; xllamacpp is a prebuilt wheel), and with --engines also ik-llama-cpp-python and transformers. `first token` is a whole
 process: start, import, load, a prompt of 5 tokens, one token. `peak` is the resident memory at the end's maximum, mapped
 file included.
 """
