@@ -49,6 +49,8 @@ def plot(rows: list[dict], path: Path) -> None:
     left.set_xlabel("tokens in the cache")
     left.set_ylabel("decode, tok/s")
     left.set_yscale("log")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("{x:g}")
     left.legend(fontsize=7)
     for i, engine in enumerate(engines):
         places = [k + 0.8 * i / len(engines) for k in range(len(runs))]
@@ -58,7 +60,8 @@ def plot(rows: list[dict], path: Path) -> None:
         right.bar(places, rates, 0.8 / len(engines), align="edge", color=colors, hatch=hatch, edgecolor="white")
     ticks = [k + 0.4 for k in range(len(runs))]
     right.set_xticks(ticks, [f"{names[m]}\n{t} threads" for m, t in runs], fontsize=7, rotation=30, ha="right")
-    right.set_ylabel(f"prompt of 512, tok/s ({', hatched '.join(engines)})")
+    right.set_ylabel("prompt of 512, tok/s")
+    right.set_title(f"{engines[0]}; hatched: {', '.join(engines[1:])}" if len(engines) > 1 else engines[0], fontsize=9)
     figure.savefig(path, dpi=150)
 
 

@@ -41,8 +41,10 @@ def multiply_int8(ith, nth, n, out):
     room = stack(_ROOM)
     for k in range(0, _ROOM, _V):
         store(room + k, splat_i32(i32(0)))
-    sums = tile_i32(TOKENS)
+    # Two chains of sums for each token: one alone would wait for its own results.
+    sums, others = tile_i32(TOKENS), tile_i32(TOKENS)
     for _ in range(n):
         keep_order()
-        sums = dots(sums, room, 8, room + 8 * _V, 32)
-    store(out + 512 * ith, sums)
+        sums = dots(sums, room, 4, room + 8 * _V, 32)
+        others = dots(others, room + 4 * _V, 4, room + 8 * _V + 16, 32)
+    store(out + 512 * ith, sums + others)
