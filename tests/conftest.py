@@ -9,7 +9,6 @@ from ggpy.kernels import build
 from ggpy.kernels.table import KERNELS
 from ggpy.simd.target import target
 
-
 _still_run = []  # compiled code: models of a wider scope than a test go on calling it
 
 
