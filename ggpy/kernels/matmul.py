@@ -19,6 +19,7 @@ from ..simd.vector import (
     LANES,
     TOKENS,
     copy_bytes,
+    keep_order,
     ld_f32,
     ld_i32,
     load_f32,
@@ -30,7 +31,7 @@ from ..simd.vector import (
     tile_f32,
 )
 from .common import ld_state, next_item
-from .source import function, kernel
+from .source import function, inlined, kernel
 from .table import PANEL
 
 _V = 4 * LANES
@@ -45,6 +46,17 @@ def _rows_at(w, row, n_rows, row_bytes, copy):
         return w + row * row_bytes
     copy_bytes(copy, w + row * row_bytes, left * row_bytes)
     return copy
+
+
+@inlined
+def ask_for(prefetch, soon, part, n_bytes):
+    """Asks for part `part`, of n_bytes each, of what stands at `soon`.
+
+    Few lines at a time, between the dot products: more misses than the processor can track would be dropped.
+    """
+    for line in range(0, n_bytes, 64):
+        prefetch(soon + n_bytes * part + line)
+    keep_order()
 
 
 @function
@@ -203,11 +215,8 @@ def define_products(name, block, n_bytes, one_token, unpack, tokens, unpacked):
             ahead = nth * LANES * row_bytes if tile + nth < n_tiles else 0
             at = _rows_at(w + slot * w_stride, row, n_rows, row_bytes, copy)
             order = groups + 8 * n_slots + 4 * first_token
-            xs, to, more = (
-                x + slot * x_slot_stride + first_token * x_stride,
-                out + slot * out_slot_stride + 4 * row,
-                residual,
-            )
+            xs = x + slot * x_slot_stride + first_token * x_stride
+            to, more = out + slot * out_slot_stride + 4 * row, residual
             if residual:
                 more = residual + 4 * row
             for first in range(0, n_cols, PANEL):

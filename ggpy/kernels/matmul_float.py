@@ -21,7 +21,7 @@ from ..simd.vector import (
     store,
 )
 from .common import f32, i32
-from .matmul import define_products
+from .matmul import ask_for, define_products
 from .source import function
 
 _V = 4 * LANES
@@ -33,15 +33,10 @@ def _define(name, size, convert):
     share = LANES * 16 * size  # bytes of the next LANES rows that stand for 16 columns of these
 
     @function
-    def prefetch_share(prefetch, soon, c):
-        for line in range(0, share, 64):
-            prefetch(soon + c // 16 * share + line)
-
-    @function
     def one_token(w, stride, n_cols, x, following):
         even, odd = splat_f32(f32(0.0)), splat_f32(f32(0.0))
         for c in range(0, n_cols, 16):
-            prefetch_share(prefetch_once, following, c)
+            ask_for(prefetch_once, following, c // 16, share)
             if size == 4:
                 even = dot_f32(even, as_f32(load_transposed(w + 4 * c, stride, 8)), x + 4 * c, 4)
                 odd = dot_f32(odd, as_f32(load_transposed(w + 4 * c + 32, stride, 8)), x + 4 * c + 32, 4)
@@ -53,7 +48,7 @@ def _define(name, size, convert):
     @function
     def unpack(w, stride, first, stop, scratch, ahead):
         for c in range(first, stop, 16):
-            prefetch_share(prefetch, w + ahead, c)
+            ask_for(prefetch, w + ahead, c // 16, share)
             to = scratch + (c - first) * _V
             if size == 4:
                 store(to, as_f32(load_transposed(w + 4 * c, stride, 16)))

@@ -13,7 +13,6 @@ from ..simd.vector import (
     dots_signed,
     fma,
     get_range,
-    keep_order,
     ld_f32,
     ld_i32,
     load_f32,
@@ -27,7 +26,7 @@ from ..simd.vector import (
     to_f32,
 )
 from .common import f32, i32
-from .matmul import define_products
+from .matmul import ask_for, define_products
 from .source import function, inlined
 from .table import QUANTIZED
 from .unpack import LAYOUTS
@@ -70,10 +69,7 @@ def _define(name):
     @inlined
     def emit_dot(g, j, w, s0, s1, m0, m1, places):
         x, d, sums, negated, soon = places
-        # Few at a time: more misses than the processor can track would be dropped.
-        for line in range(0, share_of_emit, 64):
-            prefetch_once(soon + share_of_emit * j + line)
-        keep_order()
+        ask_for(prefetch_once, soon, j, share_of_emit)
         if by_32:
             g = fma(to_f32(dot(splat_i32(i32(0)), w, x)) * s0, splat_f32(ld_f32(d)), g)
             if has_min or has_bias:
@@ -100,9 +96,7 @@ def _define(name):
     def emit_store(g, j, w, s0, s1, m0, m1, places):
         scratch, soon = places
         to = scratch + _UNPACKED * j
-        for line in range(0, share_of_emit, 64):
-            prefetch(soon + share_of_emit * j + line)
-        keep_order()
+        ask_for(prefetch, soon, j, share_of_emit)
         store(to, w)
         store(to + 8 * _V, s0)
         if group == 16:

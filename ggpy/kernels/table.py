@@ -72,8 +72,8 @@ def scratch_bytes(type_name: str, n_tokens: int, row_bytes: int, lanes: int) -> 
 
 
 def activation_bytes(n_cols: int) -> int:
-    """Bytes of one token's quantized activations, the same for both formats; see `activations`."""
-    return (n_cols + 3 * n_cols // 8 + n_cols // 8 + 63) // 64 * 64
+    """Bytes of one token's quantized activations: what q8_256 takes, of the two formats the longer; see `activations`."""
+    return (n_cols + n_cols // 64 + 3 * n_cols // 8 + 63) // 64 * 64
 
 
 #: experts that a router can have

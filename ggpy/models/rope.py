@@ -37,10 +37,12 @@ class Rope:
         """Cosines and then sines of positions first … first + n - 1: float32 (n, n_rot)."""
         if n == 1:  # decoding: from a table of its neighbours, made once
             start = first // _NEIGHBOURS * _NEIGHBOURS
-            if start not in self._tables:
-                self._tables.clear()
-                self._tables[start] = self._compute(start, _NEIGHBOURS)
-            return self._tables[start][first - start : first - start + 1]
+            table = self._tables.get(start)
+            if table is None:
+                table = self._compute(start, _NEIGHBOURS)
+                self._tables.clear()  # another thread's sequence, elsewhere, has taken its table already
+                self._tables[start] = table
+            return table[first - start : first - start + 1]
         return self._compute(first, n)
 
     def _compute(self, first: int, n: int) -> np.ndarray:

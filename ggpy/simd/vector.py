@@ -310,13 +310,6 @@ def as_f32(tyctx, x):
 
 
 @intrinsic
-def as_i32(tyctx, x):
-    """The bits of float32 lanes, read as int32."""
-    ret = _like("i32", x)
-    return ret(x), _elementwise(ret, (x,), lambda b, v: b.bitcast(v, I32.ir_type))
-
-
-@intrinsic
 def f16_to_f32(tyctx, x):
     """float32 of the float16 in the low half of each int32 lane."""
     bits = ir.VectorType(_I16, LANES)
@@ -393,17 +386,6 @@ def store(tyctx, address, v):
     def codegen(ctx, b, sig, a):
         for i, x in enumerate(_members(b, v, a[1])):
             _store(b, _offset(b, a[0], 4 * LANES * i), x)
-        return ctx.get_dummy_value()
-
-    return types.void(ADDRESS, v), codegen
-
-
-@intrinsic
-def store_f16(tyctx, address, v):
-    """Writes float32 lanes as float16 (2 * LANES bytes)."""
-
-    def codegen(ctx, b, sig, a):
-        _store(b, a[0], _f32_to_f16(b, a[1]))
         return ctx.get_dummy_value()
 
     return types.void(ADDRESS, v), codegen
