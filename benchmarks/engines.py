@@ -19,17 +19,18 @@ class Ggpy:
         import ggpy
 
         self._model = ggpy.load(path, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type)
+        self._sequence = self._model.new_sequence()
 
     @property
     def n_vocab(self) -> int:
         return self._model.architecture.n_vocab
 
     def clear(self) -> None:
-        self._model.sequence.keep(0)
+        self._sequence.keep(0)
 
     def extend(self, ids: list[int]) -> np.ndarray:
         """Logits after the last id."""
-        return self._model.sequence.extend(ids)
+        return self._sequence.extend(ids)
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """Logits after each id, (n, n_vocab)."""

@@ -40,7 +40,7 @@ class RandomWeight:
 
 def seconds(kind: str, n_bytes: int, n_tokens: int, team, repeat: int = 7) -> tuple[float, int]:
     """The median time of one product with a matrix of about n_bytes, and its exact bytes."""
-    from ggpy.graph import Caches, Graph, Program
+    from ggpy.graph import Graph, Pages, Program, Span, pack, pages_of
     from ggpy.quant import block_type
 
     n_rows = max(64, n_bytes // block_type(kind).row_bytes(N_COLS) // 16 * 16)
@@ -50,13 +50,15 @@ def seconds(kind: str, n_bytes: int, n_tokens: int, team, repeat: int = 7) -> tu
     n_products = max(1, (32 << 20) // (weight.n_bytes * n_tokens))  # enough that a run isn't over at once
     for i in range(n_products):
         graph.output(graph.op("MUL_MAT", w, x), f"out{i}")
-    program = Program(graph, Caches(n_tokens), team)
+    n_pages = pages_of(n_tokens)
+    program = Program(graph, Pages(n_pages), team)
+    batch, _ = pack([Span([0] * n_tokens, 0, range(n_pages))])
     values = {"x": np.random.default_rng(1).standard_normal((n_tokens, N_COLS)).astype(np.float32)}
     clock = np.zeros(len(program.plan.steps) + 1, np.int64)
     shares = []
     for i in range(repeat + 1):
         started = time.perf_counter()
-        program.run(values, 0, clock)
+        program.run(values, batch, clock)
         whole = time.perf_counter() - started
         ticks = np.diff(clock)
         products = sum(t for t, s in zip(ticks, program.plan.steps, strict=True) if s.kernel.startswith("mul_mat"))

@@ -23,7 +23,8 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .file import GGUFFile
-    from .generate.model import Generation, Model
+    from .generate.generation import Generation
+    from .generate.model import Model
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,7 +41,7 @@ __all__ = [
     "load",
 ]
 
-_LAZY = {"GGUFFile": "file", "Model": "generate.model", "Generation": "generate.model"}
+_LAZY = {"GGUFFile": "file", "Model": "generate.model", "Generation": "generate.generation"}
 
 
 def __getattr__(name: str) -> Any:

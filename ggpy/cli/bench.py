@@ -51,8 +51,7 @@ def measure_rates(model: "Model", n_prompt: int, n_decode: int, depth: int, repe
     """Tokens per second of `repeat` runs: a prompt of n_prompt tokens and n_decode single ones, after `depth` tokens."""
     n_vocab = model.architecture.n_vocab
     ids = [(7919 * i + 13) % n_vocab for i in range(depth + max(n_prompt, n_decode))]  # any tokens do
-    sequence, rates = model.sequence, []
-    sequence.keep(0)
+    sequence, rates = model.new_sequence(), []
     if depth:
         sequence.extend(ids[:depth])
     for i in range(repeat + 1):

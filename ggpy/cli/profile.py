@@ -49,7 +49,7 @@ def profile(
 
 def _measure(model: "Model", n: int, depth: int, repeat: int, by_layer: bool) -> tuple[list[dict[str, Any]], float]:
     """Rows of (name, seconds, bytes of weights, operations), the longest first, and the seconds of a whole run."""
-    sequence = model.sequence
+    sequence = model.new_sequence()
     ids = [(7919 * i + 13) % model.architecture.n_vocab for i in range(depth + n)]
     if depth:
         sequence.extend(ids[:depth])
@@ -88,7 +88,7 @@ def _work(step: "Step", n_tokens: int) -> tuple[int, int]:
     weight = product.inputs[0]
     one_matrix = weight.attrs["weight"].n_bytes // (weight.shape[0] if len(weight.shape) == 3 else 1)
     n_matrices = p["n_slots"]
-    n = 1 if product.shape[0] == 1 else n_tokens
+    n = 1 if product.shape[0] == 1 or product.per == "output" else n_tokens
     per_token = product.shape[1] if product.op == "MUL_MAT_ID" else n_matrices
     return one_matrix * n_matrices, 2 * n * per_token * weight.shape[-1] * weight.shape[-2]
 

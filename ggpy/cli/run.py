@@ -124,7 +124,7 @@ def _timings(model: "Model", generation: "Generation") -> None:
         f"decode  {generation.decode_seconds:8.2f} s  {len(generation.ids):6} tokens  {generation.decode_rate:9.1f} tok/s",
         f"ended   by {generation.finish_reason}",
     ]
-    memory = model.sequence.expert_memory
+    memory = model.expert_memory
     if memory is not None:
         found = memory.n_found / memory.n_chosen
         lines.append(f"experts {memory.held / 1e9:8.2f} GB in memory; {found:.1%} of {memory.n_chosen} choices were there")

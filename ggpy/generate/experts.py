@@ -80,18 +80,12 @@ def expert_use(model: "Model", ids: Sequence[int]) -> ExpertUse:
     layers = tuple(routers)
     logits: dict[int, list[np.ndarray]] = {i: [] for i in layers}
     routes: dict[int, list[np.ndarray]] = {i: [] for i in layers}
-    saved = dict(model.hooks)
-    try:
-        for i, t in routers.items():
-            model.hooks[t.inputs[0].name] = _collector(logits[i])
-            model.hooks[t.name] = _collector(routes[i])
+    hooks = {t.inputs[0].name: _collector(logits[i]) for i, t in routers.items()}
+    hooks |= {t.name: _collector(routes[i]) for i, t in routers.items()}
+    with model.hooked(hooks):
         for first in range(0, len(ids), model.n_ctx):
-            model.sequence.keep(0)
-            model.sequence.extend(ids[first : first + model.n_ctx])
-    finally:
-        model.hooks.clear()
-        model.hooks.update(saved)
-        model.sequence.keep(0)
+            with model.new_sequence() as sequence:
+                sequence.extend(ids[first : first + model.n_ctx])
     n_expert = routers[layers[0]].inputs[0].shape[1]
     counts = np.zeros((len(layers), n_expert), np.int64)
     weights, probabilities = np.zeros(counts.shape), np.zeros(counts.shape)

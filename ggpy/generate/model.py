@@ -1,26 +1,30 @@
 """A model, ready to use: text in, text out."""
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from ..errors import ContextFullError, Error
 from ..file import GGUFFile
 from ..graph import Graph, Team, default_threads
-from ..models import build_graph, read_architecture
+from ..models import read_architecture
 from .chat import ChatTemplate
+from .generation import Generation
+from .runner import Runner
 from .sampling import Sampler
+from .scheduler import Request, Scheduler
 from .sequence import TokenSequence
-from .streaming import StopMatcher, StreamDecoder
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from ..graph import Hook
+    from ..graph import Batch, Hook
     from ..kernels.build import Progress
+    from .expert_memory import ExpertMemory
 
 DEFAULT_CONTEXT = 8192
 DEFAULT_BATCH = 512
@@ -47,6 +51,10 @@ class Model:
     mla : {"absorbed", "naive"}
         How latent attention (DeepSeek) is computed: over cached latent vectors, or over keys and values of all heads,
         which takes several times the memory.
+    kv_memory : int, optional
+        Bytes for the cached keys and values of all sequences, at most; by default what four contexts take, but no more
+        than a quarter of the machine's memory. What nobody uses is kept for prompts that begin alike, until the room is
+        needed.
     ram_budget : int, optional
         Bytes of memory that a mixture of experts bigger than that may take: experts are kept by use and read when their
         router has spoken. Costs time where the model fits.
@@ -71,6 +79,7 @@ class Model:
         kv_type: str = "f16",
         n_expert_used: int | None = None,
         mla: str = "absorbed",
+        kv_memory: int | None = None,
         ram_budget: int | None = None,
         progress: "Progress | None" = None,
     ):
@@ -78,16 +87,18 @@ class Model:
         if (n_ctx is not None and n_ctx < 1) or n_batch < 1:
             raise Error(f"n_ctx and n_batch are at least 1, not {n_ctx} and {n_batch}")
         self.file = GGUFFile(path)
-        self._team: Team | None = None
+        team = None
         try:
             self.architecture = read_architecture(self.file, n_expert_used, mla)
             self.n_ctx = n_ctx or min(self.architecture.n_ctx_train, DEFAULT_CONTEXT)
-            self._team = Team(n_threads or default_threads(), progress)
-            self.sequence = TokenSequence(
-                self.file, self.architecture, self.n_ctx, n_batch, self._team, kv_type.upper(), ram_budget, progress
-            )
+            team = self._team = Team(n_threads or default_threads(), progress)
+            how = (self.n_ctx, n_batch, kv_type.upper(), kv_memory, ram_budget, progress)
+            self._runner = Runner(self.file, self.architecture, self._team, *how)
+            self._scheduler = Scheduler(self._runner)
         except BaseException:
-            self.close()
+            if team is not None:
+                team.close()
+            self.file.close()
             raise
         self.load_seconds = time.perf_counter() - started
 
@@ -97,23 +108,57 @@ class Model:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def __reduce__(self) -> NoReturn:
+        raise Error(f"{self.file.path}: a model can't be pickled; open it in each process")
+
     def close(self) -> None:
-        """Ends the threads and closes the file. The model can't be used any more."""
-        if self._team is not None:
-            self._team.close()
+        """Ends all generations and threads and closes the file, once a run of another thread has ended. The model can't be
+        used any more."""
+        if self._runner.closed or self._runner.is_elsewhere:
+            return
+        self._scheduler.close()
+        self._runner.close()
+        self._team.close()
         self.file.close()
 
     @property
     def n_threads(self) -> int:
         """Threads at work."""
-        assert self._team is not None
         return self._team.n_threads
 
     @property
     def hooks(self) -> "dict[str, Hook]":
         """Functions that see, and may replace, values during runs: by the name of a node of the graph (`Model.graph`),
-        called as hook(name, value) with float32 (n_tokens, …); what one returns, if not None, replaces the value."""
-        return self.sequence.hooks
+        called as hook(name, value) with float32 (n_tokens, …); what one returns, if not None, replaces the value.
+
+        A run may have tokens of several sequences: `Model.batch` says whose."""
+        return self._runner.hooks
+
+    @contextmanager
+    def hooked(self, hooks: "Mapping[str, Hook]") -> Iterator[None]:
+        """Adds hooks while the block runs; those of before come back at its end."""
+        saved = dict(self.hooks)
+        self.hooks.update(hooks)
+        try:
+            yield
+        finally:
+            self.hooks.clear()
+            self.hooks.update(saved)
+
+    @property
+    def batch(self) -> "Batch | None":
+        """For hooks: the tokens of the run that is under way, with their sequences and positions."""
+        return self._runner.batch
+
+    @property
+    def expert_memory(self) -> "ExpertMemory | None":
+        """What keeps the experts within `ram_budget`, if that was given."""
+        return self._runner.expert_memory
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes that cached keys and values may take."""
+        return self._runner.pages.n_bytes
 
     @property
     def metadata(self) -> Any:
@@ -166,18 +211,33 @@ class Model:
         ContextFullError
             More tokens than the context holds.
         """
-        self.sequence.keep(0)
         ids = [int(i) for i in ids]
-        out = np.empty((len(ids), self.architecture.n_vocab), np.float32)
-        at = 0
-        for piece in self.sequence.extend_all(ids):
-            out[at : at + len(piece)] = piece
-            at += len(piece)
-        return out
+        with self.new_sequence() as sequence:
+            pieces = [piece.copy() for piece in sequence.extend_all(ids)]
+        return np.concatenate(pieces) if pieces else np.empty((0, self.architecture.n_vocab), np.float32)
 
-    def graph(self, n_tokens: int = 1, logits: str = "last") -> Graph:
-        """The compute graph for up to n_tokens tokens, to look at; see `ggpy.graph`."""
-        return build_graph(self.file, self.architecture, n_tokens, logits)  # type: ignore[arg-type]
+    def new_sequence(self) -> TokenSequence:
+        """A sequence of tokens, to be evaluated step by step. There may be many, in different threads too."""
+        return TokenSequence(self._runner)
+
+    def load_sequence(self, path: str | Path) -> TokenSequence:
+        """The sequence that `TokenSequence.save` wrote; going on with it gives the same bits as if it had never ended.
+
+        Raises
+        ------
+        Error
+            No such file, of another model, or of this one with another type of cached values or other options.
+        """
+        from .saved import load_sequence
+
+        sequence = self.new_sequence()
+        load_sequence(sequence, self._runner, Path(path))
+        return sequence
+
+    def graph(self, n_tokens: int = 1, n_outputs: int | None = None) -> Graph:
+        """The compute graph for up to n_tokens tokens and the logits of n_outputs of them, by default of all, to look at;
+        see `ggpy.graph`."""
+        return self._runner.graph(n_tokens, n_outputs)
 
     def generate(
         self,
@@ -194,10 +254,12 @@ class Model:
     ) -> "Generation":
         """Continues a prompt.
 
+        Several generations of a model go on together, in one thread or in many; each gives what it would give alone.
+
         Parameters
         ----------
         prompt : str or sequence of int
-            Text or token ids. What it shares with the sequence before it isn't computed again.
+            Text or token ids. What it shares with sequences before it isn't computed again.
         max_tokens : int, optional
             Tokens at most; by default until the model ends or the context is full.
         temperature : float
@@ -212,13 +274,15 @@ class Model:
         Returns
         -------
         Generation
-            An iterator over pieces of text, each of whole characters. Leaving the loop cancels.
+            An iterator over pieces of text, each of whole characters, for `for` and `async for`. Leaving the loop
+            cancels, once nothing refers to it.
 
         Raises
         ------
         ContextFullError
             The prompt doesn't fit into the context.
         """
+        self._runner.check()
         sampler = Sampler(
             temperature=temperature,
             top_k=top_k,
@@ -228,92 +292,45 @@ class Model:
             seed=seed,
         )
         ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-        return Generation(self, ids, sampler, max_tokens, stop)
-
-
-class Generation:
-    """A running generation: iterate for its text.
-
-    Attributes
-    ----------
-    prompt_ids, ids : list of int
-        Tokens of the prompt, and those generated so far (an end token included).
-    finish_reason : str or None
-        "stop" (an end token or a stop text), "length" (max_tokens), "context" (no room left), "cancelled"; None while it
-        goes on.
-    n_reused : int
-        Tokens of the prompt that were already in the cache.
-    prompt_seconds, decode_seconds : float
-        Time for the rest of the prompt, and for the tokens after the first.
-    """
-
-    def __init__(self, model: Model, prompt_ids: list[int], sampler: Sampler, max_tokens: int | None, stop: Sequence[str]):
-        if not prompt_ids:
+        if not ids:
             raise Error("the prompt is empty")
-        if len(prompt_ids) > model.n_ctx:
-            raise ContextFullError(f"the prompt has {len(prompt_ids)} tokens, the context holds {model.n_ctx}")
-        self._model, self._sampler, self._max_tokens, self._stop = model, sampler, max_tokens, stop
-        self.prompt_ids = prompt_ids
-        self.ids: list[int] = []
-        self.finish_reason: str | None = None
-        self.n_reused = 0
-        self.prompt_seconds = self.decode_seconds = 0.0
-        self._pieces = self._run()
+        if len(ids) > self.n_ctx:
+            raise ContextFullError(f"the prompt has {len(ids)} tokens, the context holds {self.n_ctx}")
+        self._runner.check_ids(ids)
+        return Generation(self._scheduler, Request(self.tokenizer, ids, sampler, max_tokens, stop))
 
-    def __iter__(self) -> Iterator[str]:
-        return self
+    def generate_batch(
+        self, prompts: Iterable[str | Sequence[int]], *, seed: int | None = None, **options: Any
+    ) -> Iterator[Generation]:
+        """Continues many prompts, as many at once as is good.
 
-    def __next__(self) -> str:
-        return next(self._pieces)
+        To have streams instead, call `generate` for each and iterate: they go on together all the same.
 
-    def cancel(self) -> None:
-        """Ends the generation before its next token."""
-        self._pieces.close()
-        self.finish_reason = self.finish_reason or "cancelled"
+        Parameters
+        ----------
+        prompts : iterable of (str or sequence of int)
+            Read as there is room for more.
+        seed : int, optional
+            The prompt at place i is sampled with seed + i.
+        **options
+            As for `generate`.
 
-    @property
-    def prompt_rate(self) -> float:
-        """Tokens of the prompt per second."""
-        return (len(self.prompt_ids) - self.n_reused) / self.prompt_seconds if self.prompt_seconds else 0.0
-
-    @property
-    def decode_rate(self) -> float:
-        """Generated tokens per second, without the first, which comes from the prompt's run."""
-        return (len(self.ids) - 1) / self.decode_seconds if self.decode_seconds and len(self.ids) > 1 else 0.0
-
-    def _run(self) -> Generator[str, None, None]:
-        model, sequence = self._model, self._model.sequence
-        tokenizer = model.tokenizer
-        decoder, stops = StreamDecoder(tokenizer, self.prompt_ids), StopMatcher(self._stop)
-        if self._max_tokens is not None and self._max_tokens < 1:
-            self.finish_reason = "length"
-            return
-        started = time.perf_counter()
-        self.n_reused = sequence.reuse(self.prompt_ids)
-        logits = sequence.extend(self.prompt_ids[self.n_reused :])
-        self.prompt_seconds = time.perf_counter() - started
-        started = time.perf_counter()
-        while True:
-            token = self._sampler.sample(logits, sequence.ids)
-            self.ids.append(token)
-            if token in tokenizer.end_tokens:
-                self.finish_reason = "stop"
-                break
-            text, stopped = stops.push(decoder.push(token))
-            if text:
-                yield text
-            if stopped:
-                self.finish_reason = "stop"
-                return
-            if len(self.ids) == self._max_tokens:
-                self.finish_reason = "length"
-                break
-            if len(sequence.ids) == sequence.n_ctx:
-                self.finish_reason = "context"
-                break
-            logits = sequence.extend([token])
-            self.decode_seconds = time.perf_counter() - started
-        text, _ = stops.push(decoder.flush())
-        text += stops.flush()
-        if text:
-            yield text
+        Yields
+        ------
+        Generation
+            Each as it ends: `index` is its place among the prompts, `text` what was generated.
+        """
+        todo, active, index = iter(prompts), [], 0  # type: ignore[var-annotated]
+        more = True
+        while more or active:
+            while more and len(active) < self._scheduler.room:
+                prompt = next(todo, None)
+                more = prompt is not None
+                if prompt is not None:
+                    generation = self.generate(prompt, seed=None if seed is None else seed + index, **options)
+                    generation.index = index
+                    active.append(generation)
+                    index += 1
+            ended = [g for g in active if g.advance()]
+            active = [g for g in active if g not in ended]
+            yield from ended

@@ -1,107 +1,110 @@
-"""A sequence of tokens run through a model: its caches, and the programs that extend it."""
+"""A sequence of tokens run through a model."""
 
+import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
 from ..errors import ContextFullError, Error
-from ..graph import Caches, Hook, Program
-from ..kernels.build import Progress, load
-from ..models import Architecture, Logits, build_graph, run_inputs
-from .expert_memory import ExpertMemory
+from ..graph import Span, pages_of
+from ..kernels.table import SLAB
 
 if TYPE_CHECKING:
-    from ..file import GGUFFile
-    from ..graph import Team
     from ..graph.plan import Step
-
-_LOGITS_BYTES = 64 << 20  # that a run which computes the logits of all its tokens may take for them
+    from .runner import Runner
 
 
 class TokenSequence:
-    """The tokens evaluated so far, with their keys and values.
+    """The tokens evaluated so far, and the pages of their keys and values. Made by `Model.new_sequence`.
 
-    Parameters
+    Sequences of a model are independent of each other, also in different threads; one sequence is for one thread at a time.
+
+    Attributes
     ----------
-    file, arch
-        The model.
-    n_ctx : int
-        The most tokens.
-    n_batch : int
-        The most tokens in one run.
-    team : Team
-        The threads.
-    kv_type : {"F16", "Q8_0", "F32"}
-        Of the cached keys and values.
-    ram_budget : int, optional
-        Bytes that the process may take; see `expert_memory`.
-    progress : callable, optional
-        Told of kernels that must be compiled first.
+    ids : list of int
+        The tokens evaluated so far.
+    pages : list of int
+        The numbers of its pages.
     """
 
-    def __init__(
-        self,
-        file: "GGUFFile",
-        arch: Architecture,
-        n_ctx: int,
-        n_batch: int,
-        team: "Team",
-        kv_type: str = "F16",
-        ram_budget: int | None = None,
-        progress: Progress | None = None,
-    ):
-        self._file, self._arch, self._team = file, arch, team
-        self.n_ctx, self._n_batch = n_ctx, min(n_batch, n_ctx)
-        self.caches = Caches(n_ctx, kv_type)
+    def __init__(self, runner: "Runner"):
+        runner.check()
+        self._runner = runner
         self.ids: list[int] = []
-        #: see `Program`; may be changed between runs
-        self.hooks: dict[str, Hook] = {}
-        self._evaluated_with: dict[str, Hook] = {}
-        self._programs: dict[tuple, Program] = {}
-        self.expert_memory: ExpertMemory | None = None
-        if ram_budget is not None:
-            graph = build_graph(file, arch, 1)
-            cache_bytes = sum(self.caches.size(t) for t in graph if t.op == "CACHE")
-            self.expert_memory = ExpertMemory(file, graph, ram_budget, cache_bytes)
-        # One token, and a prompt: both are sure to be needed, so their kernels are compiled together.
-        programs = [self.program(1, "last"), self.program(self._n_batch, "last")]
-        load([name for p in programs for name in p.plan.names], progress)
+        self.pages: list[int] = []
 
-    def program(self, n_tokens: int, logits: Logits) -> Program:
-        """The program for up to n_tokens tokens."""
-        key = (n_tokens, logits, *self.hooks.items())
-        if key not in self._programs:
-            graph = build_graph(self._file, self._arch, n_tokens, logits)
-            hooks = self.hooks if self.expert_memory is None else self.expert_memory.beside(dict(self.hooks))
-            self._programs[key] = Program(graph, self.caches, self._team, hooks)
-        return self._programs[key]
+    @property
+    def n_ctx(self) -> int:
+        """The most tokens."""
+        return self._runner.n_ctx
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __del__(self) -> None:
+        self._runner.drop(self.pages)
+
+    def __reduce__(self) -> NoReturn:
+        raise Error("a sequence can't be pickled; save() writes it to a file")
+
+    def __enter__(self) -> "TokenSequence":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives its pages back."""
+        self.keep(0)
 
     def keep(self, n: int) -> None:
         """Forgets all but the first n tokens."""
-        del self.ids[n:]
+        with self._runner.lock:
+            del self.ids[n:]
+            used = pages_of(len(self.ids))
+            while len(self.pages) > used:
+                self._runner.pages.give(self.pages.pop())
 
-    def reuse(self, ids: Sequence[int]) -> int:
-        """Keeps what this sequence shares with `ids`, but for their last token, which must be evaluated for its logits.
+    def fork(self) -> "TokenSequence":
+        """Another sequence of the same tokens. Pages are shared until one of the two writes."""
+        other = TokenSequence(self._runner)
+        with self._runner.lock:
+            other.adopt(self.pages, self.ids)
+        return other
 
-        Nothing is kept when the hooks have changed, which may have changed the cached values.
+    def adopt(self, pages: Sequence[int], ids: Sequence[int]) -> None:
+        """Goes on with `ids`, whose keys and values others have computed in `pages`."""
+        for page in pages:
+            self._runner.pages.share(page)
+            self.pages.append(page)
+        self.ids.extend(ids)
 
-        Returns
-        -------
-        int
-            How many tokens of `ids` are kept.
+    def make_room(self, n: int) -> None:
+        """Takes pages for n more tokens.
+
+        Raises
+        ------
+        ContextFullError
+            They don't fit into the context, or all pages are in use.
         """
-        n = 0
-        for a, b in zip(self.ids, ids[:-1], strict=False):
-            if a != b:
-                break
-            n += 1
-        n = n if self.hooks == self._evaluated_with else 0
-        self.keep(n)
-        return n
+        past = len(self.ids)
+        if past + n > self.n_ctx:
+            raise ContextFullError(f"{past} + {n} tokens don't fit into a context of {self.n_ctx}")
+        if past % SLAB:
+            self.pages[past // SLAB] = self._runner.own_page(self.pages[past // SLAB])
+        while len(self.pages) * SLAB < past + n:
+            self.pages.append(self._runner.take_page())
+
+    def span(self, ids: Sequence[int], n_outputs: int) -> Span:
+        """These tokens as the sequence's next."""
+        return Span(ids, len(self.ids), self.pages, n_outputs)
+
+    # Evaluating
 
     def extend(self, ids: Sequence[int]) -> np.ndarray:
-        """Evaluates more tokens; the logits after the last, float32 (n_vocab,), good until the next call.
+        """Evaluates more tokens; the logits after the last, float32 (n_vocab,).
 
         Raises
         ------
@@ -109,11 +112,11 @@ class TokenSequence:
             They don't fit.
         """
         logits = None
-        for chunk in self._chunks(ids, self._n_batch):
-            logits = self._run(chunk, self.program(1 if len(chunk) == 1 else self._n_batch, "last"))
+        for chunk, last in self._chunks(ids, self._runner.n_batch):
+            logits = self._run(chunk, int(last))
         if logits is None:
             raise Error("no tokens to evaluate")
-        return logits[-1]
+        return logits[0]
 
     def extend_all(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
         """Evaluates more tokens; yields the logits of all, in pieces (n, n_vocab), each good until the next.
@@ -123,11 +126,12 @@ class TokenSequence:
         ContextFullError
             They don't fit.
         """
-        n = max(2, min(self._n_batch, _LOGITS_BYTES // (4 * self._arch.n_vocab)))
-        for chunk in self._chunks(ids, n):
-            yield self._run(chunk, self.program(n, "all"))
+        n = self._runner.n_outputs
+        room = np.empty((min(n, len(ids)), self._runner.arch.n_vocab), np.float32)
+        for chunk, _ in self._chunks(ids, n):
+            yield self._run(chunk, len(chunk), room)
 
-    def profile(self, ids: Sequence[int]) -> tuple[list["Step"], np.ndarray]:
+    def profile(self, ids: Sequence[int]) -> "tuple[list[Step], np.ndarray]":
         """Evaluates more tokens in one run; its steps, and the processor's clock before each and at the end, in ticks.
 
         Raises
@@ -135,27 +139,47 @@ class TokenSequence:
         ContextFullError
             They don't fit.
         """
-        if len(ids) > self._n_batch:
-            raise Error(f"{len(ids)} tokens in one run; at most {self._n_batch} are possible")
-        program = self.program(1 if len(ids) == 1 else self._n_batch, "last")
-        clock = np.zeros(len(program.plan.steps) + 1, np.int64)
-        for chunk in self._chunks(ids, self._n_batch):
-            self._run(chunk, program, clock)
-        return program.plan.steps, clock
+        if len(ids) > self._runner.n_batch:
+            raise Error(f"{len(ids)} tokens in one run; at most {self._runner.n_batch} are possible")
+        with self._runner.lock:
+            steps = self._runner.program_of(len(ids)).plan.steps
+            clock = np.zeros(len(steps) + 1, np.int64)
+            for chunk, _ in self._chunks(ids, self._runner.n_batch):
+                self._run(chunk, 1, profile=clock)
+        return steps, clock
 
-    def _chunks(self, ids: Sequence[int], n: int) -> Iterator[Sequence[int]]:
+    def _chunks(self, ids: Sequence[int], n: int) -> Iterator[tuple[Sequence[int], bool]]:
+        """Pieces of at most n, and whether each is the last."""
         if len(self.ids) + len(ids) > self.n_ctx:
             raise ContextFullError(f"{len(self.ids)} + {len(ids)} tokens don't fit into a context of {self.n_ctx}")
-        for i in ids:
-            if not 0 <= i < self._arch.n_vocab:
-                raise Error(f"token {i} is not one of the vocabulary's {self._arch.n_vocab}")
+        self._runner.check_ids(ids)
         for first in range(0, len(ids), n):
-            yield ids[first : first + n]
+            yield ids[first : first + n], first + n >= len(ids)
 
-    def _run(self, ids: Sequence[int], program: Program, profile: np.ndarray | None = None) -> np.ndarray:
-        n_past = len(self.ids)
-        inputs = {"ids": np.array(ids, np.int32), **run_inputs(self._arch, n_past, len(ids))}
-        logits = program.run(inputs, n_past, profile)["logits"]
-        self.ids.extend(ids)
-        self._evaluated_with = dict(self.hooks)
-        return logits
+    def _run(
+        self, ids: Sequence[int], n_outputs: int, to: np.ndarray | None = None, profile: np.ndarray | None = None
+    ) -> np.ndarray:
+        runner = self._runner
+        runner.check()
+        with runner.lock:
+            self.make_room(len(ids))
+            (logits,) = runner.run([self.span(ids, n_outputs)], profile)
+            self.ids.extend(ids)
+            if to is None:
+                return logits.copy()
+            to[: len(logits)] = logits
+        return to[: len(logits)]
+
+    # Files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the tokens with their keys and values to a file, which `Model.load_sequence` reads.
+
+        Raises
+        ------
+        Error
+            The model has hooks: the values may be theirs. The file can't be written.
+        """
+        from .saved import save_sequence
+
+        save_sequence(self, self._runner, Path(path))

@@ -1,9 +1,23 @@
-"""Compute graphs: building, planning, running. See `tensor`, `ops`, `plan`, `program`, `reference`."""
+"""Compute graphs: building, planning, running. See `tensor`, `ops`, `batch`, `pages`, `plan`, `program`, `reference`."""
 
-from .cache import Caches
+from .batch import Batch, Span, pack
+from .pages import Pages, pages_of
 from .program import Hook, Program
 from .reference import Reference
 from .tensor import Graph, Tensor
 from .threads import Team, default_threads
 
-__all__ = ["Caches", "Graph", "Hook", "Program", "Reference", "Team", "Tensor", "default_threads"]
+__all__ = [
+    "Batch",
+    "Graph",
+    "Hook",
+    "Pages",
+    "Program",
+    "Reference",
+    "Span",
+    "Team",
+    "Tensor",
+    "default_threads",
+    "pack",
+    "pages_of",
+]

@@ -1,7 +1,7 @@
 """The operations: for each, the shape it gives, what it computes (in numpy), and the kernels that compute it.
 
 `shape(*inputs, **attrs)` checks and infers; it raises GraphError without naming the node, which the caller does.
-`reference(run, *arrays, **attrs)` is the truth that the kernels are tested against; `run` knows positions and caches.
+`reference(run, *arrays, **attrs)` is the truth that the kernels are tested against; `run` knows the batch.
 `lower(plan, node)` emits kernel calls through `plan.step`.
 """
 
@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..errors import GraphError
-from ..kernels.table import FLOAT, KEYS_PER_ITEM, MOST_EXPERTS, QUANTIZED, attention_scratch
+from ..kernels.table import (
+    FLOAT,
+    HEADS_PER_ITEM,
+    KEYS_PER_PART,
+    MOST_EXPERTS,
+    QUANTIZED,
+    attention_scratch,
+    split_spans,
+)
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -204,17 +212,19 @@ def _soft_max_lower(p: "Plan", node: "Tensor") -> None:
 OPS["SOFT_MAX"] = Op(_soft_max_shape, _soft_max_reference, _soft_max_lower)
 
 
-def _last_row_shape(x: "Tensor") -> Shape:
+def _rows_shape(x: "Tensor", rows: "Tensor") -> Shape:
+    _need(rows.type == "I32" and len(rows.shape) == 1, "takes numbers of rows")
     _vectors(_row(x))
-    return (1, *x.shape[1:])
+    return (rows.shape[0], *x.shape[1:])
 
 
-def _last_row_lower(p: "Plan", node: "Tensor") -> None:
-    x = node.inputs[0]
-    p.step("last_row", x, x=x, out=node, n_cols=_row(node))
+def _rows_lower(p: "Plan", node: "Tensor") -> None:
+    x, rows = node.inputs
+    p.step("rows", node, x=x, rows=rows, out=node, n_cols=_row(node))
 
 
-OPS["LAST_ROW"] = Op(_last_row_shape, lambda run, x: x[-1:], _last_row_lower)
+# Some tokens' rows: those whose results are wanted.
+OPS["ROWS"] = Op(_rows_shape, lambda run, x, rows: x[rows], _rows_lower)
 
 
 # --- RESHAPE: the same values, seen as heads --------------------------------------------------------------------------
@@ -285,45 +295,49 @@ def _attention_shape(q: "Tensor", k: "Tensor", v: "Tensor", cache: "Tensor", sca
     return (*q.shape[:2], v.shape[2])
 
 
+def _attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, n_past: int, scale: float) -> np.ndarray:
+    """(n, n_head, …) queries over keys and values (n_kv, n_head, …), of which the first query sees n_past + 1."""
+    scores = np.einsum("qhd,khd->hqk", q, keys, optimize=True) * np.float32(scale)
+    seen = np.arange(len(keys))[None, :] <= n_past + np.arange(len(q))[:, None]
+    scores = np.where(seen[None], scores, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("hqk,khd->qhd", p / p.sum(-1, keepdims=True), values, optimize=True)
+
+
 def _attention_reference(
     run: "Reference", q: np.ndarray, k: np.ndarray, v: np.ndarray, cache: Any, scale: float
 ) -> np.ndarray:
-    keys, values = cache.append(k, v, run.n_past)  # (n_kv, n_head_kv, head_dim)
-    n, n_head, _ = q.shape
-    group = n_head // k.shape[1]
-    keys, values = np.repeat(keys, group, 1), np.repeat(values, group, 1)
-    scores = np.einsum("qhd,khd->hqk", q, keys) * np.float32(scale)
-    seen = np.arange(len(keys))[None, :] <= run.n_past + np.arange(n)[:, None]
-    scores = np.where(seen[None], scores, -np.inf)
-    p = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("hqk,khd->qhd", p / p.sum(-1, keepdims=True), values)
+    out, group = [], q.shape[1] // k.shape[1]
+    for span, n_past, pages in run.batch.each():
+        n = n_past + span.stop - span.start
+        keys, values = cache.append(k[span], v[span], run.batch.places[span], pages, n)
+        out.append(_attend(q[span], np.repeat(keys, group, 1), np.repeat(values, group, 1), n_past, scale))
+    return np.concatenate(out)
 
 
 def _attention_lower(p: "Plan", node: "Tensor") -> None:
     q, k, v, cache = node.inputs
     n_head, head_dim = q.shape[1:]
     _, n_head_kv, head_dim_v = v.shape
-    sizes: dict[str, Any] = {"n_head_kv": n_head_kv, "n_ctx": p.n_ctx}
     keys, values = p.cache(cache)
-    kind = p.kv_type
-    p.step(f"store_k_{kind}", node, writes=("cache",), x=k, cache=keys, head_dim=head_dim, **sizes)
-    p.step(f"store_v_{kind}", node, writes=("cache",), x=v, cache=values, head_dim=head_dim_v, **sizes)
-    take: dict[str, Any] = {
-        "q": q,
-        "k_cache": keys,
-        "v_cache": values,
-        "n_head": n_head,
-        "head_dim": head_dim,
-        "head_dim_v": head_dim_v,
-        "scale": float(node.attrs["scale"]),
-    }
-    p.scratch(attention_scratch(head_dim, head_dim_v))
-    if node.shape[0] == 1:
-        partial = p.buffer(4 * (p.n_ctx // KEYS_PER_ITEM + 1) * n_head * (head_dim_v + 16))
-        p.step(f"attention_one_{kind}", node, writes=("partial",), partial=partial, **take, **sizes)
-        p.step("attention_merge", node, partial=partial, out=node, n_head=n_head, head_dim=head_dim_v)
-    else:
-        p.step(f"attention_many_{kind}", node, out=node, **take, **sizes)
+    p.step(f"store_k_{p.kv_type}", node, writes=("cache",), x=k, cache=keys, n_head_kv=n_head_kv, head_dim=head_dim)
+    p.step(f"store_v_{p.kv_type}", node, writes=("cache",), x=v, cache=values, n_head_kv=n_head_kv, head_dim=head_dim_v)
+    sizes: dict[str, Any] = {"n_head": n_head, "n_head_kv": n_head_kv, "head_dim": head_dim, "head_dim_v": head_dim_v}
+    sizes["scale"] = float(node.attrs["scale"])
+    _attention_steps(p, node, "attention", (n_head_kv, head_dim), q=q, k_cache=keys, v_cache=values, **sizes)
+
+
+def _attention_steps(p: "Plan", node: "Tensor", kernel: str, keys: Shape, **params: Any) -> None:
+    """Attention and the merging of its parts, over keys of the shape (n_head_kv, head_dim)."""
+    n_tokens, n_head, head_dim_v = node.shape
+    n_head_kv, width = keys
+    p.scratch(attention_scratch(width, head_dim_v))
+    per_token = n_head_kv * -(-n_head // n_head_kv // HEADS_PER_ITEM)
+    n_parts = split_spans(n_tokens, per_token, p.n_threads) * (p.n_ctx // KEYS_PER_PART + 1)
+    partial = p.buffer(4 * n_parts * n_head * (head_dim_v + 16))
+    p.step(f"{kernel}_{p.kv_type}", node, writes=("out", "partial"), out=node, partial=partial, **params)
+    sizes: dict[str, Any] = {"n_head": n_head, "head_dim": head_dim_v, "items_per_token": per_token}
+    p.step("attention_merge", node, partial=partial, out=node, **sizes)
 
 
 # Values may be longer or shorter than queries and keys.
@@ -548,12 +562,12 @@ def _latent_reference(
     scale: float,
 ) -> np.ndarray:
     n, n_latent = latent.shape
-    keys = cache.append(np.concatenate([latent, k_rot.reshape(n, -1)], 1), run.n_past)  # (n_kv, n_latent + n_rot)
-    scores = np.einsum("qhd,kd->hqk", np.concatenate([q, q_rot], -1), keys, optimize=True) * np.float32(scale)
-    seen = np.arange(len(keys))[None, :] <= run.n_past + np.arange(n)[:, None]
-    scores = np.where(seen[None], scores, -np.inf)
-    p = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("hqk,kd->qhd", p / p.sum(-1, keepdims=True), keys[:, :n_latent], optimize=True)
+    q, new, out = np.concatenate([q, q_rot], -1), np.concatenate([latent, k_rot.reshape(n, -1)], 1), []
+    for span, n_past, pages in run.batch.each():
+        rows = cache.append(new[span], run.batch.places[span], pages, n_past + span.stop - span.start)
+        keys = np.broadcast_to(rows[:, None], (len(rows), q.shape[1], rows.shape[1]))
+        out.append(_attend(q[span], keys, keys[..., :n_latent], n_past, scale))
+    return np.concatenate(out)
 
 
 def _latent_lower(p: "Plan", node: "Tensor") -> None:
@@ -561,18 +575,10 @@ def _latent_lower(p: "Plan", node: "Tensor") -> None:
     _, n_head, n_latent = q.shape
     n_rot = q_rot.shape[2]
     (rows,) = p.cache(cache)
-    kind, width = p.kv_type, n_latent + n_rot
     store: dict[str, Any] = {"latent": latent, "k_rot": k_rot, "n_latent": n_latent, "n_rot": n_rot}
-    p.step(f"store_latent_{kind}", node, writes=("cache",), cache=rows, **store)
-    p.scratch(attention_scratch(width, n_latent))
+    p.step(f"store_latent_{p.kv_type}", node, writes=("cache",), cache=rows, **store)
     sizes: dict[str, Any] = {"n_head": n_head, "n_latent": n_latent, "n_rot": n_rot, "scale": float(node.attrs["scale"])}
-    take: dict[str, Any] = {"q_latent": q, "q_rot": q_rot, "cache": rows, **sizes}
-    if node.shape[0] == 1:
-        partial = p.buffer(4 * (p.n_ctx // KEYS_PER_ITEM + 1) * n_head * (n_latent + 16))
-        p.step(f"latent_attention_one_{kind}", node, writes=("partial",), partial=partial, **take)
-        p.step("attention_merge", node, partial=partial, out=node, n_head=n_head, head_dim=n_latent)
-    else:
-        p.step(f"latent_attention_many_{kind}", node, out=node, **take)
+    _attention_steps(p, node, "latent_attention", (1, n_latent + n_rot), q_latent=q, q_rot=q_rot, cache=rows, **sizes)
 
 
 OPS["ATTENTION_LATENT"] = Op(_latent_shape, _latent_reference, _latent_lower)

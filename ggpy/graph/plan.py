@@ -16,7 +16,7 @@ from ..kernels.table import KERNELS, QUANTIZED, activation_bytes, scratch_bytes
 from .ops import OPS
 
 if TYPE_CHECKING:
-    from .cache import Caches
+    from .pages import Pages
     from .tensor import Graph, Tensor
 
 _ALIGN = 64
@@ -66,7 +66,7 @@ class Plan:
     Parameters
     ----------
     graph : Graph
-    caches : Caches
+    pages : Pages
         Where the graph's caches are.
     n_threads : int
     lanes : int
@@ -82,9 +82,9 @@ class Plan:
         The kernels needed.
     """
 
-    def __init__(self, graph: "Graph", caches: "Caches", n_threads: int, lanes: int, watched: Collection[str] = ()):
-        self.graph, self.n_ctx, self._caches, self._lanes = graph, caches.n_ctx, caches, lanes
-        self.n_threads, self.kv_type = n_threads, caches.type
+    def __init__(self, graph: "Graph", pages: "Pages", n_threads: int, lanes: int, watched: Collection[str] = ()):
+        self.graph, self.n_ctx, self._pages, self._lanes = graph, pages.n_ctx, pages, lanes
+        self.n_threads, self.kv_type = n_threads, pages.type
         self.steps: list[Step] = []
         self._buffers: dict[Tensor, Buffer] = {}
         self._made: dict[tuple, Buffer] = {}
@@ -118,7 +118,7 @@ class Plan:
 
     def cache(self, cache: "Tensor") -> tuple[Memory, ...]:
         """The arrays of a cache."""
-        return tuple(self._memory(a) for a in self._caches.arrays(cache))
+        return tuple(self._memory(a) for a in self._pages.arrays(cache))
 
     def at(self, t: "Tensor", offset: int) -> At:
         """The place `offset` bytes into a tensor."""
@@ -295,15 +295,15 @@ class Plan:
 
     # The tape
 
-    def encode(self, arena: int, states: tuple[int, int], counters: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        """The parameters of all steps, as int64s, and each step's (first parameter, kernel index is its own).
+    def encode(self, arena: int, states: dict[str, int], counters: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """The parameters of all steps, as int64s, and for each step (its first parameter, whether it has a barrier).
 
         Parameters
         ----------
         arena : int
             Address of the arena.
-        states : (int, int)
-            Addresses of the state of the whole run and of its last token alone.
+        states : dict of str to int
+            Addresses of the states of rows that stand for a "token" and for an "output".
         counters : int
             Address of an int64 for each step.
         """
@@ -311,7 +311,7 @@ class Plan:
         starts: list[tuple[int, int]] = []
         for i, step in enumerate(self.steps):
             params = dict(step.params)
-            params["state"] = states[0] if step.node.shape[0] == self.graph.n_tokens else states[1]
+            params["state"] = states[step.node.per]
             params["counter"] = counters + 8 * i
             params["scratch"], params["scratch_stride"] = self._scratch, self._scratch_stride
             starts.append((len(values), int(step.barrier)))

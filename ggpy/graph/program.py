@@ -14,7 +14,8 @@ from .plan import Plan
 from .threads import aligned
 
 if TYPE_CHECKING:
-    from .cache import Caches
+    from .batch import Batch
+    from .pages import Pages
     from .tensor import Graph
     from .threads import Team
 
@@ -28,7 +29,7 @@ class Program:
     Parameters
     ----------
     graph : Graph
-    caches : Caches
+    pages : Pages
         Read and extended by each run.
     team : Team
         The threads.
@@ -42,13 +43,13 @@ class Program:
         A hook's node doesn't exist, or isn't computed.
     """
 
-    def __init__(self, graph: "Graph", caches: "Caches", team: "Team", hooks: Mapping[str, Hook] = MappingProxyType({})):
-        self.graph, self._team, self._n_ctx = graph, team, caches.n_ctx
+    def __init__(self, graph: "Graph", pages: "Pages", team: "Team", hooks: Mapping[str, Hook] = MappingProxyType({})):
+        self.graph, self._team = graph, team
         for name in hooks:
             if name not in graph or graph[name].op not in OPS:
                 raise GraphError(f"hook on {name!r}, which is no computed node of the graph")
         self._hooks = dict(hooks)
-        self.plan = Plan(graph, caches, team.n_threads, target().lanes, self._hooks)
+        self.plan = Plan(graph, pages, team.n_threads, target().lanes, self._hooks)
         self._tape: np.ndarray | None = None
 
     def prepare(self, progress: Progress | None = None) -> None:
@@ -59,15 +60,18 @@ class Program:
         self._state = aligned(128).view(np.int64)
         self._counters = aligned(8 * n_steps)
         state = self._state.ctypes.data
-        self._params, starts = self.plan.encode(self._arena.ctypes.data, (state, state + 64), self._counters.ctypes.data)
+        self._params, starts = self.plan.encode(
+            self._arena.ctypes.data, {"token": state, "output": state + 64}, self._counters.ctypes.data
+        )
         base = self._params.ctypes.data
         steps = zip(self.plan.steps, starts, strict=True)
         self._tape = np.array([(kernels[s.kernel], base + 8 * first, b) for s, (first, b) in steps], np.int64)
         self._barriers = np.array([b for _, b in starts])
         stops = sorted((self.plan.step_after(self.graph[name]), name) for name in self._hooks)
-        self._stops = [(stop, name, self._view(self.graph[name])) for stop, name in stops]
-        self._inputs = {n.name: self._view(n) for n in self.graph if n.op == "INPUT" and self._is_used(n)}
-        self._outputs = {name: self._view(t) for name, t in self.graph.outputs.items()}
+        self._stops = [(stop, name, self.graph[name].per, self._view(self.graph[name])) for stop, name in stops]
+        given = [n for n in self.graph if n.op == "INPUT" and self._is_used(n)]
+        self._inputs = [(n.name, n.per, self._view(n)) for n in given]
+        self._outputs = [(name, t.per, self._view(t)) for name, t in self.graph.outputs.items()]
 
     def _run(self, first: int, stop: int, profile: np.ndarray | None) -> None:
         assert self._tape is not None
@@ -83,54 +87,68 @@ class Program:
         return self._arena[offset : offset + 4 * node.n_values].view(dtype).reshape(node.shape)
 
     def run(
-        self, inputs: Mapping[str, np.ndarray], n_past: int, profile: np.ndarray | None = None
+        self, inputs: Mapping[str, np.ndarray], batch: "Batch", profile: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
         """Computes the outputs for up to `graph.n_tokens` tokens.
 
         Parameters
         ----------
         inputs : mapping of str to array
-            For each INPUT node, (n_tokens, …).
-        n_past : int
-            Tokens in the caches before this run.
+            For each INPUT node, (n_tokens, …) or (n_outputs, …).
+        batch : Batch
+            Whose tokens they are.
         profile : int64 array (n_steps + 1,), optional
             Gets the clock before each step and at the end.
 
         Returns
         -------
         dict of str to float32 array
-            Each output, (n_tokens, …) or (1, …) after LAST_ROW. Views, good until the next run.
+            Each output, (n_tokens, …), or (n_outputs, …) after ROWS. Views, good until the next run.
 
         Raises
         ------
         GraphError
-            An input is missing or has another shape; more tokens than the graph or the caches take.
+            An input is missing or has another shape; more tokens or outputs than the graph takes.
         """
         if self._tape is None:
             self.prepare()
         assert self._tape is not None
-        n_tokens = 0
-        for name, place in self._inputs.items():
+        counts = {"token": len(batch.positions), "output": len(batch.outputs)}
+        if not 0 < counts["token"] <= self.graph.n_tokens or counts["output"] > self.graph.n_outputs:
+            at_most = f"{self.graph.n_tokens} and {self.graph.n_outputs} are possible"
+            raise GraphError(f"{counts['token']} tokens and {counts['output']} outputs in a run; {at_most}")
+        for name, per, place in self._inputs:
             if name not in inputs:
                 raise GraphError(f"input {name} is missing")
-            given = inputs[name]
-            n_tokens = n_tokens or len(given)
-            if len(given) != n_tokens or given.shape[1:] != place.shape[1:] or not 0 < n_tokens <= self.graph.n_tokens:
-                raise GraphError(f"input {name}: shape {given.shape}, at most {place.shape} is possible")
-            place[:n_tokens] = given
-        if n_past + n_tokens > self._n_ctx:
-            raise GraphError(f"{n_past} + {n_tokens} tokens in a cache of {self._n_ctx}")
-        self._state[0:2] = n_tokens, n_past
-        self._state[8:10] = 1, n_past + n_tokens - 1
+            given, n = inputs[name], counts[per]
+            if len(given) != n or given.shape[1:] != place.shape[1:]:
+                raise GraphError(f"input {name}: shape {given.shape}, not {(n, *place.shape[1:])}")
+            place[:n] = given
+        n_single = int(np.count_nonzero(batch.spans[:, 1] == 1)) if len(batch.spans) > 1 else int(counts["token"] == 1)
+        self._state[:6] = (
+            counts["token"],
+            len(batch.spans),
+            n_single,
+            _address(batch.spans),
+            _address(batch.places),
+            _address(batch.pages),
+        )
+        self._state[8] = counts["output"]
         self._counters[:] = 0
         first = 0
-        for stop, name, place in self._stops:
+        for stop, name, per, place in self._stops:
             if stop > first:
                 self._run(first, stop, None)
             first = stop
-            value = place[:n_tokens]
+            value = place[: counts[per]]
             new = self._hooks[name](name, value)
             if new is not None:
                 value[...] = new
         self._run(first, len(self._tape), profile)
-        return {name: value[:n_tokens] for name, value in self._outputs.items()}
+        return {name: value[: counts[per]] for name, per, value in self._outputs}
+
+
+def _address(array: np.ndarray) -> int:
+    if array.dtype != np.int32 or not array.flags.c_contiguous:
+        raise GraphError("the arrays of a batch are int32 and contiguous")
+    return array.ctypes.data

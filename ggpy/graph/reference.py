@@ -8,7 +8,8 @@ import numpy as np
 from .ops import OPS
 
 if TYPE_CHECKING:
-    from .cache import Caches
+    from .batch import Batch
+    from .pages import Pages
     from .tensor import Graph, Tensor
 
 
@@ -18,32 +19,33 @@ class Reference:
     Parameters
     ----------
     graph : Graph
-    caches : Caches
+    pages : Pages
         Read and extended by each run.
     """
 
-    def __init__(self, graph: "Graph", caches: "Caches"):
-        self.graph, self.caches = graph, caches
-        self.n_past = 0
+    batch: "Batch"  # of the run
 
-    def run(self, inputs: Mapping[str, np.ndarray], n_past: int) -> dict[str, np.ndarray]:
+    def __init__(self, graph: "Graph", pages: "Pages"):
+        self.graph, self.pages = graph, pages
+
+    def run(self, inputs: Mapping[str, np.ndarray], batch: "Batch") -> dict[str, np.ndarray]:
         """The value of every computed node by its name, and of every output by the output's.
 
         Parameters
         ----------
         inputs : mapping of str to array
-            For each INPUT node, (n_tokens, …).
-        n_past : int
-            Tokens in the caches before this run.
+            For each INPUT node, (n_tokens, …) or (n_outputs, …).
+        batch : Batch
+            Whose tokens they are.
         """
-        self.n_past = n_past
+        self.batch = batch
         values: dict[Tensor, Any] = {}
         found: dict[str, np.ndarray] = {}
         for node in self.graph:
             if node.op == "INPUT":
                 values[node] = inputs[node.name]
             elif node.op == "CACHE":
-                values[node] = self.caches.view(node)
+                values[node] = self.pages.view(node)
             elif node.op in OPS:
                 arrays = [i.attrs["weight"].dequantize() if i.op == "WEIGHT" else values[i] for i in node.inputs]
                 values[node] = found[node.name] = OPS[node.op].reference(self, *arrays, **node.attrs)

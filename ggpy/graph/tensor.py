@@ -1,7 +1,8 @@
 """A compute graph: tensors made by named operations, whose shapes are checked as it is built.
 
-A graph is built for at most `n_tokens` tokens; a run may have fewer. Everything computed has the tokens in front:
-shape (n_tokens, …), float32. What each operation computes stands in `ops`.
+A graph is built for at most `n_tokens` tokens, of one sequence or of many, and for the results of at most `n_outputs` of
+them; a run may have fewer. Everything computed has the tokens in front, or, behind ROWS, the outputs: shape (n_tokens, …)
+or (n_outputs, …), float32. What each operation computes stands in `ops`.
 """
 
 from collections.abc import Iterator
@@ -49,6 +50,8 @@ class Tensor:
         The operation's parameters.
     name : str
         Unique in its graph.
+    per : {"token", "output", ""}
+        What the first dimension counts; nothing for weights and caches.
     """
 
     op: str
@@ -57,6 +60,7 @@ class Tensor:
     type: str
     name: str
     attrs: dict[str, Any] = field(default_factory=dict)
+    per: str = ""
 
     @property
     def n_values(self) -> int:
@@ -77,12 +81,15 @@ class Graph:
     ----------
     n_tokens : int
         The most tokens that a run may have.
+    n_outputs : int, optional
+        Of the most of them results may be wanted; by default of all.
     """
 
-    def __init__(self, n_tokens: int):
-        if n_tokens < 1:
-            raise GraphError(f"a graph needs at least one token, not {n_tokens}")
+    def __init__(self, n_tokens: int, n_outputs: int | None = None):
         self.n_tokens = n_tokens
+        self.n_outputs = n_tokens if n_outputs is None else n_outputs
+        if not 1 <= self.n_outputs <= n_tokens:
+            raise GraphError(f"a graph needs at least one token and one output, not {n_tokens} and {n_outputs}")
         self.nodes: list[Tensor] = []
         self.outputs: dict[str, Tensor] = {}
         self._by_name: dict[str, Tensor] = {}
@@ -112,12 +119,13 @@ class Graph:
             return found
         return self._add(Tensor("WEIGHT", (), tuple(weight.shape), weight.type, weight.name, {"weight": weight}))
 
-    def input(self, name: str, shape: Shape = (), type: str = "F32") -> Tensor:
-        """Values that each run is given: (n_tokens, *shape)."""
+    def input(self, name: str, shape: Shape = (), type: str = "F32", per: str = "token") -> Tensor:
+        """Values that each run is given: (n_tokens, *shape), or (n_outputs, *shape)."""
         found = self._by_name.get(name)
         if found is not None:
             return found
-        return self._add(Tensor("INPUT", (), (self.n_tokens, *shape), type, name))
+        n = self.n_tokens if per == "token" else self.n_outputs
+        return self._add(Tensor("INPUT", (), (n, *shape), type, name, per=per))
 
     def cache(self, name: str, *shape: int) -> Tensor:
         """What a run knows of the tokens before it, and adds its own to: for ATTENTION (n_head_kv, head_dim, head_dim_v),
@@ -144,7 +152,10 @@ class Graph:
             raise GraphError(f"{name}: {op} of {took}: {error}") from None
         except TypeError as error:  # a missing input or parameter
             raise GraphError(f"{name}: {op}: {error}") from None
-        return self._add(Tensor(op, inputs, shape, "F32", name, attrs))
+        per = {t.per for t in inputs if t.per}
+        if len(per) > 1 and op != "ROWS":
+            raise GraphError(f"{name}: {op} of rows of tokens and rows of outputs")
+        return self._add(Tensor(op, inputs, shape, "F32", name, attrs, "output" if op == "ROWS" else per.pop()))
 
     def output(self, tensor: Tensor, name: str) -> None:
         """Makes a tensor a result of the run."""

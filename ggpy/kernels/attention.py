@@ -1,17 +1,23 @@
 """Attention over the KV cache, with an online softmax (Milakov & Gimelshein 2018; Dao et al. 2022).
 
-The caches are laid out for reading (`kv_formats`). K: (n_head_kv, n_ctx / SLAB) slabs (head_dim, SLAB), so that keys
-stand in the lanes and no sum crosses lanes; V: (n_head_kv, n_ctx / SLAB) slabs (SLAB, head_dim_v).
+The cache is laid out for reading (`kv_formats`), in pages of SLAB positions that sequences hold in any order. K: (n_pages,
+n_head_kv) slabs (head_dim, SLAB), so that keys stand in the lanes and no sum crosses lanes; V: (n_pages, n_head_kv) slabs
+(SLAB, head_dim_v).
 
-A work item has up to ROWS_PER_ITEM *rows*: the queries of some tokens and of some heads that share keys. Slab by slab, it
-takes two small matrix products, with register tiles of ROWS rows, and a softmax. Many rows have each slab unpacked to
-float32 once for all (`unpacked_products`); what bounds them is the rate of multiply-adds. The few rows of one token
+A work item has up to ROWS_PER_ITEM *rows*: the queries of some tokens of a span and of some heads that share keys. Slab by
+slab, it takes two small matrix products, with register tiles of ROWS rows, and a softmax. Many rows have each slab unpacked
+to float32 once for all (`unpacked_products`); what bounds them is the rate of multiply-adds. The few rows of one token
 multiply what they read at once, and ask for the next slab as they do so (`direct_products`); what bounds them is the
 reading of the cache, whose values are read and converted once for all heads of a group.
 
-One token is shared out by (KV head, KEYS_PER_ITEM keys), so that long contexts use all threads whatever the number of
-heads, and merged in order of position. Prompts are shared out by (tokens, KV head), the longest items first. Scores are
-in units of log2: queries are multiplied by `scale` and log2(e) as they are collected.
+Each row's result has the same bits however many rows, tokens, sequences and threads are at work: both kinds of products add
+up in the same order; and the keys of a row are taken in parts of KEYS_PER_PART, slab by slab, each part's sums are merged
+with those of the parts before (`merge_row`), wherever and by whomever the parts were computed.
+
+Spans of many tokens are shared out by (tokens, KV head), the longest items first, spans of one token by KV head. Where
+these are too few for all threads, each part is an item of its own (`is_split`), so that long contexts use all threads
+whatever the number of heads, and `attention_merge` merges them. Scores are in units of log2: queries are multiplied by
+`scale` and log2(e) as they are collected.
 """
 
 from ..simd.vector import (
@@ -24,11 +30,11 @@ from ..simd.vector import (
     fold_max,
     lane_numbers,
     ld_f32,
+    ld_i32,
     load_f32,
     load_grid,
     load_tile_f32,
     max_f32,
-    maximum,
     prefetch,
     splat_f32,
     splat_i32,
@@ -42,7 +48,7 @@ from ..simd.vector import (
 from .common import bits_f32, exp2, f32, i32, ld_state, next_item, share
 from .kv_formats import KV_FORMATS, VECTORS
 from .source import function, kernel
-from .table import HEADS_PER_ITEM, KEYS_PER_ITEM, ROWS_PER_ITEM, SCORES_PER_ITEM, SLAB
+from .table import HEADS_PER_ITEM, ITEMS_PER_THREAD, KEYS_PER_PART, ROWS_PER_ITEM, SLAB
 
 LOG2_E = f32(1.4426950408889634)
 ROWS = 4  # of a register tile
@@ -68,72 +74,126 @@ _row, _row_last = _grid_product(1, 4), _grid_product(1, 1)
 
 
 @function
-def add_product(x, x_stride, n_rows, y, n, n_cols, out):
+def add_product(x, x_stride, n_rows, y, y_stride, n, n_cols, out, out_stride):
     """out += x y, for x (n_rows, n), y (n, n_cols), out (n_rows, n_cols), float32; n_cols is a multiple of 16.
 
     There must be room for n_rows rounded up to ROWS.
     """
-    stride = 4 * n_cols
+    end = 4 * n_cols
     for r in range(0, n_rows, ROWS):
-        xr, outr, c = x + x_stride * r, out + stride * r, 0
+        xr, outr, c = x + x_stride * r, out + out_stride * r, 0
         if n_rows - r > 1:
-            while c + VECTORS * _V <= stride:
-                _tile(xr, x_stride, y + c, stride, n, outr + c, stride)
+            while c + VECTORS * _V <= end:
+                _tile(xr, x_stride, y + c, y_stride, n, outr + c, out_stride)
                 c += VECTORS * _V
-            while c < stride:
-                _tile_last(xr, x_stride, y + c, stride, n, outr + c, stride)
+            while c < end:
+                _tile_last(xr, x_stride, y + c, y_stride, n, outr + c, out_stride)
                 c += _V
         else:
-            while c + 4 * _V <= stride:
-                _row(xr, x_stride, y + c, stride, n, outr + c, stride)
+            while c + 4 * _V <= end:
+                _row(xr, x_stride, y + c, y_stride, n, outr + c, out_stride)
                 c += 4 * _V
-            while c < stride:
-                _row_last(xr, x_stride, y + c, stride, n, outr + c, stride)
+            while c < end:
+                _row_last(xr, x_stride, y + c, y_stride, n, outr + c, out_stride)
                 c += _V
 
 
-def unpacked_products(unpack_keys, unpack_values):
-    """The products of scores and of values by way of `room`, for caches that are read by the functions given."""
+def unpacked_products(kv, unpack_keys):
+    """The products of scores and of values by way of `room`, for keys that are unpacked by the function given."""
+    unpack_values, scaled_scores, scaled_weights = kv.unpack_rows, kv.scaled_scores, kv.scaled_weights
+
+    def scaled_product(rows):
+        grid_vectors = rows * VECTORS
+
+        @function
+        def scaled_product(q, q_stride, keys, n, scores, slab, width, d, lane):
+            part = tile_f32(grid_vectors)
+            for i in range(n):
+                part = fma_grid(part, q + 4 * i, q_stride, load_tile_f32(keys + LINE * i, _V, VECTORS))
+            total = load_grid(scores, LINE, rows, VECTORS) + scaled_scores(part, slab, width, d, lane)
+            store_grid(scores, LINE, total, VECTORS)
+
+        return scaled_product
+
+    scaled_tile, scaled_row = scaled_product(ROWS), scaled_product(1)
 
     @function
-    def set_scores(q, n_rows, keys, slab_bytes, head_dim, n, scores, room, after):
-        """scores = q k for n keys, one or more whole slabs."""
-        unpack_keys(keys, head_dim, room)
+    def set_plain_scores(q, n_rows, slab, width, scores, room, after):
+        unpack_keys(slab, width, room)
         fill_zero(scores, LINE * padded_rows(n_rows))
-        add_product(q, 4 * head_dim, n_rows, room, head_dim, SLAB, scores)
+        add_product(q, 4 * width, n_rows, room, LINE, width, SLAB, scores, LINE)
 
     @function
-    def add_values(weights, n_rows, values, slab_bytes, width, n, head_dim_v, o, room, after):
-        """o += weights v for n positions and the first head_dim_v of their `width` values."""
-        unpack_values(values, width, n, head_dim_v, room)
-        add_product(weights, LINE, n_rows, room, n, head_dim_v, o)
+    def set_scaled_scores(q, n_rows, slab, width, scores, room, after):
+        unpack_keys(slab, width, room)
+        fill_zero(scores, LINE * padded_rows(n_rows))
+        for r in range(0, n_rows, ROWS):
+            for d in range(0, width, 32):
+                n, x = min(32, width - d), q + 4 * (width * r + d)
+                for k in range(0, SLAB, VECTORS * LANES):
+                    keys, to = room + LINE * d + 4 * k, scores + LINE * r + 4 * k
+                    if n_rows - r > 1:
+                        scaled_tile(x, 4 * width, keys, n, to, slab, width, d, k)
+                    else:
+                        scaled_row(x, 4 * width, keys, n, to, slab, width, d, k)
 
-    return set_scores, add_values
+    @function
+    def add_plain_values(weights, n_rows, slab, width, n, head_dim_v, o, spare, room, after):
+        unpack_values(slab, width, n, head_dim_v, room)
+        add_product(weights, LINE, n_rows, room, 4 * head_dim_v, n, head_dim_v, o, 4 * head_dim_v)
+
+    @function
+    def add_scaled_values(weights, n_rows, slab, width, n, head_dim_v, o, spare, room, after):
+        unpack_values(slab, width, n, head_dim_v, room)
+        stride = 4 * head_dim_v
+        for d in range(0, head_dim_v, 32):
+            scaled, _ = scaled_weights(weights, LINE, padded_rows(n_rows), slab, width, d, spare, LINE)
+            m = min(32, head_dim_v - d)
+            add_product(scaled, LINE, n_rows, room + 4 * d, stride, n, m, o + 4 * d, stride)
+
+    return (set_scaled_scores, add_scaled_values) if kv.scaled else (set_plain_scores, add_plain_values)
 
 
-def direct_products(kv, line_bytes):
-    """The same products without `room` for unpacked values, for keys in the lanes."""
-    size, load_tile, scaled_scores, scaled_weights = kv.size, kv.load_tile, kv.scaled_scores, kv.scaled_weights
+def direct_products(kv):
+    """The same products without `room` for what is unpacked, for keys in the lanes.
+
+    set_scores(q, n_rows, slab, width, scores, room, after)
+        scores = q k for a slab of keys. What is read next stands at `after`.
+    add_values(weights, n_rows, slab, width, n, head_dim_v, o, spare, room, after)
+        o += weights v for the first n positions of a slab and the first head_dim_v of their `width` values.
+    """
+    size, scaled, load_tile = kv.size, kv.scaled, kv.load_tile
+    scaled_scores, scaled_weights = kv.scaled_scores, kv.scaled_weights
     columns = 2 * LANES  # of a tile of values
 
     def scores_of(rows):
         grid_vectors = rows * VECTORS
 
         @function
-        def scores_of(q, slab, head_dim, scores, after):
+        def add_scores(grid, q, slab, width, first, stop, k, after):
+            for d in range(first, stop):
+                for i in range(0, size * VECTORS * LANES, 64):
+                    prefetch(after + size * (SLAB * d + k) + i)
+                tile = load_tile(slab + size * (SLAB * d + k), size * LANES, VECTORS)
+                grid = fma_grid(grid, q + 4 * d, 4 * width, tile)
+            return grid
+
+        @function
+        def plain_scores(q, slab, width, scores, after):
+            for k in range(0, SLAB, VECTORS * LANES):
+                total = add_scores(tile_f32(grid_vectors), q, slab, width, 0, width, k, after)
+                store_grid(scores + 4 * k, LINE, total, VECTORS)
+
+        @function
+        def summed_scores(q, slab, width, scores, after):
             for k in range(0, SLAB, VECTORS * LANES):
                 total = tile_f32(grid_vectors)
-                for b in range(0, head_dim, 32):
-                    part = tile_f32(grid_vectors)
-                    for d in range(b, min(b + 32, head_dim)):
-                        for i in range(0, size * VECTORS * LANES, 64):
-                            prefetch(after + size * (SLAB * d + k) + i)
-                        tile = load_tile(slab + size * (SLAB * d + k), size * LANES, VECTORS)
-                        part = fma_grid(part, q + 4 * d, 4 * head_dim, tile)
-                    total = total + scaled_scores(part, slab, head_dim, b, k)
-                store_grid(scores + 4 * k, line_bytes, total, VECTORS)
+                for d in range(0, width, 32):
+                    part = add_scores(tile_f32(grid_vectors), q, slab, width, d, min(d + 32, width), k, after)
+                    total = total + scaled_scores(part, slab, width, d, k)
+                store_grid(scores + 4 * k, LINE, total, VECTORS)
 
-        return scores_of
+        return summed_scores if scaled else plain_scores
 
     def values_of(rows, vectors):
         @function
@@ -153,38 +213,32 @@ def direct_products(kv, line_bytes):
     values_of_row, last_of_row = values_of(1, 2), values_of(1, 1)
 
     @function
-    def set_scores(q, n_rows, keys, slab_bytes, head_dim, n, scores, room, after):
-        for k in range(0, n, SLAB):
-            slab = keys + slab_bytes * (k // SLAB)
-            for r in range(0, n_rows, ROWS):
-                to, ahead = scores + line_bytes * r + 4 * k, slab + slab_bytes if k + SLAB < n else after
-                if n_rows - r > 1:
-                    scores_of_tile(q + 4 * head_dim * r, slab, head_dim, to, ahead)
-                else:
-                    scores_of_row(q + 4 * head_dim * r, slab, head_dim, to, ahead)
+    def set_scores(q, n_rows, slab, width, scores, room, after):
+        for r in range(0, n_rows, ROWS):
+            if n_rows - r > 1:
+                scores_of_tile(q + 4 * width * r, slab, width, scores + LINE * r, after)
+            else:
+                scores_of_row(q + 4 * width * r, slab, width, scores + LINE * r, after)
 
     @function
-    def add_values(weights, n_rows, values, slab_bytes, width, n, head_dim_v, o, room, after):
+    def add_values(weights, n_rows, slab, width, n, head_dim_v, o, spare, room, after):
         stride, padded = 4 * head_dim_v, padded_rows(n_rows)
-        for k in range(0, n, SLAB):
-            slab, left = values + slab_bytes * (k // SLAB), min(SLAB, n - k)
-            ahead = slab + slab_bytes if k + SLAB < n else after
-            for b in range(0, head_dim_v, 32):
-                line, step = scaled_weights(weights + 4 * k, line_bytes, padded, slab, width, b, room, LINE)
-                for r in range(0, n_rows, ROWS):
-                    at, d, end = line + step * r, b, min(b + 32, head_dim_v)
-                    while d < end:
-                        to = o + stride * r + 4 * d
-                        if n_rows - r > 1:
-                            if d + columns <= end:
-                                values_of_tile(at, step, slab + size * d, width, left, to, stride, ahead + size * d)
-                            else:
-                                last_of_tile(at, step, slab + size * d, width, left, to, stride, ahead + size * d)
-                        elif d + columns <= end:
-                            values_of_row(at, step, slab + size * d, width, left, to, stride, ahead + size * d)
+        for b in range(0, head_dim_v, 32):
+            line, step = scaled_weights(weights, LINE, padded, slab, width, b, spare, LINE)
+            for r in range(0, n_rows, ROWS):
+                at, d, end = line + step * r, b, min(b + 32, head_dim_v)
+                while d < end:
+                    to = o + stride * r + 4 * d
+                    if n_rows - r > 1:
+                        if d + columns <= end:
+                            values_of_tile(at, step, slab + size * d, width, n, to, stride, after + size * d)
                         else:
-                            last_of_row(at, step, slab + size * d, width, left, to, stride, ahead + size * d)
-                        d += columns
+                            last_of_tile(at, step, slab + size * d, width, n, to, stride, after + size * d)
+                    elif d + columns <= end:
+                        values_of_row(at, step, slab + size * d, width, n, to, stride, after + size * d)
+                    else:
+                        last_of_row(at, step, slab + size * d, width, n, to, stride, after + size * d)
+                    d += columns
 
     return set_scores, add_values
 
@@ -209,24 +263,37 @@ def copy_scaled(to, x, n, factor):
 
 
 @function
-def rows_of(work, head_dim, head_dim_v):
-    """Where in an item's memory (`table.attention_scratch`) things are.
+def rows_of(work, width, head_dim_v):
+    """Where in an item's memory (`table.attention_scratch`) things are. The queries stand at `work`.
 
-    By rows: the sums of values, their maxima (a float32), the sums of weights (a vector). The queries stand at `work`.
+    By rows, of this part: the sums of values, their maxima (a float32), the sums of weights (a vector); of all parts: the
+    sums of values, pairs of maximum and sum of weights; scores of a slab, which become weights; the same times scales of
+    values. Behind them there is room for a slab.
     """
-    o = work + 4 * ROWS_PER_ITEM * head_dim
+    o = work + 4 * ROWS_PER_ITEM * width
     maxima = o + 4 * ROWS_PER_ITEM * head_dim_v
-    return o, maxima, maxima + 4 * ROWS_PER_ITEM
+    sums = maxima + 4 * ROWS_PER_ITEM
+    total = sums + 64 * ROWS_PER_ITEM
+    pairs = total + 4 * ROWS_PER_ITEM * head_dim_v
+    scores = pairs + 12 * ROWS_PER_ITEM
+    spare = scores + LINE * ROWS_PER_ITEM
+    return o, maxima, sums, total, pairs, scores, spare, spare + LINE * ROWS_PER_ITEM
 
 
 @function
-def start_rows(work, n_rows, head_dim, head_dim_v):
+def start_rows(work, n_rows, width, head_dim_v):
     """Makes rows ready for `attend`; their queries are collected by the caller."""
-    o, maxima, sums = rows_of(work, head_dim, head_dim_v)
+    fill_zero(work + 4 * width * n_rows, 4 * width * (padded_rows(n_rows) - n_rows))
+    start_part(work, n_rows, width, head_dim_v)
+
+
+@function
+def start_part(work, n_rows, width, head_dim_v):
+    """Makes rows ready for a part of the keys."""
+    o, maxima, sums, _, _, _, _, _ = rows_of(work, width, head_dim_v)
     for r in range(n_rows):
         st_f32(maxima + 4 * r, _LOWEST)
     fill_zero(sums, 64 * n_rows)
-    fill_zero(work + 4 * head_dim * n_rows, 4 * head_dim * (padded_rows(n_rows) - n_rows))
     fill_zero(o, 4 * head_dim_v * padded_rows(n_rows))
 
 
@@ -251,65 +318,115 @@ def _raise_maximum(best, maximum_at, sums, o, head_dim_v):
 
 
 @function
-def _soften(line, n, maximum_at, sums, o, head_dim_v):
-    """A row's n scores (a multiple of SLAB) to weights 2^(score - maximum)."""
-    best = splat_f32(_LOWEST)
-    for k in range(0, 4 * n, 4 * SLAB):
-        best = maximum(best, fold_max(load_tile_f32(line + k, _V, _SLAB_VECTORS)))
+def _soften(line, maximum_at, sums, o, head_dim_v):
+    """A row's scores of a slab to weights 2^(score - maximum)."""
+    scores = load_tile_f32(line, _V, _SLAB_VECTORS)
+    best = fold_max(scores)
     # Mostly not: nothing is summed or compared across lanes.
     if any_less(splat_f32(ld_f32(maximum_at)), best):
         _raise_maximum(best, maximum_at, sums, o, head_dim_v)
-    top, total = splat_f32(ld_f32(maximum_at)), load_f32(sums)
-    for k in range(0, 4 * n, 4 * SLAB):
-        weights = exp2(load_tile_f32(line + k, _V, _SLAB_VECTORS) - top)
-        store(line + k, weights)
-        total = total + fold_add_f32(weights)
-    store(sums, total)
+    weights = exp2(scores - splat_f32(ld_f32(maximum_at)))
+    store(line, weights)
+    store(sums, load_f32(sums) + fold_add_f32(weights))
 
 
-def attention_over(slab_bytes, block, products):
-    """The function that attends over slabs of a type, with products that take `block` positions at a time."""
+@function
+def merge_row(o, maximum, weights, total, total_maximum, total_weights, head_dim_v):
+    """Adds a row's sums of values o, their maximum and sum of weights to those of the parts before; the latter two."""
+    if maximum > total_maximum:
+        shrink = exp2(splat_f32(total_maximum - maximum))
+        for d in range(0, 4 * head_dim_v, _V):
+            store(total + d, fma(load_f32(total + d), shrink, load_f32(o + d)))
+        return maximum, total_weights * max_f32(shrink) + weights
+    shrink = exp2(splat_f32(maximum - total_maximum))
+    for d in range(0, 4 * head_dim_v, _V):
+        store(total + d, fma(load_f32(o + d), shrink, load_f32(total + d)))
+    return total_maximum, weights * max_f32(shrink) + total_weights
+
+
+@function
+def _merge_rows(work, n_tokens, n_heads, n_seen, is_first, width, head_dim_v):
+    """Ends a part of the keys: of the rows that see any of it, the first token n_seen. The first part is taken as it is."""
+    o, maxima, sums, total, pairs, _, _, _ = rows_of(work, width, head_dim_v)
+    row = 4 * head_dim_v
+    for t in range(n_tokens):
+        if n_seen + t > 0:
+            for r in range(t * n_heads, t * n_heads + n_heads):
+                maximum, weights, pair = ld_f32(maxima + 4 * r), sum_f32(load_f32(sums + 64 * r)), pairs + 8 * r
+                if is_first:
+                    copy_bytes(total + row * r, o + row * r, row)
+                else:
+                    before, sum_before = ld_f32(pair), ld_f32(pair + 4)
+                    maximum, weights = merge_row(
+                        o + row * r, maximum, weights, total + row * r, before, sum_before, head_dim_v
+                    )
+                st_f32(pair, maximum)
+                st_f32(pair + 4, weights)
+
+
+def attention_over(products):
+    """The function that attends over keys and values by way of these products."""
     set_scores, add_values = products
-    line_bytes = 4 * block
 
     @function
-    def attend(work, n_tokens, n_heads, n_seen, keys, values, n, head_dim, head_dim_v, width_v, after):
-        """Adds n keys and values to what the rows, n_heads for each token, have.
+    def attend(
+        work,
+        n_tokens,
+        n_heads,
+        n_seen,
+        keys,
+        key_stride,
+        values,
+        value_stride,
+        pages,
+        first,
+        stop,
+        width,
+        head_dim_v,
+        width_v,
+        after,
+    ):
+        """Attends to keys and values first … stop - 1, `first` a multiple of KEYS_PER_PART, for n_heads rows of each token.
 
-        The first token may see n_seen of them, and each token one more than the one before. `keys` and `values` are the
-        addresses of slabs of head_dim and width_v values, of which the first head_dim_v are taken; `after` is what will be
+        The first token may see n_seen keys in all, and each token one more than the one before. Page p of keys and
+        values, slabs of `width` and width_v values, of which the first head_dim_v are taken, is at keys + key_stride * p
+        and values + value_stride * p; `pages` is the address of the span's page numbers, int32, `after` of what will be
         read next.
         """
-        o, maxima, sums = rows_of(work, head_dim, head_dim_v)
-        scores = sums + 64 * ROWS_PER_ITEM
-        room = scores + 4 * SCORES_PER_ITEM
-        key_bytes, value_bytes, n_rows = slab_bytes(head_dim), slab_bytes(width_v), n_tokens * n_heads
-        for b in range(0, n, block):
-            left = min(block, n - b)
-            # Positions past the last are within the cache, whose length is a multiple of SLAB.
-            padded = (left + SLAB - 1) // SLAB * SLAB
-            at = values + value_bytes * (b // SLAB)
-            upcoming = keys + key_bytes * ((b + block) // SLAB) if b + block < n else after
-            set_scores(work, n_rows, keys + key_bytes * (b // SLAB), key_bytes, head_dim, padded, scores, room, at)
+        _, maxima, sums, _, _, scores, spare, room = rows_of(work, width, head_dim_v)
+        o, n_rows = work + 4 * ROWS_PER_ITEM * width, n_tokens * n_heads
+        page = ld_i32(pages + first // SLAB * 4)
+        for b in range(first, stop, SLAB):
+            slab, upcoming, next_page = values + value_stride * page, after, page
+            if b + SLAB < stop:
+                next_page = ld_i32(pages + (b // SLAB + 1) * 4)
+                upcoming = keys + key_stride * next_page
+            set_scores(work, n_rows, keys + key_stride * page, width, scores, room, slab)
             for t in range(n_tokens):
                 seen = n_seen + t - b
                 for r in range(t * n_heads, t * n_heads + n_heads):
-                    line = scores + line_bytes * r
+                    line = scores + LINE * r
                     if seen <= 0:
-                        fill_zero(line, line_bytes)
+                        fill_zero(line, LINE)
                         continue
-                    if seen < padded:
-                        _hide(line, padded, seen)
-                    _soften(line, padded, maxima + 4 * r, sums + 64 * r, o + 4 * head_dim_v * r, head_dim_v)
-            add_values(scores, n_rows, at, value_bytes, width_v, left, head_dim_v, o, room, upcoming)
+                    if seen < SLAB:
+                        _hide(line, SLAB, seen)
+                    _soften(line, maxima + 4 * r, sums + 64 * r, o + 4 * head_dim_v * r, head_dim_v)
+            add_values(scores, n_rows, slab, width_v, min(SLAB, stop - b), head_dim_v, o, spare, room, upcoming)
+            page = next_page
+            if stop - first > KEYS_PER_PART and (b + SLAB >= stop or (b + SLAB) % KEYS_PER_PART == 0):
+                part = b // KEYS_PER_PART * KEYS_PER_PART
+                _merge_rows(work, n_tokens, n_heads, n_seen - part, part == first, width, head_dim_v)
+                if b + SLAB < stop:
+                    start_part(work, n_rows, width, head_dim_v)
 
     return attend
 
 
 @function
-def put_part(work, n_rows, head_dim, head_dim_v, to):
-    """What rows have of some keys, to `partial`: a row of head_dim_v + 16 values, maximum and sum first."""
-    o, maxima, sums = rows_of(work, head_dim, head_dim_v)
+def put_part(work, n_rows, width, head_dim_v, to):
+    """What rows have of one part of the keys, to `partial`: a row of head_dim_v + 16 values, maximum and sum first."""
+    o, maxima, sums, _, _, _, _, _ = rows_of(work, width, head_dim_v)
     row = 4 * (head_dim_v + 16)
     for r in range(n_rows):
         st_f32(to + row * r, ld_f32(maxima + 4 * r))
@@ -318,71 +435,235 @@ def put_part(work, n_rows, head_dim, head_dim_v, to):
 
 
 @function
-def put_result(work, first, n_rows, head_dim, head_dim_v, to):
-    """What rows have of all keys, as results."""
-    o, _, sums = rows_of(work, head_dim, head_dim_v)
-    for r in range(first, first + n_rows):
-        total = splat_f32(sum_f32(load_f32(sums + 64 * r)))
-        for d in range(0, 4 * head_dim_v, _V):
-            store(to + 4 * head_dim_v * (r - first) + d, load_f32(o + 4 * head_dim_v * r + d) / total)
+def _divide(to, values, weights, head_dim_v):
+    by = splat_f32(weights)
+    for d in range(0, 4 * head_dim_v, _V):
+        store(to + d, load_f32(values + d) / by)
 
 
 @function
-def tokens_per_item(n_tokens, n_items_a_token, n_heads, nth):
-    """Of a prompt: as many as there are rows for, but so few that each thread gets several items."""
-    few = n_tokens * n_items_a_token // (4 * nth)
+def put_result(work, first, n_rows, n_keys, width, head_dim_v, to):
+    """What rows have of all their n_keys keys, as results."""
+    o, _, sums, total, pairs, _, _, _ = rows_of(work, width, head_dim_v)
+    row = 4 * head_dim_v
+    for r in range(first, first + n_rows):
+        at = to + row * (r - first)
+        if n_keys > KEYS_PER_PART:
+            _divide(at, total + row * r, ld_f32(pairs + 8 * r + 4), head_dim_v)
+        else:
+            _divide(at, o + row * r, sum_f32(load_f32(sums + 64 * r)), head_dim_v)
+
+
+@function
+def _tokens_per_item(n_tokens, items_per_token, n_heads, nth):
+    """Of long spans: as many as there are rows for, but so few that each thread gets several items."""
+    few = n_tokens * items_per_token // (ITEMS_PER_THREAD * nth)
     return max(1, min(ROWS_PER_ITEM // n_heads, few))
 
 
+@function
+def is_split(n_single, items_per_token, nth):
+    """Whether the parts of spans of one token are items of their own."""
+    return n_single * items_per_token < ITEMS_PER_THREAD * nth
+
+
+@function
+def _n_parts(n_keys):
+    return (n_keys + KEYS_PER_PART - 1) // KEYS_PER_PART
+
+
+@function
+def _span(spans, s):
+    """First token, tokens, positions before them, first of their entries in `pages`."""
+    at = spans + 16 * s
+    return ld_i32(at), ld_i32(at + 4), ld_i32(at + 8), ld_i32(at + 12)
+
+
 @kernel("attention_merge")
-def attention_merge(ith, nth, partial, out, state, n_head, head_dim):
-    n_items = (ld_state(state, 1) + KEYS_PER_ITEM) // KEYS_PER_ITEM
+def attention_merge(ith, nth, partial, out, state, n_head, head_dim, items_per_token):
+    """Merges what `put_part` left of spans of one token."""
+    n_single, spans = ld_state(state, 2), ld_state(state, 3)
     start, stop = share(n_head, ith, nth)
-    stride = 4 * n_head * (head_dim + 16)
-    for h in range(start, stop):
-        first = partial + 4 * h * (head_dim + 16)
-        m = _LOWEST
-        for i in range(n_items):
-            m = max(m, ld_f32(first + stride * i))
-        total = f32(0.0)
-        for i in range(n_items):
-            at = first + stride * i
-            weight = max_f32(exp2(splat_f32(ld_f32(at) - m)))
-            st_f32(at, weight)
-            total += weight * ld_f32(at + 4)
-        for d in range(0, 4 * head_dim, _V):
-            acc = splat_f32(f32(0.0))
-            for i in range(n_items):
-                at = first + stride * i
-                acc = fma(splat_f32(ld_f32(at)), load_f32(at + 64 + d), acc)
-            store(out + 4 * head_dim * h + d, acc / splat_f32(total))
+    row = 4 * (head_dim + 16)
+    at = partial
+    if is_split(n_single, items_per_token, nth):
+        for s in range(n_single):
+            token, _, n_past, _ = _span(spans, s)
+            n_parts = _n_parts(n_past + 1)
+            for h in range(start, stop):
+                to, part = out + 4 * head_dim * (n_head * token + h), at + row * h
+                maximum, weights = ld_f32(part), ld_f32(part + 4)
+                copy_bytes(to, part + 64, 4 * head_dim)
+                for _ in range(1, n_parts):
+                    part += row * n_head
+                    maximum, weights = merge_row(part + 64, ld_f32(part), ld_f32(part + 4), to, maximum, weights, head_dim)
+                _divide(to, to, weights, head_dim)
+            at += row * n_head * n_parts
+
+
+@function
+def _collect(work, q, q_rot, n_heads, n_q, n_rot, factor):
+    """The rows of some heads of a token: n_q values of each from q, then n_rot from q_rot."""
+    row = 4 * (n_q + n_rot)
+    for h in range(n_heads):
+        copy_scaled(work + row * h, q + 4 * n_q * h, n_q, factor)
+        copy_scaled(work + row * h + 4 * n_q, q_rot + 4 * n_rot * h, n_rot, factor)
+
+
+def define_attention(kv, one_products, many_products):
+    """The body of the attention kernels over caches of a type, with the products for spans of one token and of many.
+
+    Queries are n_q values of each head from q, then n_rot from q_rot; keys have n_q + n_rot values, the slabs of values
+    width_v a position, of which the first head_dim_v count.
+    """
+    slab_bytes = kv.slab_bytes
+    attend_one, attend_many = attention_over(one_products), attention_over(many_products)
+
+    @function
+    def attention(
+        ith,
+        nth,
+        q,
+        q_rot,
+        k_cache,
+        v_cache,
+        out,
+        partial,
+        work,
+        state,
+        counter,
+        n_head,
+        n_head_kv,
+        n_q,
+        n_rot,
+        width_v,
+        head_dim_v,
+        scale,
+    ):
+        n_spans, n_single, spans, pages = ld_state(state, 1), ld_state(state, 2), ld_state(state, 3), ld_state(state, 5)
+        group = n_head // n_head_kv
+        n_splits = (group + HEADS_PER_ITEM - 1) // HEADS_PER_ITEM
+        per_token = n_head_kv * n_splits
+        width, factor = n_q + n_rot, bits_f32(scale) * LOG2_E
+        key_bytes, value_bytes = slab_bytes(width), slab_bytes(width_v)
+        key_stride, value_stride = key_bytes * n_head_kv, value_bytes * n_head_kv
+        item, first_item = next_item(counter), 0
+
+        per_item = _tokens_per_item(ld_state(state, 0) - n_single, per_token, min(group, HEADS_PER_ITEM), nth)
+        for s in range(n_single, n_spans):
+            token, n_tokens, n_past, page = _span(spans, s)
+            n_pieces = (n_tokens + per_item - 1) // per_item
+            while item < first_item + n_pieces * per_token:
+                i = item - first_item
+                t = (n_pieces - 1 - i // per_token) * per_item
+                n = min(per_item, n_tokens - t)
+                kv_head, split = i // n_splits % n_head_kv, i % n_splits
+                h, n_heads = kv_head * group + split * HEADS_PER_ITEM, min(HEADS_PER_ITEM, group - split * HEADS_PER_ITEM)
+                start_rows(work, n * n_heads, width, head_dim_v)
+                for j in range(n):
+                    head = n_head * (token + t + j) + h
+                    to = work + 4 * width * n_heads * j
+                    _collect(to, q + 4 * n_q * head, q_rot + 4 * n_rot * head, n_heads, n_q, n_rot, factor)
+                seen = n_past + t + 1
+                attend_many(
+                    work,
+                    n,
+                    n_heads,
+                    seen,
+                    k_cache + key_bytes * kv_head,
+                    key_stride,
+                    v_cache + value_bytes * kv_head,
+                    value_stride,
+                    pages + 4 * page,
+                    0,
+                    seen + n - 1,
+                    width,
+                    head_dim_v,
+                    width_v,
+                    0,
+                )
+                for j in range(n):
+                    to = out + 4 * head_dim_v * (n_head * (token + t + j) + h)
+                    put_result(work, n_heads * j, n_heads, seen + n - 1, width, head_dim_v, to)
+                item = next_item(counter)
+            first_item += n_pieces * per_token
+
+        split_up, row = is_split(n_single, per_token, nth), 4 * (head_dim_v + 16) * n_head
+        for s in range(n_single):
+            token, _, n_past, page = _span(spans, s)
+            n_keys = n_past + 1
+            n_parts = _n_parts(n_keys) if split_up else 1
+            while item < first_item + n_parts * per_token:
+                following = next_item(counter)
+                i, j = item - first_item, following - first_item
+                part, kv_head, split = i % n_parts, i // n_parts // n_splits, i // n_parts % n_splits
+                h, n_heads = kv_head * group + split * HEADS_PER_ITEM, min(HEADS_PER_ITEM, group - split * HEADS_PER_ITEM)
+                first, stop = 0, n_keys
+                if split_up:
+                    first = part * KEYS_PER_PART
+                    stop = min(first + KEYS_PER_PART, n_keys)
+                start_rows(work, n_heads, width, head_dim_v)
+                head = n_head * token + h
+                _collect(work, q + 4 * n_q * head, q_rot + 4 * n_rot * head, n_heads, n_q, n_rot, factor)
+                keys, after = k_cache + key_bytes * kv_head, 0
+                if j < n_parts * per_token:
+                    at = pages + 4 * (page + j % n_parts * (KEYS_PER_PART // SLAB))
+                    after = k_cache + key_bytes * (j // n_parts // n_splits) + key_stride * ld_i32(at)
+                attend_one(
+                    work,
+                    1,
+                    n_heads,
+                    n_keys,
+                    keys,
+                    key_stride,
+                    v_cache + value_bytes * kv_head,
+                    value_stride,
+                    pages + 4 * page,
+                    first,
+                    stop,
+                    width,
+                    head_dim_v,
+                    width_v,
+                    after,
+                )
+                if split_up:
+                    put_part(work, n_heads, width, head_dim_v, partial + row * part + 4 * (head_dim_v + 16) * h)
+                else:
+                    put_result(work, 0, n_heads, n_keys, width, head_dim_v, out + 4 * head_dim_v * head)
+                item = following
+            first_item += n_parts * per_token
+            if split_up:
+                partial += row * n_parts
+
+    return attention
 
 
 def _define(name, kv):
-    slab_bytes, put_lane, put_row = kv.slab_bytes, kv.put_lane, kv.put_row
-    attend_one = attention_over(slab_bytes, KEYS_PER_ITEM, direct_products(kv, 4 * KEYS_PER_ITEM))
-    attend_many = attention_over(slab_bytes, SLAB, unpacked_products(kv.unpack_lanes, kv.unpack_rows))
+    slab_bytes = kv.slab_bytes
+    attention = define_attention(kv, direct_products(kv), unpacked_products(kv, kv.unpack_lanes))
 
     def define_store(part, put):
         @kernel(f"store_{part}_{name}")
-        def store_part(ith, nth, x, cache, state, n_head_kv, head_dim, n_ctx):
-            n_past = ld_state(state, 1)
+        def store_part(ith, nth, x, cache, state, n_head_kv, head_dim):
+            """Stores the keys or values of each token and head where `places` says."""
+            places = ld_state(state, 4)
             start, stop = share(ld_state(state, 0) * n_head_kv, ith, nth)
             for item in range(start, stop):
-                position, h = n_past + item // n_head_kv, item % n_head_kv
-                slab = cache + slab_bytes(head_dim) * (h * n_ctx // SLAB + position // SLAB)
-                put(slab, position % SLAB, x + 4 * head_dim * item, head_dim)
+                place, h = ld_i32(places + item // n_head_kv * 4), item % n_head_kv
+                slab = cache + slab_bytes(head_dim) * (place // SLAB * n_head_kv + h)
+                put(slab, place % SLAB, x + 4 * head_dim * item, head_dim)
 
-    define_store("k", put_lane)
-    define_store("v", put_row)
+    define_store("k", kv.put_lane)
+    define_store("v", kv.put_row)
 
-    @kernel(f"attention_one_{name}")
-    def attention_one(
+    @kernel(f"attention_{name}")
+    def attend_to_cache(
         ith,
         nth,
         q,
         k_cache,
         v_cache,
+        out,
         partial,
         scratch,
         scratch_stride,
@@ -392,86 +673,28 @@ def _define(name, kv):
         n_head_kv,
         head_dim,
         head_dim_v,
-        n_ctx,
         scale,
     ):
-        n_kv = ld_state(state, 1) + 1
-        n_parts = (n_kv + KEYS_PER_ITEM - 1) // KEYS_PER_ITEM
-        group = n_head // n_head_kv
-        n_splits = (group + HEADS_PER_ITEM - 1) // HEADS_PER_ITEM
-        work = scratch + ith * scratch_stride
-        key_bytes, value_bytes = slab_bytes(head_dim), slab_bytes(head_dim_v)
-        item = next_item(counter)
-        while item < n_parts * n_head_kv * n_splits:
-            following = next_item(counter)
-            part, kv, split = item % n_parts, item // n_parts // n_splits, item // n_parts % n_splits
-            h, n = kv * group + split * HEADS_PER_ITEM, min(HEADS_PER_ITEM, group - split * HEADS_PER_ITEM)
-            start_rows(work, n, head_dim, head_dim_v)
-            copy_scaled(work, q + 4 * head_dim * h, n * head_dim, bits_f32(scale) * LOG2_E)
-            first = part * KEYS_PER_ITEM
-            n_keys = min(KEYS_PER_ITEM, n_kv - first)
-            slab = (kv * n_ctx + first) // SLAB
-            after = (following // n_parts // n_splits * n_ctx + following % n_parts * KEYS_PER_ITEM) // SLAB
-            attend_one(
-                work,
-                1,
-                n,
-                n_keys,
-                k_cache + key_bytes * slab,
-                v_cache + value_bytes * slab,
-                n_keys,
-                head_dim,
-                head_dim_v,
-                head_dim_v,
-                k_cache + key_bytes * after,
-            )
-            put_part(work, n, head_dim, head_dim_v, partial + 4 * (head_dim_v + 16) * (part * n_head + h))
-            item = following
-
-    @kernel(f"attention_many_{name}")
-    def attention_many(
-        ith,
-        nth,
-        q,
-        k_cache,
-        v_cache,
-        out,
-        scratch,
-        scratch_stride,
-        state,
-        counter,
-        n_head,
-        n_head_kv,
-        head_dim,
-        head_dim_v,
-        n_ctx,
-        scale,
-    ):
-        n_tokens, n_past = ld_state(state, 0), ld_state(state, 1)
-        group = n_head // n_head_kv
-        n_splits = (group + HEADS_PER_ITEM - 1) // HEADS_PER_ITEM
-        per_item = tokens_per_item(n_tokens, n_head_kv * n_splits, min(group, HEADS_PER_ITEM), nth)
-        n_parts = (n_tokens + per_item - 1) // per_item
-        work = scratch + ith * scratch_stride
-        while True:
-            item = next_item(counter)
-            if item >= n_parts * n_head_kv * n_splits:
-                break
-            t = (n_parts - 1 - item // (n_head_kv * n_splits)) * per_item
-            n = min(per_item, n_tokens - t)
-            kv, split = item // n_splits % n_head_kv, item % n_splits
-            h, n_heads = kv * group + split * HEADS_PER_ITEM, min(HEADS_PER_ITEM, group - split * HEADS_PER_ITEM)
-            start_rows(work, n * n_heads, head_dim, head_dim_v)
-            for i in range(n):
-                source = q + 4 * head_dim * (n_head * (t + i) + h)
-                copy_scaled(work + 4 * head_dim * n_heads * i, source, n_heads * head_dim, bits_f32(scale) * LOG2_E)
-            slab = kv * n_ctx // SLAB
-            keys, values = k_cache + slab_bytes(head_dim) * slab, v_cache + slab_bytes(head_dim_v) * slab
-            seen, v = n_past + t + 1, head_dim_v
-            attend_many(work, n, n_heads, seen, keys, values, seen + n - 1, head_dim, v, v, keys)
-            for i in range(n):
-                to = out + 4 * head_dim_v * (n_head * (t + i) + h)
-                put_result(work, n_heads * i, n_heads, head_dim, head_dim_v, to)
+        attention(
+            ith,
+            nth,
+            q,
+            q,
+            k_cache,
+            v_cache,
+            out,
+            partial,
+            scratch + ith * scratch_stride,
+            state,
+            counter,
+            n_head,
+            n_head_kv,
+            head_dim,
+            0,
+            head_dim_v,
+            head_dim_v,
+            scale,
+        )
 
 
 for _name, _kv in KV_FORMATS.items():

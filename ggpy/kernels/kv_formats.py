@@ -62,17 +62,19 @@ class KVFormat(NamedTuple):
     put_row : (slab, position, x, n)
         The same in a slab (SLAB, n).
     unpack_lanes : (slab, n, to)
-        A slab (n, SLAB) as float32.
+        A slab (n, SLAB) as float32, without its scales.
     unpack_transposed : (slab, n, to)
-        A slab (SLAB, n) as float32 (n, SLAB).
+        A slab (SLAB, n) as float32 (n, SLAB), without its scales.
     unpack_rows : (slab, n, n_rows, n_first, to)
-        The first n_first values of the first n_rows rows of a slab (SLAB, n), one row after the other.
+        The first n_first values of the first n_rows rows of a slab (SLAB, n), one row after the other, without scales.
     size : int
         Bytes of a value.
+    scaled : bool
+        Whether there are scales.
     load_tile : (address, stride, n)
         A tile of stored values without their scales.
     scaled_scores : (sums, slab, n, d, lane)
-        A grid of sums over values d … d + 31 of the keys from `lane` on in a slab (n, SLAB), multiplied by their scales.
+        A grid of sums over values d … d + 31 of the keys from `lane` on in a slab, multiplied by their scales.
     scaled_weights : (weights, stride, n_rows, slab, n, d, to, to_stride)
         Rows of weights of the positions of a slab (SLAB, n), multiplied by the scales of the values d … d + 31: their
         address and stride, which are those of `to` if there are scales.
@@ -85,6 +87,7 @@ class KVFormat(NamedTuple):
     unpack_transposed: Callable
     unpack_rows: Callable
     size: int
+    scaled: bool
     load_tile: Callable
     scaled_scores: Callable
     scaled_weights: Callable
@@ -134,7 +137,7 @@ def _plain(size, load, load_tile, put, spread):
         return weights, stride
 
     unpack = (unpack_lanes, unpack_transposed, unpack_rows)
-    return KVFormat(slab_bytes, put_lane, put_row, *unpack, size, load_tile, scaled_scores, scaled_weights)
+    return KVFormat(slab_bytes, put_lane, put_row, *unpack, size, False, load_tile, scaled_scores, scaled_weights)
 
 
 @function
@@ -189,30 +192,24 @@ def _q8_0():
 
     @function
     def unpack_lanes(slab, n, to):
-        for b in range(0, n, 32):
-            for k in range(0, SLAB, LANES):
-                scale = load_f16(scales_at(slab, n, b) + 2 * k)
-                for d in range(b, min(b + 32, n)):
-                    store(to + _ROW * d + 4 * k, load_i8(slab + SLAB * d + k) * scale)
+        for i in range(0, SLAB * n, LANES):
+            store(to + 4 * i, load_i8(slab + i))
 
     @function
     def unpack_transposed(slab, n, to):
         down = splat_i32(i32(24))
         for k in range(0, SLAB, LANES):
             for d in range(0, n, 16):
-                scale = load_f16(scales_at(slab, n, d) + 2 * k)
                 t = load_transposed(slab + n * k + d, n, 4)
                 for i in range(4):
-                    v = to_f32(shift_right_signed(t << splat_i32(i32(24 - 8 * i)), down)) * scale
+                    v = to_f32(shift_right_signed(t << splat_i32(i32(24 - 8 * i)), down))
                     store_tile(to + _ROW * (d + i) + 4 * k, 4 * _ROW, v)
 
     @function
     def unpack_rows(slab, n, n_rows, n_first, to):
         for k in range(n_rows):
-            for b in range(0, n_first, 32):
-                scale = splat_f32(ld_f16(scales_at(slab, n, b) + 2 * k))
-                for d in range(b, min(b + 32, n_first), LANES):
-                    store(to + 4 * (n_first * k + d), load_i8(slab + n * k + d) * scale)
+            for d in range(0, n_first, LANES):
+                store(to + 4 * (n_first * k + d), load_i8(slab + n * k + d))
 
     @function
     def scaled_scores(sums, slab, n, d, lane):
@@ -227,7 +224,7 @@ def _q8_0():
         return to, to_stride
 
     unpack = (unpack_lanes, unpack_transposed, unpack_rows)
-    return KVFormat(slab_bytes, put_lane, put_row, *unpack, 1, load_tile_i8, scaled_scores, scaled_weights)
+    return KVFormat(slab_bytes, put_lane, put_row, *unpack, 1, True, load_tile_i8, scaled_scores, scaled_weights)
 
 
 KV_FORMATS = {

@@ -3,7 +3,7 @@
 Row lengths are multiples of 16; work is shared out by rows or by 16 values.
 """
 
-from ..simd.vector import LANES, fma, load_f32, max_f32, maximum, splat_f32, sqrt, store, sum_f32
+from ..simd.vector import LANES, fma, ld_i32, load_f32, max_f32, maximum, splat_f32, sqrt, store, sum_f32
 from .common import bits_f32, exp, f32, ld_state, share
 from .source import function, kernel
 
@@ -109,10 +109,11 @@ def scale(ith, nth, x, out, state, n_cols, factor):
         store(out + i, load_f32(x + i) * by)
 
 
-@kernel("last_row")
-def last_row(ith, nth, x, out, state, n_cols):
-    """Copies the last token's row."""
-    if ith == 0:
-        last = x + 4 * n_cols * (ld_state(state, 0) - 1)
-        for i in range(0, 4 * n_cols, _V):
-            store(out + i, load_f32(last + i))
+@kernel("rows")
+def rows(ith, nth, x, rows, out, state, n_cols):
+    """Copies the rows of x that int32 `rows` names."""
+    start, stop = share(ld_state(state, 0), ith, nth)
+    for i in range(start, stop):
+        row = x + 4 * n_cols * ld_i32(rows + 4 * i)
+        for k in range(0, 4 * n_cols, _V):
+            store(out + 4 * n_cols * i + k, load_f32(row + k))

@@ -12,8 +12,13 @@ The sources define the kernels with the same parameter names; `source.kernel` ch
 
 from typing import NamedTuple
 
-#: int64 slots of the run's state: tokens in this run, tokens already in the KV cache
-STATE = ("n_tokens", "n_past")
+#: int64 slots of the state that a run's rows have: how many rows there are; then, of a run's tokens, the *spans* that they
+#: form (tokens of one sequence, one after the other), how many spans have one token (they come first), and the addresses of
+#:
+#: - spans, int32 (n_spans, 4): first token, tokens, positions before them, first of their entries in `pages`;
+#: - places, int32 (n_tokens,): page * SLAB + position in the page, where each token's keys and values go;
+#: - pages, int32: the numbers of the spans' pages, one span's after the other's.
+STATE = ("n_rows", "n_spans", "n_single", "spans", "places", "pages")
 
 
 class Kernel(NamedTuple):
@@ -83,19 +88,26 @@ HEADS_PER_ITEM = 16
 ROWS_PER_ITEM = 96
 #: types that the KV cache can have
 KV_TYPES = ("F16", "Q8_0", "F32")
-#: keys that one work item of single-token attention takes; its results are merged in order, whatever the threads
-KEYS_PER_ITEM = 256
-#: positions that stand together in the KV cache, whose length is a multiple of it
+#: keys that are attended to before what they give is merged with what came before: parts of the same keys, merged in the
+#: same order, whatever the threads and the number of tokens
+KEYS_PER_PART = 256
+#: positions that stand together in the KV cache: a page
 SLAB = 64
-#: scores that a work item of attention has at once
-SCORES_PER_ITEM = max(ROWS_PER_ITEM * SLAB, HEADS_PER_ITEM * KEYS_PER_ITEM)
 
 
 def attention_scratch(head_dim: int, head_dim_v: int) -> int:
-    """Bytes that each thread needs in attention; see `attention`. Rows: queries, sums of values, maximum, sums of weights,
-    scores; then a slab of keys or values, or scaled weights."""
-    rows = ROWS_PER_ITEM * (head_dim + head_dim_v + 17) + SCORES_PER_ITEM
-    return 4 * (rows + max(SCORES_PER_ITEM, SLAB * max(head_dim, head_dim_v)))
+    """Bytes that each thread needs in attention; see `attention.rows_of`."""
+    rows = ROWS_PER_ITEM * (head_dim + 2 * head_dim_v + 20 + 2 * SLAB)
+    return 4 * (rows + SLAB * max(head_dim, head_dim_v))
+
+
+def split_spans(n_tokens: int, items_per_token: int, n_threads: int) -> int:
+    """How many of a run's spans of one token may be shared out by parts: see `attention.is_split`."""
+    return min(n_tokens, -(-ITEMS_PER_THREAD * n_threads // items_per_token))
+
+
+#: work items that each thread should have at least, so that none waits long for another
+ITEMS_PER_THREAD = 4
 
 
 #: types with encoders
@@ -122,13 +134,13 @@ def _kernels() -> dict[str, Kernel]:
         "geglu": Kernel("rows", ("x", "y", "out", "state", "n_cols")),
         "soft_max": Kernel("rows", ("x", "out", "state", "n_cols")),
         "scale": Kernel("rows", ("x", "out", "state", "n_cols", "factor")),
-        "last_row": Kernel("rows", ("x", "out", "state", "n_cols")),
+        "rows": Kernel("rows", ("x", "rows", "out", "state", "n_cols")),
         "rope_norm": Kernel("rope", _ROPE),
         "rope_neox": Kernel("rope", _ROPE),
         "join_heads": Kernel(
             "join", ("x", "y", "out", "state", "n_head", "n_x", "n_y", "x_head_stride", "y_stride", "y_head_stride")
         ),
-        "attention_merge": Kernel("attention", ("partial", "out", "state", "n_head", "head_dim")),
+        "attention_merge": Kernel("attention", ("partial", "out", "state", "n_head", "head_dim", "items_per_token")),
         "route": Kernel(
             "moe",
             (
@@ -141,19 +153,17 @@ def _kernels() -> dict[str, Kernel]:
         "combine": Kernel("moe", ("x", "route", "out", "state", "n_used", "n_cols")),
         "sigmoid_gate": Kernel("moe", ("x", "gate", "out", "state", "n_cols")),
     }
-    work = ("scratch", "scratch_stride", "state", "counter")
+    work = ("out", "partial", "scratch", "scratch_stride", "state", "counter")
     for name in KV_TYPES:
         for part in "kv":
-            params: tuple[str, ...] = ("x", "cache", "state", "n_head_kv", "head_dim", "n_ctx")
+            params: tuple[str, ...] = ("x", "cache", "state", "n_head_kv", "head_dim")
             table[f"store_{part}_{name}"] = Kernel("attention", params)
         params = ("latent", "k_rot", "cache", "scratch", "scratch_stride", "state", "n_latent", "n_rot")
         table[f"store_latent_{name}"] = Kernel("latent", params)
-        for kind, result in (("one", "partial"), ("many", "out")):
-            params = ("q", "k_cache", "v_cache", result, *work)
-            sizes: tuple[str, ...] = ("n_head", "n_head_kv", "head_dim", "head_dim_v", "n_ctx", "scale")
-            table[f"attention_{kind}_{name}"] = Kernel("attention", params + sizes)
-            params, sizes = ("q_latent", "q_rot", "cache", result, *work), ("n_head", "n_latent", "n_rot", "scale")
-            table[f"latent_attention_{kind}_{name}"] = Kernel("latent", params + sizes)
+        params = ("q", "k_cache", "v_cache", *work, "n_head", "n_head_kv", "head_dim", "head_dim_v", "scale")
+        table[f"attention_{name}"] = Kernel("attention", params)
+        params = ("q_latent", "q_rot", "cache", *work, "n_head", "n_latent", "n_rot", "scale")
+        table[f"latent_attention_{name}"] = Kernel("latent", params)
     for name in ("q8_32", "q8_256"):
         table[f"quantize_{name}"] = Kernel("activations", _QUANTIZE)
         params = ("x", "w", "out", "state", "n_cols", "x_stride", "out_stride", "eps")

@@ -46,18 +46,12 @@ def measure_importance(
         Activations that aren't finite.
     """
     collector = _Collector(model.graph(), frozenset(model.file.tensors))
-    saved = dict(model.hooks)
-    try:
-        model.hooks.update(dict.fromkeys(collector.nodes, collector.see))
+    with model.hooked(dict.fromkeys(collector.nodes, collector.see)):
         for i, chunk in enumerate(chunks):
-            model.sequence.keep(0)
-            model.sequence.extend(with_bos(model, chunk))
+            with model.new_sequence() as sequence:
+                sequence.extend(with_bos(model, chunk))
             if progress is not None:
                 progress(i + 1, len(chunks))
-    finally:
-        model.hooks.clear()
-        model.hooks.update(saved)
-        model.sequence.keep(0)
     sums, counts = collector.result()
     return ImportanceMatrix(sums, counts, [dataset], *chunks.shape)
 

@@ -169,6 +169,7 @@ def measure_perplexity(
     n = counted(n_ctx)
     table = np.zeros((4, n_chunks * n))  # nll, nll_base, kl, same_top
     with ExitStack() as stack:
+        sequence = stack.enter_context(model.new_sequence())
         writer = None
         if save is not None:
             check_space(Path(save), n_chunks, n_ctx, n_vocab)
@@ -176,10 +177,10 @@ def measure_perplexity(
             writer = LogitsWriter(file, chunks, n_vocab)
         for i, chunk in enumerate(chunks):
             tokens = with_bos(model, chunk)
-            model.sequence.keep(0)
-            model.sequence.extend(tokens[: n_ctx // 2])
+            sequence.keep(0)
+            sequence.extend(tokens[: n_ctx // 2])
             at = 0
-            for piece in model.sequence.extend_all(tokens[n_ctx // 2 : -1]):
+            for piece in sequence.extend_all(tokens[n_ctx // 2 : -1]):
                 for first in range(0, len(piece), _ROWS):
                     logits = piece[first : first + _ROWS]
                     rows = slice(i * n + at, i * n + at + len(logits))
@@ -195,7 +196,6 @@ def measure_perplexity(
                         table[1:, rows] = _against(base, logits, log_sum, targets)
             if progress is not None:
                 progress(_result(table[:, : (i + 1) * n], i + 1, n_ctx, base is not None))
-    model.sequence.keep(0)
     return _result(table, n_chunks, n_ctx, base is not None)
 
 

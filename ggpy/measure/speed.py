@@ -15,14 +15,13 @@ def tokens_per_second(model: "Model", n_prompt: int, n_decode: int, repeat: int 
     ids = [(7919 * i + 13) % model.architecture.n_vocab for i in range(n_prompt + n_decode)]  # any tokens do
     rates: list[tuple[float, float]] = []
     for _ in range(repeat + 1):
-        model.sequence.keep(0)
-        started = time.perf_counter()
-        model.sequence.extend(ids[:n_prompt])
-        between = time.perf_counter()
-        for token in ids[n_prompt:]:
-            model.sequence.extend([token])
-        rates.append((n_prompt / (between - started), n_decode / (time.perf_counter() - between)))
-    model.sequence.keep(0)
+        with model.new_sequence() as sequence:
+            started = time.perf_counter()
+            sequence.extend(ids[:n_prompt])
+            between = time.perf_counter()
+            for token in ids[n_prompt:]:
+                sequence.extend([token])
+            rates.append((n_prompt / (between - started), n_decode / (time.perf_counter() - between)))
     prompt, decode = (statistics.median(r) for r in zip(*rates[1:], strict=True))
     return prompt, decode
 

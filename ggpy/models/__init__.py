@@ -1,7 +1,7 @@
 """The architectures: hyperparameters read from a file, and the graph that they make."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -9,11 +9,11 @@ from ..errors import UnsupportedError
 from .deepseek2 import DeepSeek2
 from .llama import Llama
 from .rope import Rope
-from .weights import Weights
+from .weights import DerivedWeight, Weights
 
 if TYPE_CHECKING:
     from ..file import GGUFFile
-    from ..graph import Graph, Tensor
+    from ..graph import Batch, Graph, Tensor
 
 #: `general.architecture` -> the class that reads it
 ARCHITECTURES: dict[str, type[Llama] | type[DeepSeek2]] = {
@@ -75,17 +75,15 @@ def read_architecture(file: "GGUFFile", n_expert_used: int | None = None, mla: s
     return replace(arch, mla=mla) if isinstance(arch, DeepSeek2) else arch
 
 
-Logits = Literal["all", "last"]
-
-
 def build_graph(
     file: "GGUFFile",
     arch: Architecture,
     n_tokens: int,
-    logits: Logits = "last",
+    n_outputs: int | None = None,
     layers: range | None = None,
     embed: bool = True,
     head: bool = True,
+    derived: dict[str, DerivedWeight] | None = None,
 ) -> "Graph":
     """The graph of a model, or of some of its layers.
 
@@ -96,14 +94,16 @@ def build_graph(
     arch : Architecture
     n_tokens : int
         The most tokens that a run may have.
-    logits : {"last", "all"}
-        For which tokens the head is computed.
+    n_outputs : int, optional
+        For how many of them, at most, the head is computed; by default for all.
     layers : range, optional
         Which layers; all by default.
     embed : bool
         Whether it begins with token ids (input "ids"), or else with activations (input "x", (n_tokens, n_embd)).
     head : bool
         Whether it ends with logits (output "logits"), or else with activations (output "x").
+    derived : dict of str to DerivedWeight, optional
+        Weights made at loading; graphs of a model that are given the same dict share them.
 
     Raises
     ------
@@ -114,23 +114,23 @@ def build_graph(
     """
     from ..graph import Graph
 
-    g = Graph(n_tokens)
-    w = Weights(file, g)
+    g = Graph(n_tokens, n_outputs)
+    w = Weights(file, g, {} if derived is None else derived)
     x = arch.embed(g, w, g.input("ids", (), "I32")) if embed else g.input("x", (arch.n_embd,))
     for i in layers if layers is not None else range(arch.n_layer):
         x = arch.layer(g, w, x, i)
     if not head:
         g.output(x, "x")
         return g
-    if logits == "last" and n_tokens > 1:
-        x = g.op("LAST_ROW", x, name="last")
+    if n_tokens > 1:
+        x = g.op("ROWS", x, g.input("outputs", (), "I32", per="output"), name="rows")
     g.output(arch.head(g, w, x), "logits")
     return g
 
 
-def run_inputs(arch: Architecture, first: int, n: int) -> dict[str, np.ndarray]:
-    """The inputs of a run that only depend on positions: those of n tokens from position `first` on."""
-    return {"rope": arch.rope.table(first, n)}
+def run_inputs(arch: Architecture, batch: "Batch") -> dict[str, np.ndarray]:
+    """The inputs of a run that follow from its batch: token ids, which outputs are wanted, what depends on positions."""
+    return {"ids": batch.ids, "outputs": batch.outputs, "rope": arch.rope.table(batch.positions)}
 
 
 __all__ = ["ARCHITECTURES", "Architecture", "Rope", "Weights", "build_graph", "read_architecture", "run_inputs"]

@@ -8,7 +8,6 @@ first, and cached so: 9 times as much in V2-Lite's case, but fewer operations fo
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -136,8 +135,8 @@ class DeepSeek2:
             to_latent = w(f"{p}.attn_k_b.weight", self.n_head, self.n_latent, self.n_nope)
             from_latent = self._values(w, p)
         else:
-            keys, values = self._parts(w, p)
-            to_latent, from_latent = w.derived(turned(keys)), w.derived(values)
+            to_latent = w.derived(f"{p}.attn_k_b", lambda: transposed(self._parts(w, p)[0]))
+            from_latent = w.derived(f"{p}.attn_v_b", lambda: self._parts(w, p)[1])
         q = g.op("MUL_MAT_HEADS", to_latent, q, name=f"{p}.q_latent")
         cache = g.cache(f"{p}.cache", self.n_latent + self.rope.n_rot)
         y = g.op("ATTENTION_LATENT", q, q_rot, latent, k_rot, cache, scale=self.scale, name=f"{p}.attn")
@@ -149,10 +148,11 @@ class DeepSeek2:
         """The same, by full keys and values of each head."""
         if self._is_split(p):
             w.check(f"{p}.attn_k_b.weight", self.n_head, self.n_latent, self.n_nope)
-            to_keys = w.derived(turned(self.file.tensors[f"{p}.attn_k_b.weight"]))
+            to_keys = w.derived(f"{p}.attn_k_b", lambda: transposed(self.file.tensors[f"{p}.attn_k_b.weight"]))
             to_values = self._values(w, p)
         else:
-            to_keys, to_values = map(w.derived, self._parts(w, p))
+            to_keys = w.derived(f"{p}.attn_k_b", lambda: self._parts(w, p)[0])
+            to_values = w.derived(f"{p}.attn_v_b", lambda: self._parts(w, p)[1])
         latent = g.op("RESHAPE", latent, shape=(1, self.n_latent), name=f"{p}.latent_head")
         k = g.op("MUL_MAT_HEADS", to_keys, latent, name=f"{p}.k_nope")
         k = g.op("JOIN_HEADS", k, k_rot, n=self.n_nope, name=f"{p}.k_joined")
@@ -174,7 +174,6 @@ class DeepSeek2:
         return parts_of_kv_b(self.file.tensors[name], self.n_head, self.n_nope)
 
 
-@lru_cache(maxsize=512)
 def parts_of_kv_b(stored: "GGUFTensor", n_head: int, n_nope: int) -> tuple[DerivedWeight, DerivedWeight]:
     """Views of the keys' part (n_head, n_nope, n_latent) and the values' part (n_head, head_dim_v, n_latent) of an
     attn_kv_b."""
@@ -185,8 +184,7 @@ def parts_of_kv_b(stored: "GGUFTensor", n_head: int, n_nope: int) -> tuple[Deriv
     return keys, DerivedWeight(f"{stored.name}.values", stored.type, (n_head, head_dim_v, n_latent), blocks[:, n_nope:])
 
 
-@lru_cache(maxsize=512)
-def turned(weight: "GGUFTensor | DerivedWeight") -> DerivedWeight:
+def transposed(weight: "GGUFTensor | DerivedWeight") -> DerivedWeight:
     """Each matrix of (n, n_rows, n_cols) transposed.
 
     Blocks don't allow that: it is made anew as Q8_0, sixteen times finer than the 4 bits it mostly comes from.
@@ -194,7 +192,7 @@ def turned(weight: "GGUFTensor | DerivedWeight") -> DerivedWeight:
     n, n_rows, n_cols = weight.shape
     kind = block_type("Q8_0" if n_rows % 32 == 0 and weight.type not in ("F32", "F16", "BF16") else "F32")
     values = np.ascontiguousarray(weight.dequantize().transpose(0, 2, 1))
-    return DerivedWeight(f"{weight.name}.turned", kind.name, (n, n_cols, n_rows), kind.quantize(values))
+    return DerivedWeight(f"{weight.name}.transposed", kind.name, (n, n_cols, n_rows), kind.quantize(values))
 
 
 def _read_scaling(file: "GGUFFile", arch: str, n_rot: int, head_dim: int) -> tuple[Rope, float]:

@@ -11,7 +11,8 @@ from ..errors import UnsupportedError
 if TYPE_CHECKING:
     from ..file import GGUFFile
 
-_NEIGHBOURS = 256  # positions whose cosines and sines are worked out together when tokens come one by one
+_NEIGHBOURS = 256  # positions whose cosines and sines are worked out together
+_MOST_BLOCKS = 512  # of them that are kept: 64 KB each where 64 values are rotated
 
 
 @dataclass(frozen=True)
@@ -33,26 +34,37 @@ class Rope:
     magnitude: float = 1.0
     _tables: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def table(self, first: int, n: int) -> np.ndarray:
-        """Cosines and then sines of positions first … first + n - 1: float32 (n, n_rot)."""
-        if n == 1:  # decoding: from a table of its neighbours, made once
-            start = first // _NEIGHBOURS * _NEIGHBOURS
-            table = self._tables.get(start)
-            if table is None:
-                table = self._compute(start, _NEIGHBOURS)
-                self._tables.clear()  # another thread's sequence, elsewhere, has taken its table already
-                self._tables[start] = table
-            return table[first - start : first - start + 1]
-        return self._compute(first, n)
+    def table(self, positions: np.ndarray) -> np.ndarray:
+        """Cosines and then sines of positions (n,): float32 (n, n_rot).
 
-    def _compute(self, first: int, n: int) -> np.ndarray:
-        positions = np.arange(first, first + n, dtype=np.float32)
-        angles = positions[:, None] * self.frequencies
-        table = np.empty((n, self.n_rot), np.float32)
-        np.cos(angles, out=table[:, : self.n_rot // 2])
-        np.sin(angles, out=table[:, self.n_rot // 2 :])
-        if self.magnitude != 1.0:
-            table *= np.float32(self.magnitude)
+        They are worked out for _NEIGHBOURS positions at once, wherever they are needed, so that they don't depend on how
+        many are asked for: numpy's vectors may round otherwise than its scalars.
+        """
+        blocks = positions // _NEIGHBOURS
+        first, last = int(blocks[0]), int(blocks[-1])
+        if len(positions) == 1 or (first == last and (blocks == first).all()):
+            return self._block(first)[positions - first * _NEIGHBOURS]
+        out = np.empty((len(positions), self.n_rot), np.float32)
+        for block in np.unique(blocks).tolist():
+            here = blocks == block
+            out[here] = self._block(block)[positions[here] - block * _NEIGHBOURS]
+        return out
+
+    def _block(self, block: int) -> np.ndarray:
+        """Those of positions block * _NEIGHBOURS and so on."""
+        table = self._tables.get(block)
+        if table is None:
+            first = block * _NEIGHBOURS
+            positions = np.arange(first, first + _NEIGHBOURS, dtype=np.float32)
+            angles = positions[:, None] * self.frequencies
+            table = np.empty((_NEIGHBOURS, self.n_rot), np.float32)
+            np.cos(angles, out=table[:, : self.n_rot // 2])
+            np.sin(angles, out=table[:, self.n_rot // 2 :])
+            if self.magnitude != 1.0:
+                table *= np.float32(self.magnitude)
+            if len(self._tables) >= _MOST_BLOCKS:
+                self._tables.pop(next(iter(self._tables)), None)
+            self._tables[block] = table
         return table
 
 

@@ -1,5 +1,6 @@
 """The weights of a model: found by name in its file, and checked."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,10 +49,12 @@ class Weights:
     file : GGUFFile
     graph : Graph
         Gets a node for each weight.
+    derived : dict of str to DerivedWeight
+        Those made so far; gets those that are made.
     """
 
-    def __init__(self, file: "GGUFFile", graph: "Graph"):
-        self._file, self._graph = file, graph
+    def __init__(self, file: "GGUFFile", graph: "Graph", derived: dict[str, DerivedWeight]):
+        self._file, self._graph, self._derived = file, graph, derived
 
     def check(self, name: str, *shape: int) -> None:
         """Sees to it that the file has this tensor in this shape (numpy's order).
@@ -77,9 +80,11 @@ class Weights:
         self.check(name, *shape)
         return self._graph.weight(self._file.tensors[name])
 
-    def derived(self, weight: DerivedWeight) -> "Tensor":
-        """A weight that isn't in the file as it is."""
-        return self._graph.weight(weight)
+    def derived(self, name: str, make: Callable[[], DerivedWeight]) -> "Tensor":
+        """A weight that isn't in the file as it is; made once."""
+        if name not in self._derived:
+            self._derived[name] = make()
+        return self._graph.weight(self._derived[name])
 
     def optional(self, name: str, *shape: int) -> "Tensor | None":
         """The same, or None if the file has no such tensor."""

@@ -27,7 +27,7 @@ def others(path, monkeypatch):
     with ggpy.load(path, n_ctx=64) as model:
         weights = sum(t.n_bytes for name, t in model.file.tensors.items() if "_exps." not in name)
         model.logits(ids(2))
-        return weights + model.sequence.caches.n_bytes
+        return weights + model.kv_bytes // 4  # of four contexts
 
 
 EXPERT = 3 * 32 * 64 * 4  # gate, up and down in float32
@@ -39,7 +39,7 @@ def test_results_are_the_same_within_any_budget(path, others):
         expected = model.logits(ids(20)), "".join(model.generate(ids(20), max_tokens=30, temperature=0))
     for room in (LAYER, LAYER + 3 * EXPERT, 2 * LAYER):
         with ggpy.load(path, n_ctx=64, ram_budget=others + room) as model:
-            memory = model.sequence.expert_memory
+            memory = model.expert_memory
             assert memory.room == room
             np.testing.assert_array_equal(model.logits(ids(20)), expected[0])
             assert "".join(model.generate(ids(20), max_tokens=30, temperature=0)) == expected[1]
@@ -59,7 +59,7 @@ def test_hooks_on_routes_go_on_working(path, others):
 
         model.hooks["blk.2.route"] = all_to_five
         model.logits(ids(4))
-        kept = model.sequence.expert_memory._worth
+        kept = model.expert_memory._worth
     assert seen == ["blk.2.route"] and {e for router, e in kept if router == "blk.2.route"} == {5}
 
 

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 import ggpy
 from ggpy.generate.experts import ExpertUse, expert_use, simulate_cache
-from ggpy.graph import Caches, Reference
+from ggpy.graph import Pages, Reference
 from ggpy.models import run_inputs
+from tests.graph.runs import of_ids
 from tests.models.checkpoints import converted, ids
 from tests.models.test_moe import made
 
@@ -25,8 +26,9 @@ def values(path):
     with ggpy.load(path, n_ctx=24) as model:
         runs = []
         for piece in (tokens[:24], tokens[24:]):
-            inputs = {"ids": np.array(piece, np.int32), **run_inputs(model.architecture, 0, len(piece))}
-            runs.append(Reference(model.graph(len(piece), "all"), Caches(64, "F32")).run(inputs, 0))
+            batch = of_ids(piece)
+            reference = Reference(model.graph(len(piece)), Pages(1, "F32"))
+            runs.append(reference.run(run_inputs(model.architecture, batch), batch))
     return {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
 
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 import ggpy
-from ggpy.graph import Caches, Reference
+from ggpy.graph import Pages, Reference
 from ggpy.graph.ops import OPS
 from ggpy.models import run_inputs
+from tests.graph.runs import of_ids
 from tests.models.checkpoints import converted, ids
 from tests.models.test_moe import made
 
@@ -28,8 +29,8 @@ def unhooked(model):
 
 def expected(model):
     """Every value of N tokens, by the reference executor."""
-    inputs = {"ids": np.array(ids(N), np.int32), **run_inputs(model.architecture, 0, N)}
-    return Reference(model.graph(N, "all"), Caches(64, "F32")).run(inputs, 0)
+    batch = of_ids(ids(N))
+    return Reference(model.graph(N), Pages(1, "F32")).run(run_inputs(model.architecture, batch), batch)
 
 
 def test_hooks_see_every_node_as_the_reference_executor_computes_it(model):

@@ -430,7 +430,8 @@ def test_bytes_that_are_no_tokens_are_left_out():
 @settings(max_examples=300, deadline=None)
 def test_any_text_comes_back_from_spm(text):
     tokenizer = spm()
-    assert tokenizer.decode(tokenizer.encode(text, special=False)) == text
+    # SentencePiece itself can't tell its mark for a space from a space.
+    assert tokenizer.decode(tokenizer.encode(text, special=False)) == text.replace("▁", " ")
 
 
 @given(st.lists(st.integers(0, 49151)))

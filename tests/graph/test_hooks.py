@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from ggpy.errors import GraphError
-from ggpy.graph import Caches, Graph, Program, Reference, Team
+from ggpy.graph import Graph, Pages, Program, Reference, Team
 
+from .runs import alone
 from .weights import random_weight
 
 
@@ -32,20 +33,20 @@ def test_hooks_see_every_value_even_fused_ones(graph, team):
     seen = {}
     names = ("first", "sum", "second")
     hooks = dict.fromkeys(names, lambda name, value: seen.update({name: value.copy()}))
-    got = Program(graph, Caches(64), team, hooks).run(inputs, 0)["out"]
-    expected = Reference(graph, Caches(64)).run(inputs, 0)
+    got = Program(graph, Pages(1), team, hooks).run(inputs, alone(3))["out"]
+    expected = Reference(graph, Pages(1)).run(inputs, alone(3))
     for name in names:
         np.testing.assert_allclose(seen[name], expected[name], atol=1e-4)
-    np.testing.assert_array_equal(got, Program(graph, Caches(64), team).run(inputs, 0)["out"])
+    np.testing.assert_array_equal(got, Program(graph, Pages(1), team).run(inputs, alone(3))["out"])
 
 
 def test_a_replaced_value_is_what_comes_after_sees(graph, team):
     inputs = {"x": np.ones((3, 64), np.float32)}
-    zero = Program(graph, Caches(64), team, {"sum": lambda name, value: value * 0}).run(inputs, 0)["out"]
+    zero = Program(graph, Pages(1), team, {"sum": lambda name, value: value * 0}).run(inputs, alone(3))["out"]
     assert (zero == 0).all()
 
 
 def test_hooks_on_nothing_are_refused(graph, team):
     for name in ("nothing", "x", "w0"):
         with pytest.raises(GraphError, match=name):
-            Program(graph, Caches(64), team, {name: print})
+            Program(graph, Pages(1), team, {name: print})

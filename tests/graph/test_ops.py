@@ -6,9 +6,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ggpy.errors import GraphError
-from ggpy.graph import Caches, Graph, Program, Reference, Team
+from ggpy.graph import Graph, Pages, Program, Reference, Team
 from ggpy.kernels.table import FLOAT, KV_TYPES, QUANTIZED
 
+from .runs import alone
 from .weights import random_weight
 
 SETTINGS = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -26,11 +27,13 @@ def teams(simd_form):
         team.close()
 
 
-def both(graph, inputs, team, n_past=0, caches=None):
+def both(graph, inputs, team, n_past=0, pages=None):
     """The outputs of a graph by the kernels and by numpy."""
-    fast_caches, slow_caches = caches or (Caches(512), Caches(512))
-    got = Program(graph, fast_caches, team).run(inputs, n_past)
-    expected = Reference(graph, slow_caches).run(inputs, n_past)
+    fast, slow = pages or (Pages(8), Pages(8))
+    batch = alone(len(next(iter(inputs.values()))), n_past)
+    inputs = {**inputs, "outputs": batch.outputs}
+    got = Program(graph, fast, team).run(inputs, batch)
+    expected = Reference(graph, slow).run(inputs, batch)
     return {k: v.copy() for k, v in got.items()}, {k: expected[k] for k in got}
 
 
@@ -96,7 +99,7 @@ def test_elementwise(teams, op, n, n_tokens, threads, seed):
 
 @SETTINGS
 @given(n=st.integers(1, 20), n_head=st.integers(1, 4), n_tokens=st.integers(1, 9), threads=n_threads, seed=seeds)
-def test_norms_bias_scale_softmax_and_last_row(teams, n, n_head, n_tokens, threads, seed):
+def test_norms_bias_scale_softmax_and_rows(teams, n, n_head, n_tokens, threads, seed):
     rng = np.random.default_rng(seed)
     n *= 16
     g = Graph(n_tokens)
@@ -108,7 +111,7 @@ def test_norms_bias_scale_softmax_and_last_row(teams, n, n_head, n_tokens, threa
     g.output(g.op("ADD_BIAS", flat, bias), "bias")
     g.output(g.op("SCALE", flat, factor=-0.3), "scale")
     g.output(g.op("SOFT_MAX", flat), "soft_max")
-    g.output(g.op("LAST_ROW", flat), "last")
+    g.output(g.op("ROWS", flat, g.input("outputs", (), "I32", per="output")), "rows")
     inputs = {"x": 3 * rng.standard_normal((n_tokens, n_head, n)).astype(np.float32)}
     got, expected = both(g, inputs, teams(threads))
     for name in got:
@@ -142,7 +145,7 @@ def test_rope(teams, kind, n_head, n_rot, n_tokens, threads, seed):
 )
 def test_attention_over_runs_of_any_length(teams, group, n_head_kv, head_dim, head_dim_v, kv_type, runs, threads, seed):
     rng = np.random.default_rng(seed)
-    caches, n_past = (Caches(1300, kv_type), Caches(1300, kv_type)), 0
+    pages, n_past = (Pages(20, kv_type), Pages(20, kv_type)), 0
     for n_tokens in runs:
         g = Graph(n_tokens)
         q = g.input("q", (group * n_head_kv, head_dim))
@@ -150,7 +153,7 @@ def test_attention_over_runs_of_any_length(teams, group, n_head_kv, head_dim, he
         cache = g.cache("cache", *k.shape[1:], v.shape[2])
         g.output(g.op("ATTENTION", q, k, v, cache, scale=1 / np.sqrt(head_dim)), "out")
         inputs = {t.name: 2 * rng.standard_normal((n_tokens, *t.shape[1:])).astype(np.float32) for t in (q, k, v)}
-        got, expected = both(g, inputs, teams(threads), n_past, caches)
+        got, expected = both(g, inputs, teams(threads), n_past, pages)
         close(got["out"], expected["out"], 5e-6)
         n_past += n_tokens
 
@@ -170,7 +173,7 @@ def test_heads_are_joined_exactly(teams, n_head, n, n_y, one_for_all, n_tokens, 
     x, y = g.input("x", (n_head, 40)), g.input("y", (1 if one_for_all else n_head, n_y))
     g.output(g.op("JOIN_HEADS", x, y, n=n), "out")
     inputs = {t.name: rng.standard_normal((n_tokens, *t.shape[1:])).astype(np.float32) for t in (x, y)}
-    got = Program(g, Caches(64), teams(threads)).run(inputs, 0)["out"]
+    got = Program(g, Pages(1), teams(threads)).run(inputs, alone(len(inputs["x"])))["out"]
     assert got.shape == (n_tokens, n_head, n + n_y)
     np.testing.assert_array_equal(got[..., :n], inputs["x"][..., :n])
     np.testing.assert_array_equal(got[..., n:], np.repeat(inputs["y"], n_head // y.shape[1], 1))
@@ -191,7 +194,7 @@ def test_results_do_not_depend_on_threads(teams):
             y = g.op("ATTENTION", heads, heads, heads, g.cache(f"cache{i}", 4, 64, 64), scale=0.1)
             x = g.op("ADD", x, g.op("RESHAPE", y, shape=(256,)))
         g.output(x, "out")
-        results.append(Program(g, Caches(64), teams(threads)).run(inputs, 0)["out"].copy())
+        results.append(Program(g, Pages(1), teams(threads)).run(inputs, alone(len(inputs["x"])))["out"].copy())
     for other in results[1:]:
         np.testing.assert_array_equal(results[0], other)
 
@@ -302,7 +305,7 @@ def test_sigmoid_gate(teams, n_tokens, n, threads, seed):
 )
 def test_latent_attention_over_runs_of_any_length(teams, n_head, n_latent, kv_type, runs, threads, seed):
     rng = np.random.default_rng(seed)
-    caches, n_past = (Caches(1300, kv_type), Caches(1300, kv_type)), 0
+    pages, n_past = (Pages(20, kv_type), Pages(20, kv_type)), 0
     for n_tokens in runs:
         g = Graph(n_tokens)
         q, q_rot = g.input("q", (n_head, n_latent)), g.input("q_rot", (n_head, 32))
@@ -311,6 +314,6 @@ def test_latent_attention_over_runs_of_any_length(teams, n_head, n_latent, kv_ty
         g.output(g.op("ATTENTION_LATENT", q, q_rot, latent, k_rot, cache, scale=0.2), "out")
         parts = (q, q_rot, latent, k_rot)
         inputs = {t.name: rng.standard_normal((n_tokens, *t.shape[1:])).astype(np.float32) for t in parts}
-        got, expected = both(g, inputs, teams(threads), n_past, caches)
+        got, expected = both(g, inputs, teams(threads), n_past, pages)
         close(got["out"], expected["out"], 1e-5)
         n_past += n_tokens

@@ -72,8 +72,7 @@ def test_experts_are_counted_by_their_tokens(tmp_path, name, chunks):
         for node in {route.name, *users.values()}:
             model.hooks[node] = lambda name, value: seen.setdefault(name, []).append(value.copy())
         for chunk in chunks:
-            model.sequence.keep(0)
-            model.sequence.extend(chunk.tolist())
+            model.new_sequence().extend(chunk.tolist())
         model.hooks.clear()
         matrix = measure_importance(model, chunks)
         assert model.hooks == {}
@@ -108,7 +107,7 @@ def test_attn_kv_b_in_one_piece_meets_the_latent_vectors(tmp_path, chunks):
         collector = _Collector(model.graph(), frozenset({"blk.1.attn_kv_b.weight"}))
         (node,) = collector.nodes
         model.hooks[node] = lambda name, value: (seen.append(value.copy()), collector.see(name, value))[1]
-        model.sequence.extend(chunks[0].tolist())
+        model.new_sequence().extend(chunks[0].tolist())
     assert node == "blk.1.attn_kv_a_norm" and seen[0].shape == (64, 32)
     sums, counts = collector.result()
     np.testing.assert_allclose(sums["blk.1.attn_kv_b.weight"], np.square(seen[0]).sum(0)[None], rtol=1e-5)

@@ -68,8 +68,8 @@ def test_both_forms_from_both_layouts_equal_transformers(model, layout, mla):
     with ggpy.load(paths[layout], n_ctx=N_TOKENS, kv_type="f32", n_threads=2, mla=mla) as ours:
         assert any(t.op == {"absorbed": "ATTENTION_LATENT", "naive": "ATTENTION"}[mla] for t in ours.graph())
         assert np.abs(ours.logits(ids()) - expected).max() <= 2e-3
-        ours.sequence.keep(0)
-        one_by_one = np.stack([ours.sequence.extend([t]).copy() for t in ids()])
+        with ours.new_sequence() as sequence:
+            one_by_one = np.stack([sequence.extend([t]) for t in ids()])
     assert np.abs(one_by_one - expected).max() <= 2e-3
 
 
@@ -78,7 +78,7 @@ def test_caches_hold_what_the_form_says(model):
     for mla, n in (("absorbed", 32 + 16), ("naive", 4 * (32 + 16 + 64))):
         with ggpy.load(paths["split"], n_ctx=256, mla=mla) as ours:
             ours.logits(ids(4))
-            assert ours.sequence.caches.n_bytes == 256 * 3 * n * 2  # 3 layers of float16
+            assert ours.kv_bytes == 4 * 256 * 3 * n * 2  # 4 contexts, 3 layers of float16
 
 
 def test_quantized_files_are_as_close_to_the_truth_in_both_forms(tmp_path):
@@ -102,7 +102,7 @@ def test_q8_0_caches_take_half_the_memory_and_change_little(tmp_path, mla):
     for kv_type in ("f32", "f16", "q8_0"):
         with ggpy.load(path, n_ctx=512, kv_type=kv_type, mla=mla) as ours:
             logits = ours.logits(ours.tokenize((DEMO / "heldout.txt").read_text())[:400])
-            sizes[kv_type] = ours.sequence.caches.n_bytes
+            sizes[kv_type] = ours.kv_bytes
         logs[kv_type] = logits - np.logaddexp.reduce(logits, -1, keepdims=True)
     divergence = {t: (np.exp(logs["f32"]) * (logs["f32"] - logs[t])).sum(-1).mean() for t in ("f16", "q8_0")}
     assert divergence["f16"] < 1e-6 < divergence["q8_0"] < 5e-4

@@ -5,8 +5,9 @@ import pytest
 import transformers
 
 import ggpy
-from ggpy.graph import Caches, Reference
+from ggpy.graph import Pages, Reference
 from ggpy.models import run_inputs
+from tests.graph.runs import of_ids
 
 from .checkpoints import N_TOKENS, converted, ids, random_model, transformers_logits
 
@@ -101,8 +102,8 @@ def test_logits_equal_transformers(tmp_path, name):
     expected = transformers_logits(model, tokens)
     with ggpy.load(converted(tmp_path, model), n_ctx=N_TOKENS, kv_type="f32", n_threads=2) as ours:
         assert np.abs(ours.logits(tokens) - expected).max() <= 2e-3
-        ours.sequence.keep(0)
-        one_by_one = np.stack([ours.sequence.extend([t]).copy() for t in tokens])
+        with ours.new_sequence() as sequence:
+            one_by_one = np.stack([sequence.extend([t]) for t in tokens])
     assert np.abs(one_by_one - expected).max() <= 2e-3
     assert np.ptp(expected) > 1
 
@@ -110,8 +111,8 @@ def test_logits_equal_transformers(tmp_path, name):
 def test_reference_executor_equals_kernels(tmp_path):
     tokens = ids(30)
     with ggpy.load(converted(tmp_path, made("V3")), n_ctx=64, n_threads=2) as model:
-        inputs = {"ids": np.array(tokens, np.int32), **run_inputs(model.architecture, 0, 30)}
-        reference = Reference(model.graph(30, "all"), Caches(64)).run(inputs, 0)["logits"]
+        batch = of_ids(tokens)
+        reference = Reference(model.graph(30), Pages(1)).run(run_inputs(model.architecture, batch), batch)["logits"]
         np.testing.assert_allclose(model.logits(tokens), reference, atol=1e-3)
 
 

@@ -1,0 +1,131 @@
+"""A running generation, as its user sees it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import NoReturn
+
+from ..errors import Error
+from .scheduler import Request, Scheduler
+
+
+class Generation:
+    """A running generation: iterate for its text, with `for` or `async for`.
+
+    Generations of a model go on together: whichever is asked for its next piece moves the others on, too. Each gives what
+    it would give alone. One generation is for one thread or task at a time; `cancel` may be called from any.
+
+    Attributes
+    ----------
+    index : int
+        Its place among the prompts of `Model.generate_batch`; 0 otherwise.
+    prompt_ids : list of int
+    """
+
+    def __init__(self, scheduler: Scheduler, request: Request, index: int = 0):
+        self._scheduler, self._request = scheduler, request
+        self._taken: list[str] = []
+        self.index = index
+        self.prompt_ids = request.tokens[: request.n_prompt]
+        if not request.done:
+            scheduler.submit(request)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        piece = self._next()
+        if piece is None:
+            raise StopIteration
+        return piece
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self
+
+    async def __anext__(self) -> str:
+        piece = await asyncio.to_thread(self._next)
+        if piece is None:
+            raise StopAsyncIteration
+        return piece
+
+    def __del__(self) -> None:
+        self._request.cancelled = True  # nobody will take its text
+
+    def __reduce__(self) -> NoReturn:
+        raise Error("a generation can't be pickled")
+
+    def _next(self) -> str | None:
+        request = self._request
+        if not request.cancelled:
+            self._scheduler.advance(request)
+        if request.cancelled:
+            return None
+        if request.pieces:
+            self._taken.append(request.pieces.popleft())
+            return self._taken[-1]
+        if request.error is not None:
+            raise request.error
+        return None
+
+    def advance(self) -> bool:
+        """Takes the text that is there, or the next piece if none is; True if that was the last. For those who look after
+        many."""
+        request = self._request
+        self._next()
+        while request.pieces:
+            self._next()
+        return request.done
+
+    def run(self) -> "Generation":
+        """Goes on to the end; returns the generation itself, whose `text` is whole then."""
+        for _ in self:
+            pass
+        return self
+
+    def cancel(self) -> None:
+        """Ends the generation before its next token. May be called from any thread."""
+        if not self._request.done:
+            self._request.finish_reason = "cancelled"
+        self._request.cancelled = True
+        self._scheduler.reap()
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens generated so far, an end token included."""
+        return self._request.tokens[self._request.n_prompt :]
+
+    @property
+    def text(self) -> str:
+        """The text taken so far."""
+        return "".join(self._taken)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """ "stop" (an end token or a stop text), "length" (max_tokens), "context" (no room left), "cancelled"; None while
+        it goes on."""
+        return self._request.finish_reason
+
+    @property
+    def n_reused(self) -> int:
+        """Tokens of the prompt whose keys and values were there already."""
+        return self._request.n_reused
+
+    @property
+    def prompt_seconds(self) -> float:
+        """Time from its start to its first token."""
+        return self._request.prompt_seconds
+
+    @property
+    def decode_seconds(self) -> float:
+        """Time for the tokens after the first."""
+        return self._request.decode_seconds
+
+    @property
+    def prompt_rate(self) -> float:
+        """Tokens of the prompt per second."""
+        return (len(self.prompt_ids) - self.n_reused) / self.prompt_seconds if self.prompt_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """Generated tokens per second, without the first, which comes from the prompt's run."""
+        n = len(self._request.tokens) - self._request.n_prompt
+        return (n - 1) / self.decode_seconds if self.decode_seconds and n > 1 else 0.0

@@ -1,0 +1,224 @@
+"""What runs a model: its programs, the pages of all its sequences, its derived weights."""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import ContextFullError, Error
+from ..graph import Batch, Hook, Pages, Program, Span, pack, pages_of
+from ..kernels.build import Progress, load
+from ..kernels.table import SLAB
+from ..models import Architecture, build_graph, run_inputs
+from .expert_memory import ExpertMemory
+from .prefixes import Prefixes
+
+if TYPE_CHECKING:
+    from ..file import GGUFFile
+    from ..graph import Graph, Team
+    from ..models.weights import DerivedWeight
+
+_LOGITS_BYTES = 64 << 20  # that a run may take for its logits
+_PROGRAMS = 4  # that are kept: for one token and for many, without hooks and with those of now
+#: contexts that the pages of keys and values hold, if a quarter of the machine's memory is enough for them
+_CONTEXTS = 4
+
+
+class Runner:
+    """Runs batches of tokens of any sequences, one batch at a time.
+
+    Parameters
+    ----------
+    file, arch
+        The model.
+    team : Team
+        The threads.
+    n_ctx : int
+        The most tokens of a sequence.
+    n_batch : int
+        The most tokens of a run.
+    kv_type : {"F16", "Q8_0", "F32"}
+        Of the cached keys and values.
+    kv_memory : int, optional
+        Bytes for the pages of keys and values, at most; by default what four contexts take (one beside a RAM budget), but
+        no more than a quarter of the machine's memory.
+    ram_budget : int, optional
+        Bytes that the process may take; see `expert_memory`.
+    progress : callable, optional
+        Told of kernels that must be compiled first.
+
+    Attributes
+    ----------
+    lock : RLock
+        Held during a run. Who wants to read a run's results before the next one holds it, too.
+    hooks : dict
+        See `Program`; may be changed between runs. A hook sees the tokens of all sequences of a run: `batch` says whose.
+    batch : Batch or None
+        What runs now.
+    n_outputs : int
+        For how many tokens of a run, at most, logits can be had.
+
+    Raises
+    ------
+    Error
+        kv_memory doesn't hold a context.
+    """
+
+    def __init__(
+        self,
+        file: "GGUFFile",
+        arch: Architecture,
+        team: "Team",
+        n_ctx: int,
+        n_batch: int,
+        kv_type: str = "F16",
+        kv_memory: int | None = None,
+        ram_budget: int | None = None,
+        progress: Progress | None = None,
+    ):
+        self.file, self.arch, self._team = file, arch, team
+        self.n_ctx, self.n_batch = n_ctx, n_batch
+        self.n_outputs = min(n_batch, max(16, _LOGITS_BYTES // (4 * arch.n_vocab)))
+        self.hooks: dict[str, Hook] = {}
+        self.lock = threading.RLock()
+        self.batch: Batch | None = None
+        self.closed = False
+        self._pid, self._thread = os.getpid(), 0
+        self._dropped: list[int] = []
+        self._derived: dict[str, DerivedWeight] = {}
+        self._programs: OrderedDict[tuple, Program] = OrderedDict()
+        graph = self.graph(1)
+        page_bytes = Pages(0, kv_type).page_bytes(graph)
+        contexts = _CONTEXTS if ram_budget is None else 1
+        n_pages = _page_count(page_bytes, pages_of(n_ctx), contexts, kv_memory)
+        self.pages = Pages(n_pages, kv_type, pages_of(n_ctx) * SLAB)
+        self.prefixes = Prefixes(self.pages)
+        self.expert_memory: ExpertMemory | None = None
+        if ram_budget is not None:
+            self.expert_memory = ExpertMemory(file, graph, ram_budget, n_pages * page_bytes)
+        # One token, and a prompt: both are sure to be needed, so their kernels are compiled together.
+        load([name for n in {1, n_batch} for name in self._program(n).plan.names], progress)
+
+    def graph(self, n_tokens: int, n_outputs: int | None = None) -> "Graph":
+        """The compute graph for up to n_tokens tokens; see `build_graph`."""
+        return build_graph(self.file, self.arch, n_tokens, n_outputs, derived=self._derived)
+
+    def _program(self, n_tokens: int) -> Program:
+        key = (n_tokens, *self.hooks.items())
+        program = self._programs.get(key)
+        if program is None:
+            graph = self.graph(n_tokens, min(n_tokens, self.n_outputs))
+            hooks = self.hooks if self.expert_memory is None else self.expert_memory.beside(dict(self.hooks))
+            program = self._programs[key] = Program(graph, self.pages, self._team, hooks)
+            if len(self._programs) > _PROGRAMS:
+                self._programs.popitem(last=False)
+        self._programs.move_to_end(key)
+        return program
+
+    # Runs
+
+    def check(self) -> None:
+        """Raises Error if the model is closed, belongs to another process, or runs a hook of this thread: to be asked
+        before any lock is waited for."""
+        if self.is_elsewhere:
+            raise Error(f"{self.file.path}: opened in another process; open the model anew in each")
+        if self.closed:
+            raise Error(f"{self.file.path}: the model is closed")
+        if self.batch is not None and self._thread == threading.get_ident():
+            raise Error(f"{self.file.path}: a hook can't use the model that it looks into")
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether this process is a fork of the one that opened the model."""
+        return os.getpid() != self._pid
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raises Error if one of them isn't a token."""
+        for i in ids:
+            if not 0 <= i < self.arch.n_vocab:
+                raise Error(f"token {i} is not one of the vocabulary's {self.arch.n_vocab}")
+
+    def program_of(self, n_tokens: int) -> Program:
+        """The program that runs n_tokens tokens."""
+        return self._program(1 if n_tokens == 1 else self.n_batch)
+
+    def run(self, spans: Sequence[Span], profile: np.ndarray | None = None) -> list[np.ndarray]:
+        """Evaluates tokens of some sequences; each one's logits as it wants them, float32 (n_outputs, n_vocab).
+
+        They are good until the next run: hold `lock` to read them where other threads may run. `profile`: see
+        `Program.run`.
+
+        Raises
+        ------
+        Error
+            See `check`.
+        """
+        self.check()
+        with self.lock:
+            self.check()
+            batch, rows = pack(spans)
+            program = self.program_of(len(batch.ids))
+            try:
+                self._thread, self.batch = threading.get_ident(), batch
+                logits = program.run(run_inputs(self.arch, batch), batch, profile)["logits"]
+            finally:
+                self.batch = None
+            return [logits[r] for r in rows]
+
+    # Pages
+
+    def take_page(self) -> int:
+        """A page; if none is free, that of a prefix which nobody uses.
+
+        Raises
+        ------
+        ContextFullError
+            All are in use.
+        """
+        self._free_one()
+        return self.pages.take()
+
+    def own_page(self, page: int) -> int:
+        """The page, or a copy of it if others hold it too: what may be written. Raises as `take_page`."""
+        if self.pages.holders(page) > 1:
+            self._free_one()
+        return self.pages.own(page)
+
+    def _free_one(self) -> None:
+        while self._dropped:
+            self.pages.give(self._dropped.pop())
+        if not self.pages.n_free and not self.prefixes.evict():
+            raise ContextFullError(f"all {self.pages.n_pages} pages of keys and values are in use; kv_memory gives more")
+
+    def drop(self, pages: list[int]) -> None:
+        """Gives pages back from a finalizer, which may run anywhere: they are free with the next that is taken."""
+        self._dropped.extend(pages)
+
+    def close(self) -> None:
+        """Lets go of everything. Waits for a run of another thread."""
+        with self.lock:
+            self.closed = True
+            self._programs.clear()
+            self._derived.clear()
+
+
+def _page_count(page_bytes: int, pages_per_context: int, contexts: int, kv_memory: int | None) -> int:
+    if kv_memory is not None:
+        n = kv_memory // page_bytes if page_bytes else pages_per_context
+        if n < pages_per_context:
+            need = pages_per_context * page_bytes
+            raise Error(f"kv_memory of {kv_memory:,} bytes; {need:,} hold one context, less with a smaller n_ctx")
+        return n
+    fitting = _memory() // 4 // max(page_bytes, 1)
+    return max(pages_per_context, min(contexts * pages_per_context, fitting))
+
+
+def _memory() -> int:
+    """Bytes of the machine's memory; where it can't be known, 4 GB."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 4 << 30

@@ -1,0 +1,75 @@
+"""Sequences in files: their tokens, keys and values, as safetensors with the model's digest."""
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import Error
+from ..file.aside import writing_aside
+from ..graph import pages_of
+from ..kernels.table import SLAB
+
+if TYPE_CHECKING:
+    from .runner import Runner
+    from .sequence import TokenSequence
+
+_FORMAT = "ggpy sequence 1"
+_SAMPLE = 4096  # bytes at each end of a tensor that stand for it
+
+
+def digest(runner: "Runner") -> str:
+    """What tells a model from others: a hash of its metadata, and of each tensor's name, shape, type, first and last
+    bytes, and of how it is run."""
+    found = hashlib.sha256(repr((runner.pages.type, SLAB, runner.arch)).encode())
+    for key, value in runner.file.metadata.items():
+        found.update(repr((key, value if not isinstance(value, np.ndarray) else value.tobytes())).encode())
+    for name, tensor in runner.file.tensors.items():
+        data = tensor.data.reshape(-1)
+        found.update(repr((name, tensor.shape, tensor.type)).encode())
+        found.update(data[:_SAMPLE].tobytes() + data[-_SAMPLE:].tobytes())
+    return found.hexdigest()
+
+
+def save_sequence(sequence: "TokenSequence", runner: "Runner", path: Path) -> None:
+    """See `TokenSequence.save`."""
+    from safetensors.numpy import save_file
+
+    runner.check()
+    if runner.hooks:
+        raise Error(f"{path}: not written; the model has hooks, which may have changed the sequence's values")
+    with runner.lock:
+        arrays = runner.pages.read(sequence.pages[: pages_of(len(sequence.ids))])
+        arrays["ids"] = np.array(sequence.ids, np.int32)
+    try:
+        with writing_aside(path) as aside:
+            save_file(arrays, aside, {"format": _FORMAT, "model": digest(runner)})
+    except OSError as error:
+        raise Error(f"{path}: {error.strerror or error}") from None
+
+
+def load_sequence(sequence: "TokenSequence", runner: "Runner", path: Path) -> None:
+    """See `Model.load_sequence`; `sequence` is empty."""
+    from safetensors import SafetensorError, safe_open
+
+    runner.check()
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise Error(f"{path}: no saved sequence")
+            if metadata.get("model") != digest(runner):
+                raise Error(f"{path}: a sequence of another model, or of this one with other options")
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise Error(f"{path}: {error}") from None
+    ids = arrays.get("ids", np.empty(0)).tolist()
+    with runner.lock:
+        runner.check_ids(ids)
+        sequence.make_room(len(ids))
+        expected = {name: a.shape for name, a in runner.pages.read(sequence.pages).items()}
+        if {name: a.shape for name, a in arrays.items() if name != "ids"} != expected:
+            raise Error(f"{path}: damaged: its arrays have other shapes than its {len(ids)} tokens need")
+        runner.pages.write(sequence.pages, arrays)
+        sequence.ids.extend(ids)

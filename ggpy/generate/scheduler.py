@@ -1,0 +1,374 @@
+"""Runs many generations together: each run takes the next token of those that generate, and pieces of others' prompts."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..errors import ContextFullError, Error
+from ..graph import pages_of
+from ..kernels.table import SLAB
+from .prefixes import Prefix, common
+from .runner import Runner
+from .sampling import Sampler
+from .sequence import TokenSequence
+from .streaming import StopMatcher, StreamDecoder
+from .tokenizer import Tokenizer
+
+_MOST_RUNNING = 64  # generations at once; others wait
+_PIECE_SECONDS = 0.25  # that pieces of prompts may hold up those that generate
+_FIRST_PIECE = 2 * SLAB  # tokens of them before their rate is known
+_WORTH_COPYING = 4  # tokens of a page that others have computed
+_AHEAD = 256  # pieces of text that nobody takes, before their generation waits
+
+
+class Request:
+    """A generation as the scheduler sees it. Everything here is written by whoever steps the scheduler.
+
+    Attributes
+    ----------
+    tokens : list of int
+        The prompt and what has been generated.
+    n_prompt : int
+    pieces : deque of str
+        Text that nobody has taken yet.
+    finish_reason, error
+        How it ended: one of the two, or None while it goes on.
+    cancelled : bool
+        May be set by any thread.
+    sequence : TokenSequence or None
+        Its keys and values, while it is at work.
+    prefix : Prefix or None
+        The last of its pages that the tree of prefixes knows; None where its values aren't fit for others.
+    n_known : int
+        How many pages that are.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: list[int],
+        sampler: Sampler,
+        max_tokens: int | None,
+        stop: Sequence[str],
+    ):
+        self.tokens = list(prompt_ids)
+        self.n_prompt = len(prompt_ids)
+        self.n_reused = 0
+        self.prompt_seconds = self.decode_seconds = 0.0
+        self.pieces: deque[str] = deque()
+        self.finish_reason: str | None = None
+        self.error: Exception | None = None
+        self.cancelled = False
+        self.sequence: TokenSequence | None = None
+        self.prefix: Prefix | None = None
+        self.n_known = 0
+        self._sampler, self._max_tokens = sampler, max_tokens
+        self._end_tokens = tokenizer.end_tokens
+        self._decoder, self._stops = StreamDecoder(tokenizer, prompt_ids), StopMatcher(stop)
+        self._started = self._first = 0.0
+        if max_tokens is not None and max_tokens < 1:
+            self.finish_reason = "length"
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return self.finish_reason is not None or self.error is not None
+
+    def start(self) -> None:
+        """Notes the time, unless it was at work before."""
+        self._started = self._started or time.perf_counter()
+
+    def take(self, logits: np.ndarray, n_ctx: int) -> None:
+        """Chooses the next token by its logits, and what of its text is certain."""
+        now = time.perf_counter()
+        if not self.prompt_seconds:
+            self.prompt_seconds, self._first = now - self._started, now
+        else:
+            self.decode_seconds = now - self._first
+        try:
+            token = self._sampler.sample(logits, self.tokens)
+        except Exception as error:  # the others go on
+            self.error = error
+            return
+        self.tokens.append(token)
+        n = len(self.tokens) - self.n_prompt
+        text, stopped = "", False
+        if token in self._end_tokens:
+            reason = "stop"
+        else:
+            text, stopped = self._stops.push(self._decoder.push(token))
+            full = len(self.tokens) > n_ctx
+            reason = "stop" if stopped else "length" if n == self._max_tokens else "context" if full else ""
+        if reason and not stopped:
+            rest, _ = self._stops.push(self._decoder.flush())
+            text += rest + self._stops.flush()
+        if text:
+            self.pieces.append(text)
+        if reason:
+            self.finish_reason = reason
+
+
+class Scheduler:
+    """Steps generations of a model forward, together. Whoever wants a generation's next text steps for all (`advance`).
+
+    What a generation gives doesn't depend on its company: values are the same bits whoever is in a run, and each has its
+    own sampler. So it doesn't matter either that runs are cut to measured times.
+
+    Parameters
+    ----------
+    runner : Runner
+    """
+
+    def __init__(self, runner: Runner):
+        self._runner = runner
+        self._lock = threading.Lock()  # of the step: those who wait for it find, mostly, that their text is there
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []  # by age
+        self._most = min(_MOST_RUNNING, runner.n_batch, runner.n_outputs)
+        self._hooks: tuple = ()
+        self._rate = 0.0  # tokens of prompts per second
+
+    @property
+    def room(self) -> int:
+        """Generations that are worth having at once, those that wait included."""
+        return 2 * self._most
+
+    def submit(self, request: Request) -> None:
+        """Adds a generation; it joins the next step that has room."""
+        self._waiting.append(request)
+
+    def advance(self, request: Request) -> None:
+        """Steps until a generation has text or has ended."""
+        while not (request.pieces or request.done or request.cancelled):
+            self._runner.check()
+            with self._lock:
+                if not (request.pieces or request.done or request.cancelled):
+                    self._step(request)
+
+    def reap(self) -> None:
+        """Gives back what cancelled generations hold, unless a step is under way, which the next one follows."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if not self._runner.closed:
+                    with self._runner.lock:
+                        self._drop_cancelled()
+            finally:
+                self._lock.release()
+
+    # A step; everything below runs with both locks held
+
+    def _step(self, wanted: Request) -> None:
+        runner = self._runner
+        with runner.lock:
+            runner.check()
+            self._check_hooks()
+            self._drop_cancelled()
+            self._admit()
+            single, prompts = self._ready(wanted)
+            work = [(r, r.tokens[-1:]) for r in single if self._make_room(r, 1)]
+            # A request may have been sent away to make room for another.
+            work = [(r, ids) for r, ids in work if r.sequence is not None]
+            n_left = runner.n_batch - len(work)
+            limit = min(n_left, self._limit(bool(work)))
+            work += self._pieces([r for r in prompts if r.sequence is not None], limit, [r for r, _ in work])
+            work = [(r, ids) for r, ids in work if r.sequence is not None]
+            if not work:
+                self._prefer(wanted)
+                return
+            spans = [_sequence(r).span(ids, int(_n_left(r) == len(ids))) for r, ids in work]
+            started = time.perf_counter()
+            results = runner.run(spans)
+            n_tokens = sum(len(ids) for _, ids in work)
+            if n_tokens >= SLAB:
+                self._rate = n_tokens / (time.perf_counter() - started)
+            for r, ids in work:
+                _sequence(r).ids.extend(ids)
+            for (r, _), logits in zip(work, results, strict=True):
+                self._share(r)
+                if len(logits):
+                    r.take(logits[0], runner.n_ctx)
+                    if r.done:
+                        self._running.remove(r)
+                        self._release(r)
+
+    def _check_hooks(self) -> None:
+        """Under other hooks, other values: nothing that was computed before is shared."""
+        hooks = tuple(self._runner.hooks.items())
+        if hooks != self._hooks:
+            self._hooks = hooks
+            self._runner.prefixes.clear()
+            for r in self._running:
+                r.prefix = None
+
+    def _drop_cancelled(self) -> None:
+        for r in [r for r in self._running if r.cancelled]:
+            self._running.remove(r)
+            self._release(r)
+        if any(r.cancelled for r in self._waiting):
+            self._waiting = deque(r for r in self._waiting if not r.cancelled)
+
+    def _admit(self) -> None:
+        runner = self._runner
+        while self._waiting and len(self._running) < self._most:
+            request = self._waiting[0]
+            need = pages_of(len(request.tokens)) + len(self._running)
+            lacks = need - runner.pages.n_free
+            if self._running and lacks > 0 and runner.prefixes.n_unused() < lacks:
+                return
+            self._waiting.popleft()
+            request.sequence = TokenSequence(runner)
+            request.prefix, request.n_known = runner.prefixes.root, 0
+            request.start()
+            self._running.append(request)
+
+    def _prefer(self, wanted: Request) -> None:
+        """Nobody can go on, since all have text that isn't taken: one of them makes room for the one that is waited for."""
+        if wanted.sequence is None and self._running:
+            sent_away = self._running.pop()
+            self._release(sent_away)
+            self._waiting.remove(wanted)
+            self._waiting.appendleft(wanted)
+            self._waiting.append(sent_away)
+
+    def _ready(self, wanted: Request) -> tuple[list[Request], list[Request]]:
+        """Those that generate, and those with some of their prompt left."""
+        single: list[Request] = []
+        prompts: list[Request] = []
+        for r in self._running:
+            if len(r.pieces) >= _AHEAD and r is not wanted:
+                continue
+            if _n_left(r) == 0:
+                # An interrupt came between its run and its token: once more, with the same bits.
+                self._cut(r, len(r.tokens) - 1)
+            (single if _n_left(r) == 1 else prompts).append(r)
+        return single, prompts
+
+    def _limit(self, others_generate: bool) -> int:
+        """Tokens of prompts in a run."""
+        if not others_generate:
+            return self._runner.n_batch
+        return max(SLAB, int(self._rate * _PIECE_SECONDS)) if self._rate else _FIRST_PIECE
+
+    def _pieces(self, requests: list[Request], limit: int, single: list[Request]) -> list[tuple[Request, list[int]]]:
+        """The next tokens of prompts: equal shares, and the rest to the oldest."""
+        active: list[Request] = []
+        pages: dict[Prefix, list[Request]] = {}  # who works on a page after these
+        for r in single:
+            if r.prefix is not None:
+                pages.setdefault(r.prefix, []).append(r)
+        for r in requests:
+            if not self._reuse(r, pages):
+                active.append(r)
+        work = []
+        for i, r in enumerate(active):
+            share = max(SLAB, limit // (len(active) - i))
+            n = min(_n_left(r), share, limit)
+            if n > 0 and self._make_room(r, n):
+                past = len(_sequence(r).ids)
+                work.append((r, r.tokens[past : past + n]))
+                limit -= n
+        return work
+
+    def _reuse(self, r: Request, pages: dict[Prefix, list[Request]]) -> bool:
+        """Takes what others have computed of a prompt; True if it waits for one that computes the same now."""
+        prefixes, sequence = self._runner.prefixes, _sequence(r)
+        if r.prefix is None:
+            return False
+        while (past := len(sequence.ids)) % SLAB == 0 and _n_left(r) > SLAB:
+            ids = tuple(r.tokens[past : past + SLAB])
+            child = r.prefix.children.get(ids)
+            if child is None:
+                break
+            sequence.adopt([child.page], ids)
+            prefixes.touch(child)
+            r.prefix, r.n_known = child, r.n_known + 1
+            self._count_reused(r, SLAB)
+        workers = pages.setdefault(r.prefix, [])
+        if past % SLAB == 0:
+            ids = tuple(r.tokens[past : min(past + SLAB, len(r.tokens) - 1)])
+            page, most = prefixes.nearest(r.prefix, ids)
+            for other in workers:
+                own = _sequence(other)
+                n = common(other.tokens[past : past + SLAB], ids)
+                there = min(n, len(own.ids) - past)
+                if n >= _WORTH_COPYING and n > most:
+                    if there < n:
+                        return True
+                    page, most = own.pages[past // SLAB], n
+            if most >= _WORTH_COPYING:
+                sequence.adopt([page], ids[:most])
+                self._count_reused(r, most)
+        workers.append(r)
+        return False
+
+    def _count_reused(self, r: Request, n: int) -> None:
+        if len(r.tokens) == r.n_prompt:  # not when it comes back after it was sent away
+            r.n_reused += n
+
+    def _share(self, r: Request) -> None:
+        """Lets others have the pages that are full now."""
+        sequence, prefixes = _sequence(r), self._runner.prefixes
+        while r.prefix is not None and (r.n_known + 1) * SLAB <= len(sequence.ids):
+            at = r.n_known
+            page = sequence.pages[at]
+            r.prefix = prefixes.add(r.prefix, tuple(sequence.ids[at * SLAB : (at + 1) * SLAB]), page)
+            r.n_known += 1
+            if r.prefix.page != page:  # somebody was first, with the same bits
+                self._runner.pages.share(r.prefix.page)
+                sequence.pages[at] = r.prefix.page
+                self._runner.pages.give(page)
+
+    def _cut(self, r: Request, n: int) -> None:
+        _sequence(r).keep(n)
+        while r.prefix is not None and r.n_known * SLAB > n:
+            r.prefix, r.n_known = r.prefix.parent, r.n_known - 1
+
+    def _make_room(self, r: Request, n: int) -> bool:
+        """Takes pages for n tokens, if need be from the youngest, which waits; False if that is the request itself."""
+        while r.sequence is not None:
+            try:
+                r.sequence.make_room(n)
+                return True
+            except ContextFullError as error:
+                youngest = self._running[-1]
+                if len(self._running) == 1:
+                    r.error = error
+                    self._running.remove(r)
+                    self._release(r)
+                    return False
+                self._running.remove(youngest)
+                self._release(youngest)
+                self._waiting.appendleft(youngest)
+        return False
+
+    def _release(self, r: Request) -> None:
+        """Gives a request's pages back; what is in them stays known until others need the room."""
+        sequence = _sequence(r)
+        rest = tuple(sequence.ids[r.n_known * SLAB :])
+        if r.prefix is not None and rest and len(rest) < SLAB:
+            self._runner.prefixes.add(r.prefix, rest, sequence.pages[r.n_known])
+        sequence.close()
+        r.sequence = r.prefix = None
+
+    def close(self) -> None:
+        """Ends all generations. Waits for a step of another thread."""
+        self._runner.check()
+        with self._lock, self._runner.lock:
+            for r in [*self._running, *self._waiting]:
+                r.error = Error(f"{self._runner.file.path}: the model is closed")
+                r.sequence = r.prefix = None
+            self._running.clear()
+            self._waiting.clear()
+
+
+def _n_left(r: Request) -> int:
+    """Tokens that must be evaluated before the next one can be chosen."""
+    return len(r.tokens) - len(_sequence(r).ids)
+
+
+def _sequence(r: Request) -> TokenSequence:
+    assert r.sequence is not None
+    return r.sequence
