@@ -675,6 +675,24 @@ def get_range(tyctx, tile, start, n):
 
 
 @intrinsic
+def every_second(tyctx, tile, first):
+    """Vectors first, first + 2, … of a tile (a literal), as a tile."""
+    k, ret = first.literal_value, Tile(tile.vector, tile.n // 2)
+    return ret(tile, first), lambda ctx, b, sig, a: _join(b, ret, _members(b, tile, a[0])[k::2])
+
+
+@intrinsic
+def alternating(tyctx, x, y):
+    """The inverse of `every_second`: x[0], y[0], x[1], y[1], …"""
+    ret = Tile(x.vector, 2 * x.n)
+
+    def codegen(ctx, b, sig, a):
+        return _join(b, ret, [v for pair in zip(_members(b, x, a[0]), _members(b, y, a[1]), strict=True) for v in pair])
+
+    return ret(x, y), codegen
+
+
+@intrinsic
 def shift_right_signed(tyctx, x, y):
     """x >> y, copying the sign, lane by lane."""
     ret = _shape_of(x, y)
