@@ -16,9 +16,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from ..cpus import default_threads
 from ..errors import Error, UnsupportedError
 from ..file import GGUFFile, GGUFTensor, StringArray, writing_aside
-from ..graph.threads import default_threads
 from ..kernels.build import Progress, load
 from ..kernels.table import ENCODED
 from ..quant import block_type
