@@ -13,7 +13,6 @@ import time
 import numpy as np
 import pytest
 
-from ggpy.cpus import cgroup_quota, usable_cpus
 from ggpy.errors import Error
 from ggpy.graph import Caches, Graph, Program, Team
 from ggpy.graph.threads import aligned
@@ -274,14 +273,3 @@ def test_a_process_of_multiprocessing_gets_the_error():
 def test_teams_are_not_copied(team, act):
     with pytest.raises(Error, match="can't be copied or pickled"):
         act(team)
-
-
-def test_the_quota_counts_as_well_as_the_processors(monkeypatch, tmp_path):
-    proc, folder = tmp_path / "cgroup", tmp_path / "fs" / "a"
-    folder.mkdir(parents=True)
-    proc.write_text("0::/a\n")
-    (folder / "cpu.max").write_text("150000 100000\n")
-    assert cgroup_quota(proc, tmp_path / "fs") == 1.5
-    for quota, expected in ((0.5, 1), (1.5, min(2, usable_cpus())), (None, len(os.sched_getaffinity(0)))):
-        monkeypatch.setattr("ggpy.cpus.cgroup_quota", lambda quota=quota: quota)
-        assert usable_cpus() == expected
