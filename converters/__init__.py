@@ -1,5 +1,5 @@
 """From Hugging Face checkpoints to GGUF files."""
 
-from .conversion import FAMILIES, TYPES, FileType, Plan, TensorPlan, convert
+from .conversion import FAMILIES, Plan, TensorPlan, convert
 
-__all__ = ["FAMILIES", "TYPES", "FileType", "Plan", "TensorPlan", "convert"]
+__all__ = ["FAMILIES", "Plan", "TensorPlan", "convert"]

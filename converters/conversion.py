@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
-from gguf import GGMLQuantizationType, LlamaFileType
+from gguf import GGMLQuantizationType
 
+from ggpy.cpus import default_threads
 from ggpy.errors import ConversionError, Error, UnsupportedError
-from ggpy.file import writing_aside
-from ggpy.quant import block_type
+from ggpy.file import NewFile, write_files
+from ggpy.kernels.build import Progress as KernelProgress
+from ggpy.kernels.build import load
+from ggpy.kernels.table import ENCODED
+from ggpy.quantize import FILE_TYPES, encode, tensor_types
+from ggpy.quantize.mixes import check_without_importance, file_type, sizes
+from ggpy.quantize.model import in_order
 
 from . import deepseek2, llama, mixtral, olmoe, qwen
 from .checkpoint import FILE_PATTERNS, Checkpoint, ComputedRows, Rows
@@ -29,43 +33,8 @@ FAMILIES: tuple[Family, ...] = (llama.FAMILY, mixtral.FAMILY, *qwen.FAMILIES, ol
 
 Progress = Callable[[int, int, str], None]
 
-# Values converted at a time. Bounds memory: the encoders hold a few float32 copies of that many.
-CHUNK_VALUES = 1 << 23
-
-
-@dataclass(frozen=True)
-class FileType:
-    """Which block types a file's tensors get.
-
-    Attributes
-    ----------
-    id : LlamaFileType
-        The metadata's ``general.file_type``.
-    weights : str
-        Block type of the matrices.
-    output : str
-        Block type of the output matrix, or of the embeddings where they serve as one.
-    """
-
-    id: LlamaFileType
-    weights: str
-    output: str
-
-
-# llama.cpp's mixes. Its Q4_0 files have the output matrix in Q6_K; Q8_0 stands in for it while Q6_K has no encoder here.
-TYPES = {
-    "f32": FileType(LlamaFileType.ALL_F32, "F32", "F32"),
-    "f16": FileType(LlamaFileType.MOSTLY_F16, "F16", "F16"),
-    "bf16": FileType(LlamaFileType.MOSTLY_BF16, "BF16", "BF16"),
-    "q8_0": FileType(LlamaFileType.MOSTLY_Q8_0, "Q8_0", "Q8_0"),
-    "q4_0": FileType(LlamaFileType.MOSTLY_Q4_0, "Q4_0", "Q8_0"),
-}
-
-# Routers are small and decide much: llama.cpp keeps them, too, in float32.
-ROUTERS = ("ffn_gate_inp", "ffn_gate_inp_shexp")
-
-# Largest magnitudes that the types' float16, or float16 scales, can hold.
-LARGEST = {"F16": 65504.0, "Q8_0": 65504.0 * 127, "Q4_0": 65504.0 * 8}
+# Values that a thread reads and encodes at a time. Bounds memory.
+CHUNK_VALUES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -102,7 +71,7 @@ class Plan:
     path : Path
         The file.
     type : str
-        A key of `TYPES`.
+        The file type, a key of `ggpy.quantize.FILE_TYPES`.
     metadata : dict
         GGUF's key-values.
     tensors : tuple of TensorPlan
@@ -129,12 +98,15 @@ def convert(
     type: str,
     dry_run: bool = False,
     progress: Progress | None = None,
+    *,
+    n_threads: int | None = None,
+    kernel_progress: KernelProgress | None = None,
 ) -> Plan:
     """Convert a Hugging Face checkpoint to a GGUF file.
 
-    The file is written beside its place and moved there when whole; on any error nothing is left. Memory doesn't grow
-    with the model. Before the weights, the tokenizer is rebuilt from what will be written and compared with the
-    checkpoint's own.
+    The file is written beside its place and moved there when whole; on any error nothing is left. It is the one that
+    `quantize_model` makes of a conversion to F32, but neither disk nor memory is taken for more than the result. Before the
+    weights, the tokenizer is rebuilt from what will be written and compared with the checkpoint's own.
 
     Parameters
     ----------
@@ -143,12 +115,16 @@ def convert(
     out : str or path-like
         The file to write; one that is there is replaced.
     type : str
-        A key of `TYPES`. Norms, biases and routers stay float32; matrices whose rows a block type doesn't divide become
-        float16.
+        A name of `ggpy.quantize.FILE_TYPES` in any case, such as q8_0 or q4_k_m; which tensor gets which block type:
+        `ggpy.quantize.tensor_types`.
     dry_run : bool
         Plan and check, but write nothing.
     progress : callable, optional
         ``progress(done_bytes, total_bytes, tensor_name)``, called after each chunk.
+    n_threads : int, optional
+        Default: the physical cores.
+    kernel_progress : callable, optional
+        Told of encoders that must be compiled first; see `ggpy.kernels.build.load`.
 
     Returns
     -------
@@ -161,26 +137,37 @@ def convert(
     UnsupportedError
         An architecture, type or tokenizer without code here.
     """
-    if type not in TYPES:
-        raise UnsupportedError(f"type {type!r}; known: {', '.join(TYPES)}")
+    type = file_type(type, copy=False)
     folder, hub_id = find_source(source)
     checkpoint = Checkpoint(folder)
     family = find_family(checkpoint)
     path = Path(out)
     encoder = read_encoder(checkpoint)
-    tensors = plan_tensors(checkpoint, family, TYPES[type])
+    tensors = plan_tensors(checkpoint, family, type)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[family.arch])
     for tensor in tensors:
         writer.add_tensor_info(
             tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, GGMLQuantizationType[tensor.type]
         )
-    write_metadata(writer, checkpoint, family, TYPES[type], hub_id)
-    plan = Plan(path, type, {key: value.value for key, value in writer.kv_data[0].items()}, tuple(tensors))
+    write_metadata(writer, checkpoint, family, type, hub_id)
+    plan = Plan(path, type, _values(writer), tuple(tensors))
     if encoder is not None:
         check_vocabulary(plan.metadata, encoder)
     if not dry_run:
-        write_file(plan, writer, progress)
+        load([f"encode_{name}" for name in ENCODED if any(t.type == name for t in tensors)], kernel_progress)
+        n_threads = n_threads or default_threads()
+        data = [(tensor.name, partial(encoded_chunks, tensor, n_threads)) for tensor in tensors]
+        try:
+            write_files([NewFile(path, writer, data)], path, plan.n_bytes, progress)
+        except ConversionError:
+            raise
+        except Error as error:
+            raise ConversionError(str(error)) from error
     return plan
+
+
+def _values(writer: gguf.GGUFWriter) -> dict[str, Any]:
+    return {key: value.value for key, value in writer.kv_data[0].items()}
 
 
 def find_source(source: str | os.PathLike[str]) -> tuple[Path, str | None]:
@@ -217,7 +204,27 @@ def find_family(checkpoint: Checkpoint) -> Family:
     raise UnsupportedError(f"{checkpoint.config.path}: architecture {checkpoint.architecture}; known: {known}")
 
 
-def plan_tensors(checkpoint: Checkpoint, family: Family, types: FileType) -> list[TensorPlan]:
+class _Described(NamedTuple):
+    """A tensor as the rules of mixes see it."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str = "F32"
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The model as the rules of mixes see it (implements `ggpy.quantize.mixes.ModelFacts`)."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, _Described]
+
+    def get(self, key: str, kind: tuple[type, ...], default: Any) -> Any:
+        value = self.metadata.get(key, default)
+        return np.asarray(value) if isinstance(value, list) else value
+
+
+def plan_tensors(checkpoint: Checkpoint, family: Family, type: str) -> list[TensorPlan]:
     """What the model's tensors are made of, checked against the shapes that config.json promises."""
     config = checkpoint.config
     names = gguf.get_tensor_name_map(family.arch, config.integer("num_hidden_layers"))
@@ -243,28 +250,19 @@ def plan_tensors(checkpoint: Checkpoint, family: Family, types: FileType) -> lis
         if name not in sources:
             raise ConversionError(f"{checkpoint.folder}: no tensor for {name}")
 
-    output = "output.weight" if "output.weight" in shapes else "token_embd.weight"
-    tensors = [
-        _plan_tensor(name, family.transform(name, sources[name], config), types.output if name == output else types.weights)
-        for name in shapes
-    ]
-    return [_plan_tensor(name, ComputedRows(values), "F32") for name, values in family.computed(config).items()] + tensors
+    rows_of: dict[str, Rows] = {name: ComputedRows(values) for name, values in family.computed(config).items()}
+    rows_of |= {name: family.transform(name, sources[name], config) for name in shapes}
+    hparams = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[family.arch])
+    family.write_hparams(hparams, config)
+    model = _Model(_values(hparams), {name: _Described(name, rows.shape) for name, rows in rows_of.items()})
+    types = tensor_types(model, type)
+    n_bytes = sizes(model, types)
+    for name, block_type in types.items():
+        check_without_importance(name, block_type, type)
+    return [TensorPlan(name, r.sources, r.shape, types[name], n_bytes[name], r) for name, r in rows_of.items()]
 
 
-def _plan_tensor(name: str, rows: Rows, wanted: str) -> TensorPlan:
-    n_columns = rows.shape[-1]
-    type_ = block_type(wanted)
-    if len(rows.shape) == 1 or name.split(".")[-2] in ROUTERS:
-        type_ = block_type("F32")
-    elif n_columns % type_.block_size:
-        type_ = block_type("F16")
-    n_bytes = math.prod(rows.shape[:-1]) * type_.row_bytes(n_columns)
-    return TensorPlan(name, rows.sources, rows.shape, type_.name, n_bytes, rows)
-
-
-def write_metadata(
-    writer: gguf.GGUFWriter, checkpoint: Checkpoint, family: Family, types: FileType, hub_id: str | None
-) -> None:
+def write_metadata(writer: gguf.GGUFWriter, checkpoint: Checkpoint, family: Family, type: str, hub_id: str | None) -> None:
     """Add all metadata, under the keys and with the types that llama.cpp's own converter uses."""
     n_all, n_shared, n_expert, expert_count = writer.get_total_parameter_count()
     try:
@@ -276,75 +274,29 @@ def write_metadata(
     writer.add_type(gguf.GGUFType.MODEL)
     general.set_gguf_meta_model(writer)
     family.write_hparams(writer, checkpoint.config)
-    writer.add_file_type(int(types.id))
     write_vocabulary(writer, checkpoint)
+    # Last, and in this order, as quantize_model has them.
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(FILE_TYPES[type].id)
 
 
-def write_file(plan: Plan, writer: gguf.GGUFWriter, progress: Progress | None = None) -> None:
-    """Write the plan's file; `writer` holds its metadata and tensor infos."""
-    done = 0
-    try:
-        free = shutil.disk_usage(plan.path.absolute().parent).free
-        if free < plan.n_bytes:
-            raise ConversionError(f"{plan.path}: needs {_megabytes(plan.n_bytes)}, the disk has {_megabytes(free)} left")
-        with writing_aside(plan.path) as aside:
-            with closing(writer):
-                writer.write_header_to_file(aside)
-                writer.write_kv_data_to_file()
-                writer.write_ti_data_to_file()
-            with aside.open("ab") as file:
-                _pad(file, writer.data_alignment)
-                for tensor in plan.tensors:
-                    for chunk in encoded_chunks(tensor):
-                        file.write(chunk.data)
-                        done += chunk.nbytes
-                        if progress is not None:
-                            progress(done, plan.n_bytes, tensor.name)
-                    _pad(file, writer.data_alignment)
-    except KeyboardInterrupt:
-        share = 100 * done // plan.n_bytes
-        raise ConversionError(f"{plan.path}: interrupted at {share} %, nothing was kept") from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ConversionError(
-                f"{plan.path}: no space left after {_megabytes(done)} of {_megabytes(plan.n_bytes)}, nothing was kept"
-            ) from error
-        raise ConversionError(f"{plan.path}: can't be written: {error.strerror or error}") from error
-    except ConversionError:
-        raise
-    except Error as error:
-        raise ConversionError(str(error)) from error
-
-
-def encoded_chunks(tensor: TensorPlan) -> Iterator[np.ndarray]:
-    """The tensor's bytes, some rows at a time: uint8 arrays.
+def encoded_chunks(tensor: TensorPlan, n_threads: int) -> Generator[np.ndarray, None, None]:
+    """The tensor's bytes, some rows at a time: uint8 arrays. The encoder must be loaded.
 
     Raises
     ------
     ConversionError
         A value isn't finite or is too large for the type.
     """
-    n_columns = tensor.shape[-1]
     n_rows = math.prod(tensor.shape[:-1])
-    step = max(1, CHUNK_VALUES // n_columns)
-    largest = LARGEST.get(tensor.type, math.inf)
-    type_ = block_type(tensor.type)
+    step = max(1, CHUNK_VALUES // tensor.shape[-1])
     source = tensor.sources[0] if len(tensor.sources) == 1 else tensor.name
-    for start in range(0, n_rows, step):
+
+    def rows(start: int) -> np.ndarray:
         values = tensor.rows.read(start, min(start + step, n_rows))
-        # NaN is propagated by max and min: one pass each finds NaN, infinity and overflow.
-        high, low = float(values.max()), float(values.min())
-        if not (math.isfinite(high) and math.isfinite(low)):
-            raise ConversionError(f"tensor {source}: holds NaN or infinity")
-        if max(high, -low) > largest:
-            raise ConversionError(f"tensor {source}: {max(high, -low):.4g} is too large for {tensor.type}; convert to bf16")
-        yield type_.quantize(values)
+        try:
+            return encode(values, tensor.type, first_row=start)
+        except Error as error:
+            raise ConversionError(f"tensor {source}: {error}") from None
 
-
-def _pad(file: BinaryIO, alignment: int) -> None:
-    file.write(bytes(-file.tell() % alignment))
-
-
-def _megabytes(n_bytes: int) -> str:
-    return f"{n_bytes / 1e6:,.0f} MB"
+    return in_order((partial(rows, start) for start in range(0, n_rows, step)), n_threads)

@@ -8,6 +8,7 @@ import ggpy
 ROOT = Path(ggpy.__file__).parent
 ORDER = {
     "errors": 0,
+    "cpus": 0,
     "quant": 1,
     "simd": 2,
     "kernels": 3,

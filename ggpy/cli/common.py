@@ -93,8 +93,8 @@ def find_model(model: str, type: str = "q8_0") -> Path:
 
         out.parent.mkdir(parents=True, exist_ok=True)
         print(f"converting {model} to {type}, once, into {out}", file=sys.stderr)
-        with conversion_progress() as progress:
-            convert(model, out, type, progress=progress)
+        with kernel_progress() as compiling, conversion_progress() as progress:
+            convert(model, out, type, progress=progress, kernel_progress=compiling)
     return out
 
 

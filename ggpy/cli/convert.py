@@ -14,47 +14,22 @@ if TYPE_CHECKING:
 def convert(
     source: Annotated[str, typer.Argument(help="A checkpoint folder or a hub id.", metavar="SRC")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="The file to write; default: SRC-TYPE.gguf here.")] = None,
-    type: Annotated[str, typer.Option("--type", help="f32, f16, bf16, q8_0, q4_0; or a mix such as q4_k_m.")] = "q8_0",
+    type: Annotated[str, typer.Option("--type", help="Such as f16, bf16, q8_0, q4_k_m.")] = "q8_0",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan: tensors, types, sizes.")] = False,
 ) -> None:
     """Convert a Hugging Face checkpoint (safetensors) to a GGUF file."""
     from converters import convert as convert_checkpoint
-    from converters.conversion import TYPES
 
     target = out or Path(f"{Path(source).name or 'model'}-{type}.gguf")
     if dry_run:
         _print_plan(convert_checkpoint(source, target, type, dry_run=True))
         return
-    if type.lower() not in TYPES:
-        _convert_and_quantize(source, target, type)
-    else:
-        with conversion_progress() as progress:
-            convert_checkpoint(source, target, type, progress=progress)
+    with kernel_progress() as compiling, conversion_progress() as progress:
+        convert_checkpoint(source, target, type, progress=progress, kernel_progress=compiling)
     from ..file import GGUFFile
 
     with GGUFFile(target) as file:
         print(f"{target}: {len(file.tensors)} tensors, {target.stat().st_size / 1e6:,.1f} MB")
-
-
-def _convert_and_quantize(source: str, target: Path, type: str) -> None:
-    """By way of a float file beside the target, which is removed: mixes are chosen from a whole model."""
-    from converters import convert as convert_checkpoint
-
-    from ..file import writing_aside
-    from ..quantize import quantize_model
-    from ..quantize.mixes import file_type
-
-    file_type(type)  # an unknown one is refused before the work begins
-    # f32: exact for every checkpoint.
-    between = target.with_name(f"{target.name}.f32")
-    try:
-        with writing_aside(target) as aside:
-            with conversion_progress() as progress:
-                convert_checkpoint(source, between, "f32", progress=progress)
-            with kernel_progress() as compiling, conversion_progress() as progress:
-                quantize_model(between, aside, type, progress=progress, kernel_progress=compiling)
-    finally:
-        between.unlink(missing_ok=True)
 
 
 def _print_plan(plan: "Plan") -> None:

@@ -5,5 +5,16 @@ from .gguf import GGUFFile
 from .metadata import Metadata, StringArray
 from .tensors import GGUFTensor
 from .text import read_text
+from .writer import NewFile, write_files
 
-__all__ = ["GGUFFile", "GGUFTensor", "Metadata", "StringArray", "folder_of", "read_text", "writing_aside"]
+__all__ = [
+    "GGUFFile",
+    "GGUFTensor",
+    "Metadata",
+    "NewFile",
+    "StringArray",
+    "folder_of",
+    "read_text",
+    "write_files",
+    "writing_aside",
+]

@@ -1,11 +1,12 @@
 """Compute graphs: building, planning, running. See `tensor`, `ops`, `batch`, `pages`, `plan`, `program`, `reference`."""
 
+from ..cpus import default_threads
 from .batch import Batch, Span, pack
 from .pages import Pages, pages_of
 from .program import Hook, Program
 from .reference import Reference
 from .tensor import Graph, Tensor
-from .threads import Team, default_threads
+from .threads import Team
 
 __all__ = [
     "Batch",

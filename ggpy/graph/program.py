@@ -66,7 +66,6 @@ class Program:
         base = self._params.ctypes.data
         steps = zip(self.plan.steps, starts, strict=True)
         self._tape = np.array([(kernels[s.kernel], base + 8 * first, b) for s, (first, b) in steps], np.int64)
-        self._barriers = np.array([b for _, b in starts])
         stops = sorted((self.plan.step_after(self.graph[name]), name) for name in self._hooks)
         self._stops = [(stop, name, self.graph[name].per, self._view(self.graph[name])) for stop, name in stops]
         given = [n for n in self.graph if n.op == "INPUT" and self._is_used(n)]
@@ -75,7 +74,7 @@ class Program:
 
     def _run(self, first: int, stop: int, profile: np.ndarray | None) -> None:
         assert self._tape is not None
-        self._team.run(self._tape[first:stop], int(self._barriers[first:stop].sum()), profile)
+        self._team.run(self._tape[first:stop], profile)
 
     def _is_used(self, node) -> bool:
         return any(node in n.inputs for n in self.graph)

@@ -1,99 +1,21 @@
-"""The threads that run tapes, and how many there should be."""
+"""The threads that run tapes."""
 
-import atexit
 import ctypes
 import os
 import sys
 import threading
+import time
 import weakref
-from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
 from ..errors import Error
 from ..kernels.build import KERNEL_TYPE, Progress, load
+from ..kernels.table import SYNC_LINE, SYNC_LOCK, SYNC_RELEASE, SYNC_TAKE, SYNC_WORKERS, SYNC_YIELD
 
-_LINE = 8  # int64s in a cache line; the layout of the shared memory: see kernels/tape.py
 _SPINS = 30_000  # about a millisecond without work before a worker leaves the processor to others
-
-
-def default_threads() -> int:
-    """As many threads as this process may use physical cores: by the processor's topology, affinity, and cgroup quotas."""
-    if hasattr(os, "sched_getaffinity"):
-        allowed = os.sched_getaffinity(0)
-    else:
-        allowed = set(range(os.cpu_count() or 1))
-    cores = len({_siblings(cpu) for cpu in allowed})
-    if sys.platform == "darwin":
-        cores = _mac_cores() or cores
-    quota = cgroup_quota()
-    if quota is not None:
-        cores = min(cores, max(1, int(quota + 0.5)))
-    return max(1, cores)
-
-
-def _siblings(cpu: int) -> str:
-    """What names the physical core of a logical one."""
-    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return str(cpu)
-
-
-def _mac_cores() -> int | None:
-    """Performance cores on Apple's processors: the slow ones would hold the fast ones up at each barrier."""
-    import subprocess
-
-    try:
-        return int(subprocess.run(["sysctl", "-n", "hw.perflevel0.physicalcpu"], capture_output=True, check=True).stdout)
-    except (OSError, subprocess.CalledProcessError, ValueError):
-        return None
-
-
-def cgroup_quota(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """CPUs that the cgroup's quota allows (v2, then v1), the least of it and its parents; None without a quota."""
-    try:
-        lines = proc.read_text().splitlines()
-    except OSError:
-        return None
-    found = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base = root
-        elif "cpu" in controllers.split(","):
-            base = root / "cpu"
-        else:
-            continue
-        folder = base / path.lstrip("/")
-        for place in [folder, *folder.parents]:
-            quota = _quota_of(place)
-            if quota is not None:
-                found.append(quota)
-            if place == base:
-                break
-    return min(found, default=None)
-
-
-def _quota_of(folder: Path) -> float | None:
-    try:
-        quota, period = (folder / "cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        pass
-    try:
-        micro = int((folder / "cpu.cfs_quota_us").read_text())
-        return None if micro <= 0 else micro / int((folder / "cpu.cfs_period_us").read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _yield_address() -> int:
-    """A C function without parameters that lets other threads run."""
-    if sys.platform == "win32":
-        return ctypes.cast(ctypes.windll.kernel32.SwitchToThread, ctypes.c_void_p).value or 0
-    return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
+_SECONDS_TO_END = 2.0  # that closing waits for the workers
 
 
 def aligned(n_bytes: int) -> np.ndarray:
@@ -104,93 +26,141 @@ def aligned(n_bytes: int) -> np.ndarray:
 
 
 class Team:
-    """`n_threads` threads, the caller's among them, that run a tape together. One run at a time.
+    """`n_threads` threads, the caller's among them, that run a tape together.
 
-    Workers wait for the next run in compiled code for about a millisecond, then sleep.
+    One run at a time: threads that ask for one at once wait for each other. Workers wait for the next run for about a
+    millisecond, then sleep. Ctrl-C falls before a run or after it, never within; see `kernels.tape`. A team belongs to the
+    process that made it.
+
+    Parameters
+    ----------
+    n_threads : int
+    progress : callable, optional
+        Told of kernels that must be compiled first.
     """
 
     def __init__(self, n_threads: int, progress: Progress | None = None):
         if n_threads < 1:
             raise Error(f"{n_threads} threads: at least 1 is needed")
         self.n_threads = n_threads
-        kernels = load(["run_tape", "wait_for_work", "publish"], progress)
-        self._run_address = kernels["run_tape"]
-        self._run, self._publish = KERNEL_TYPE(kernels["run_tape"]), KERNEL_TYPE(kernels["publish"])
-        self._memory = aligned(64 * (3 + n_threads)).view(np.int64)
-        self._sync = self._memory.ctypes.data
-        self._memory[20] = _yield_address()
-        self._spare = aligned(64 * n_threads)  # numba's calling convention wants room for a result and an exception
-        self._publish_params = np.array([self._sync], np.int64)
-        self._run_lock = threading.Lock()
-        self._arrivals = 0
-        state = _Workers(self._memory, self._spare, kernels["wait_for_work"], self._run_address, n_threads)
-        self._workers = state
-        self._finalizer = weakref.finalize(self, state.stop)
-        atexit.register(self._finalizer)
+        kernels = load(["run_team", "run_tape", "wait_for_work", "end_team"], progress)
+        self._run_team, self._run_tape = KERNEL_TYPE(kernels["run_team"]), kernels["run_tape"]
+        self._workers = _Workers(n_threads, kernels)
+        self._pid = os.getpid()
+        # The handler of a signal may use the team that it interrupts.
+        self._lock = threading.RLock()
+        self._closed = False
+        self._finalizer = weakref.finalize(self, self._workers.end)
+        self._workers.start()
 
-    def run(self, tape: np.ndarray, n_barriers: int, profile: np.ndarray | None = None) -> None:
+    def run(self, tape: np.ndarray, profile: np.ndarray | None = None) -> None:
         """Runs a tape of (kernel, parameters, barrier) int64s once.
 
         Parameters
         ----------
         tape : int64 array (n_steps, 3)
-        n_barriers : int
-            How many of its steps have a barrier before them.
         profile : int64 array (n_steps + 1,), optional
             Gets the processor's clock before each step and at the end.
+
+        Raises
+        ------
+        Error
+            The team is closed, or was made in another process, of which this one is a fork.
         """
-        with self._run_lock:
-            clock = 0 if profile is None else profile.ctypes.data
-            self._memory[16:20] = (tape.ctypes.data, len(tape), self._sync, clock)
-            self._memory[21] = self._arrivals
-            if self.n_threads > 1:
-                self._arrivals += self.n_threads * (n_barriers + 1)
-            spare = self._spare.ctypes.data
-            if self.n_threads > 1:
-                self._publish(spare, spare + 8, 0, 1, self._publish_params.ctypes.data)
-                self._workers.wake()
-            self._run(spare, spare + 8, 0, self.n_threads, self._sync + 128)
+        if os.getpid() != self._pid:  # first of all: another thread may have held the lock at the fork
+            raise Error("the model was opened in another process, whose threads a fork lacks; open the model again here")
+        done = ctypes.c_int64(0)
+        clock = 0 if profile is None else profile.ctypes.data
+        request = (tape.ctypes.data, len(tape), self._workers.sync, clock, self._run_tape, ctypes.addressof(done))
+        params = (ctypes.c_int64 * len(request))(*request)
+        with self._lock:
+            if not self._closed:
+                self._run_team(*_room(), 0, self.n_threads, ctypes.addressof(params))
+        if not done.value:
+            raise Error("the model is closed")
 
     def close(self) -> None:
-        """Ends the workers."""
-        self._finalizer()
-        atexit.unregister(self._finalizer)
+        """Ends the workers, after the run that is under way; in a fork, which has none, it does nothing."""
+        self._closed = True  # for threads that wait for the lock
+        if os.getpid() == self._pid:
+            with self._lock:
+                self._workers.end()
+        self._finalizer.detach()
+
+    def __reduce__(self) -> NoReturn:
+        raise Error("the threads of an open model can't be copied or pickled; open the model where it is needed")
 
 
 class _Workers:
-    """The worker threads; apart from `Team`, so that a forgotten team can be collected."""
+    """The worker threads and what all threads share; apart from `Team`, so that a forgotten team can be collected."""
 
-    def __init__(self, memory: np.ndarray, spare: np.ndarray, wait_address: int, run_address: int, n_threads: int):
-        self._memory, self._spare = memory, spare
-        self._wait = KERNEL_TYPE(wait_address)
-        self._params = np.array([memory.ctypes.data, run_address, _SPINS], np.int64)
+    def __init__(self, n_threads: int, kernels: dict[str, int]):
         self._n_threads = n_threads
-        self._stopping = False
-        self._sleeping = [threading.Semaphore(0) for _ in range(n_threads)]
+        self._memory = aligned(8 * (SYNC_WORKERS + SYNC_LINE * (n_threads - 1))).view(np.int64)
+        #: address of the memory described in `kernels.tape`
+        self.sync = self._memory.ctypes.data
+        self._memory[SYNC_YIELD] = _yield_address()
+        self._memory[SYNC_TAKE] = _address(ctypes.pythonapi.PyThread_acquire_lock)
+        self._memory[SYNC_RELEASE] = _address(ctypes.pythonapi.PyThread_release_lock)
+        self._locks = [_Lock() for _ in range(1, n_threads)]
+        self._memory[SYNC_WORKERS + SYNC_LOCK :: SYNC_LINE] = [lock.address for lock in self._locks]
+        self._wait, self._end = KERNEL_TYPE(kernels["wait_for_work"]), KERNEL_TYPE(kernels["end_team"])
+        self._params = np.array([self.sync, kernels["run_tape"], _SPINS], np.int64)
+        self._pid = os.getpid()
         self._threads = [
             threading.Thread(target=self._work, args=(i,), daemon=True, name=f"ggpy-{i}") for i in range(1, n_threads)
         ]
+
+    def start(self) -> None:
+        """Starts the threads."""
         for thread in self._threads:
             thread.start()
 
     def _work(self, ith: int) -> None:
-        asleep = _LINE * (2 + ith)
-        slot = self._spare.ctypes.data + 64 * ith
-        while not self._stopping:
-            self._wait(slot, slot + 8, ith, self._n_threads, self._params.ctypes.data)
-            if self._memory[asleep]:
-                self._sleeping[ith].acquire()
-                self._memory[asleep] = 0
+        self._wait(*_room(), ith, self._n_threads, self._params.ctypes.data)
 
-    def wake(self) -> None:
-        """Wakes the workers that have gone to sleep."""
-        for ith in range(1, self._n_threads):
-            if self._memory[_LINE * (2 + ith)]:
-                self._sleeping[ith].release()
-
-    def stop(self) -> None:
-        self._stopping = True
-        for semaphore in self._sleeping:
-            semaphore.release()
+    def end(self) -> None:
+        """Ends the threads. In a fork there are none."""
+        if os.getpid() != self._pid:
+            return
+        self._end(*_room(), 0, self._n_threads, self._params.ctypes.data)
+        until = time.monotonic() + _SECONDS_TO_END
         for thread in self._threads:
-            thread.join(timeout=2)
+            if thread.is_alive() and thread is not threading.current_thread():  # garbage is collected in any thread
+                thread.join(max(0, until - time.monotonic()))
+
+
+class _Lock:
+    """A lock as Python's C code has it, taken: all systems have it, and compiled code can use it."""
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        new = ctypes.PYFUNCTYPE(ctypes.c_void_p)(("PyThread_allocate_lock", ctypes.pythonapi))
+        take = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int)(("PyThread_acquire_lock", ctypes.pythonapi))
+        self._free = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(("PyThread_free_lock", ctypes.pythonapi))
+        self.address = new()
+        take(self.address, 1)
+
+    def __del__(self) -> None:
+        if os.getpid() == self._pid:  # in a fork it may look as if somebody slept on it
+            self._free(self.address)
+
+
+_result = (ctypes.c_int64 * 2)()
+
+
+def _room() -> tuple[int, int]:
+    """Addresses for a result and an exception, which numba's calling convention wants and our kernels don't write."""
+    return ctypes.addressof(_result), ctypes.addressof(_result) + 8
+
+
+def _address(function: object) -> int:
+    """Of a C function."""
+    return ctypes.cast(function, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
+
+
+def _yield_address() -> int:
+    """A C function without parameters that lets other threads run."""
+    if sys.platform == "win32":
+        return _address(ctypes.windll.kernel32.SwitchToThread)
+    return _address(ctypes.CDLL(None).sched_yield)

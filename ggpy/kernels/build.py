@@ -12,11 +12,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..cpus import usable_cpus
 from ..errors import Error
 from ..simd.target import target
 
@@ -65,27 +67,91 @@ def _write_object(name: str, symbol: str, code: bytes) -> None:
     path = _object_path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".{os.getpid()}.tmp")
-    aside.write_bytes(b"\n".join([hashlib.sha256(code).hexdigest().encode(), symbol.encode(), code]))
-    os.replace(aside, path)
+    try:
+        aside.write_bytes(b"\n".join([hashlib.sha256(code).hexdigest().encode(), symbol.encode(), code]))
+        os.replace(aside, path)
+    except BaseException:  # a full disk, Ctrl-C
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def work() -> None:
-    """The worker: compiles each kernel named on a line of standard input and answers with its name."""
+    """The worker: compiles each kernel named on a line of standard input and answers with ANSWER and its name."""
     from .source import compile_kernel
 
     for line in sys.stdin:
         _write_object(line.strip(), *compile_kernel(line.strip()))
-        print(line.strip(), flush=True)
+        print(f"\n{_ANSWER}{line.strip()}", flush=True)  # a line of its own, whatever was printed before
 
+
+#: What the worker's answers begin with. Other lines may be there: whatever Python or numba are set to print.
+_ANSWER = "ggpy has compiled "
 
 #: What the worker runs: this very package, whatever folder it is started in.
 _WORKER = f"import sys; sys.path[0] = {str(_PACKAGE.parent.parent)!r}; from {__name__} import work; work()"
 
 
+class _Worker:
+    """A process that compiles kernels."""
+
+    def __init__(self) -> None:
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _WORKER],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=_worker_environment(),
+                encoding="utf-8",
+                errors="replace",
+            )
+        except OSError as error:
+            raise Error(f"kernels can't be compiled: {sys.executable or 'no Python'} doesn't start: {error}") from None
+        self._stderr: list[str] = []
+        self._reader = threading.Thread(target=self._read_errors, daemon=True)
+        self._reader.start()
+
+    def _read_errors(self) -> None:
+        assert self._process.stderr
+        self._stderr.extend(line.strip() for line in self._process.stderr if line.strip())
+
+    def compile(self, name: str) -> None:
+        """Compiles a kernel into the cache.
+
+        Raises
+        ------
+        Error
+            It didn't, and the worker is of no more use; says why.
+        """
+        assert self._process.stdin and self._process.stdout
+        try:
+            self._process.stdin.write(name + "\n")
+            self._process.stdin.flush()
+            answered = any(line.rstrip("\n") == _ANSWER + name for line in self._process.stdout)
+        except OSError:  # it has ended
+            answered = False
+        if not answered:
+            self.close()
+            reason = self._stderr[-1] if self._stderr else f"its process ended with code {self._process.returncode}"
+            raise Error(f"kernel {name} did not compile: {reason}")
+
+    def close(self) -> None:
+        """Lets it end, and waits for that."""
+        process = self._process
+        assert process.stdin and process.stdout and process.stderr
+        with suppress(OSError):
+            process.stdin.close()
+        process.stdout.close()
+        process.wait()
+        self._reader.join()
+        process.stderr.close()
+
+
 def _worker_environment() -> dict[str, str]:
     machine = target()
     return {
-        **os.environ,
+        # Not what numba is told to do in this process: code compiled without optimization would stay in the cache.
+        **{key: value for key, value in os.environ.items() if not key.startswith("NUMBA_")},
         "GGPY_SIMD": machine.form,
         "GGPY_CACHE": str(cache_dir()),
         "NUMBA_CPU_NAME": machine.cpu,
@@ -95,7 +161,7 @@ def _worker_environment() -> dict[str, str]:
 
 
 def compile_missing(names: Iterable[str], progress: Progress | None = None) -> int:
-    """Compiles those of `names` that the cache lacks, in as many processes as there are cores.
+    """Compiles those of `names` that the cache lacks, in as many processes as this one may use processors.
 
     Parameters
     ----------
@@ -119,56 +185,39 @@ def compile_missing(names: Iterable[str], progress: Progress | None = None) -> i
         return 0
     # The long ones first, so that no worker is left alone with one at the end.
     todo.sort(key=lambda n: not n.startswith(("mul_mat", "attention")))
-    total, failures = len(todo), []
+    total = len(todo)
     lock = threading.Lock()
     if progress:
         progress(0, total, "")
 
     def drive() -> None:
-        worker = subprocess.Popen(
-            [sys.executable, "-c", _WORKER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=_worker_environment(),
-            text=True,
-        )
-        assert worker.stdin and worker.stdout and worker.stderr
-        stderr: list[str] = []
-        reader = threading.Thread(target=lambda: stderr.extend(worker.stderr or ()), daemon=True)
-        reader.start()
+        worker: _Worker | None = None
         try:
             while True:
                 with lock:
                     if not queue or failures:
                         break
                     name = queue.pop(0)
-                worker.stdin.write(name + "\n")
-                worker.stdin.flush()
-                if worker.stdout.readline().strip() != name:
-                    worker.wait()
-                    reader.join()
-                    failures.append(f"kernel {name} did not compile: {(stderr or ['no message'])[-1].strip()}")
-                    break
+                worker = worker or _Worker()
+                worker.compile(name)
                 with lock:
                     done.append(name)
                     if progress:
                         progress(len(done), total, name)
+        except BaseException as error:
+            failures.append(error)
         finally:
-            worker.stdin.close()
-            worker.wait()
-            reader.join()
-            worker.stdout.close()
-            worker.stderr.close()
+            if worker is not None:
+                worker.close()
 
-    queue, done = list(todo), []  # type: ignore[var-annotated]
-    threads = [threading.Thread(target=drive) for _ in range(min(total, os.cpu_count() or 1))]
+    queue, done, failures = list(todo), list[str](), list[BaseException]()
+    threads = [threading.Thread(target=drive) for _ in range(min(total, usable_cpus()))]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
     if failures:
-        raise Error(failures[0])
+        raise failures[0]
     return total
 
 
@@ -209,6 +258,8 @@ class _Loaded:
 
 
 _loaded = lru_cache(_Loaded)
+if hasattr(os, "register_at_fork"):  # a fork loads kernels anew: another thread may have been at it, with the lock
+    os.register_at_fork(after_in_child=_loaded.cache_clear)
 
 
 #: the C type of a kernel: int32 f(void **result, void **exception, int64 ith, int64 nth, int64 params)

@@ -21,6 +21,16 @@ from typing import NamedTuple
 STATE = ("n_rows", "n_spans", "n_single", "spans", "places", "pages")
 
 
+#: int64 slots of a team's shared memory (see `tape`), in lines that its threads don't share without need
+SYNC_LINE = 8
+SYNC_ARRIVALS = 0
+SYNC_CALLS, SYNC_ENDING = SYNC_LINE, SYNC_LINE + 1
+SYNC_REQUEST = 2 * SYNC_LINE  # the four parameters of `run_tape`
+SYNC_BASE, SYNC_YIELD, SYNC_TAKE, SYNC_RELEASE = range(SYNC_REQUEST + 4, SYNC_REQUEST + 8)
+SYNC_WORKERS = 3 * SYNC_LINE  # a line for each; in it:
+SYNC_ASLEEP, SYNC_LOCK = 0, 1
+
+
 class Kernel(NamedTuple):
     """Where a kernel's source is, and its parameters."""
 
@@ -120,8 +130,9 @@ ENCODED = (
 def _kernels() -> dict[str, Kernel]:
     table = {
         "run_tape": Kernel("tape", ("tape", "n_ops", "sync", "profile")),
+        "run_team": Kernel("tape", ("tape", "n_ops", "sync", "profile", "run_tape", "done")),
+        "end_team": Kernel("tape", ("sync",)),
         "wait_for_work": Kernel("tape", ("sync", "run_tape", "spins")),
-        "publish": Kernel("tape", ("sync",)),
         "read_memory": Kernel("limits", ("address", "n_bytes", "out")),
         "multiply_int8": Kernel("limits", ("n", "out")),
         "rms_norm": Kernel(

@@ -47,7 +47,7 @@ def measure_limits(n_threads: int, progress: Progress | None = None) -> Limits:
     def best(kernel: str, *params: int) -> float:
         values = np.array([*params, out.ctypes.data], np.int64)
         tape = np.array([(kernels[kernel], values.ctypes.data, 0)], np.int64)
-        return min(_seconds(lambda: team.run(tape, 0)) for _ in range(_REPEAT))
+        return min(_seconds(lambda: team.run(tape)) for _ in range(_REPEAT))
 
     try:
         memory = np.ones(_BYTES, np.uint8)

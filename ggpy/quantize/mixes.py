@@ -8,14 +8,13 @@ some layers only.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ..errors import Error, UnsupportedError
-from ..file import GGUFFile, GGUFTensor
 from ..quant import block_type
 
 
@@ -91,6 +90,28 @@ _FALLBACKS = {
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
 }
+
+
+class TensorFacts(Protocol):
+    """What the rules ask about a tensor."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def type(self) -> str: ...
+
+
+class ModelFacts(Protocol):
+    """What the rules ask about a model: `GGUFFile` has it, and so has a conversion's plan."""
+
+    @property
+    def metadata(self) -> Container[str]: ...
+    @property
+    def tensors(self) -> Mapping[str, TensorFacts]: ...
+    def get(self, key: str, kind: tuple[type, ...], default: Any) -> Any:
+        """A value of the metadata, arrays as numpy's."""
 
 
 @dataclass
@@ -201,8 +222,8 @@ class Override:
             raise Error(f"{pattern!r} is no regular expression: {error}") from None
 
 
-def file_type(name: str) -> str:
-    """The file type of a name in any case.
+def file_type(name: str, copy: bool = True) -> str:
+    """The file type of a name in any case; COPY counts as one where there is something to copy.
 
     Raises
     ------
@@ -211,19 +232,20 @@ def file_type(name: str) -> str:
     """
     upper = name.upper()
     found = _ALIASES.get(upper, upper)
-    if found not in FILE_TYPES and found != COPY:
-        raise UnsupportedError(f"unknown file type {name!r}; known are {', '.join((*FILE_TYPES, COPY))}")
+    known = (*FILE_TYPES, COPY) if copy else tuple(FILE_TYPES)
+    if found not in known:
+        raise UnsupportedError(f"unknown file type {name!r}; known are {', '.join(known)}")
     return found
 
 
 def tensor_types(
-    file: GGUFFile, type: str, has_importance: bool = False, overrides: Iterable[Override] = ()
+    file: ModelFacts, type: str, has_importance: bool = False, overrides: Iterable[Override] = ()
 ) -> dict[str, str]:
     """The block type of each tensor.
 
     Parameters
     ----------
-    file : GGUFFile
+    file : GGUFFile or ModelFacts
         The model.
     type : str
         A name of `FILE_TYPES`, or COPY.
@@ -262,18 +284,24 @@ def tensor_types(
     return chosen
 
 
-def needs_importance(name: str, block_type: str, file_type: str) -> bool:
-    """Whether a tensor is useless without an importance matrix, by llama.cpp's experience."""
-    return file_type == "Q2_K_S" and block_type == "Q2_K" and _kind(name) not in ("output", "embedding")
+def check_without_importance(name: str, block_type: str, file_type: str) -> None:
+    """Refuses a tensor that is useless without an importance matrix, by llama.cpp's experience.
+
+    Raises
+    ------
+    Error
+    """
+    if file_type == "Q2_K_S" and block_type == "Q2_K" and _kind(name) not in ("output", "embedding"):
+        raise Error(f"{name}: {file_type} is useless without an importance matrix (--imatrix) for this tensor")
 
 
 class _Model:
     """The facts and counts of a model that the rules ask for."""
 
-    def __init__(self, file: GGUFFile, type: str, has_importance: bool) -> None:
+    def __init__(self, file: ModelFacts, type: str, has_importance: bool) -> None:
         self.type = type
         self.tied = "output.weight" not in file.tensors
-        self.arch = file.get("general.architecture", str, "")
+        self.arch = file.get("general.architecture", (str,), "")
         self.n_layer = self._first_of(file, "block_count")
         n_head, n_head_kv = self._first_of(file, "attention.head_count"), self._first_of(file, "attention.head_count_kv")
         n_head_kv = n_head if f"{self.arch}.attention.head_count_kv" not in file.metadata else n_head_kv
@@ -285,12 +313,12 @@ class _Model:
         self.done = {"attn_v": 0, "ffn_down": 0}
         self.total = {"attn_v": sum(_kind(name) == "attn_v" for name in file.tensors), "ffn_down": self.n_layer}
 
-    def _first_of(self, file: GGUFFile, key: str) -> int:
+    def _first_of(self, file: ModelFacts, key: str) -> int:
         """An integer, or the first of an array; 0 where there is none."""
         value = file.get(f"{self.arch}.{key}", (int, np.ndarray), 0)
         return value if isinstance(value, int) else int(value[0]) if value.size else 0
 
-    def block_type(self, tensor: GGUFTensor) -> str:
+    def block_type(self, tensor: TensorFacts) -> str:
         weights = FILE_TYPES[self.type].weights
         kind = _kind(tensor.name)
         if weights in ("F32", "F16", "BF16"):
@@ -341,14 +369,14 @@ def _kind(name: str) -> str:
     return ""
 
 
-def _is_quantized(tensor: GGUFTensor) -> bool:
+def _is_quantized(tensor: TensorFacts) -> bool:
     """Whether llama.cpp would quantize this tensor: a matrix of weights, or a stack of them."""
     is_matrix = any(size > 1 for size in tensor.shape[:-1])
     name = tensor.name
     return is_matrix and name.endswith("weight") and name not in _KEPT_NAMES and not any(part in name for part in _KEPT)
 
 
-def _fitting(tensor: GGUFTensor, type: str) -> str:
+def _fitting(tensor: TensorFacts, type: str) -> str:
     """The type, or what takes its place for rows that can't be cut into its blocks."""
     n_cols = tensor.shape[-1]
     if n_cols % block_type(type).block_size:
@@ -356,7 +384,7 @@ def _fitting(tensor: GGUFTensor, type: str) -> str:
     return "F16" if n_cols % block_type(type).block_size else type
 
 
-def sizes(file: GGUFFile, types: Mapping[str, str]) -> dict[str, int]:
+def sizes(file: ModelFacts, types: Mapping[str, str]) -> dict[str, int]:
     """Bytes of each tensor with the types given."""
     return {
         name: int(np.prod(tensor.shape[:-1], dtype=np.int64)) * block_type(types[name]).row_bytes(tensor.shape[-1])

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..cpus import default_threads
 from ..errors import Error, UnsupportedError
-from ..file import GGUFFile, GGUFTensor, StringArray, writing_aside
-from ..graph.threads import default_threads
+from ..file import GGUFFile, GGUFTensor, NewFile, StringArray, write_files
 from ..kernels.build import Progress, load
 from ..kernels.table import ENCODED
 from ..quant import block_type
 from .encode import check, encode
 from .imatrix import ImportanceMatrix, read_imatrix
-from .mixes import COPY, FILE_TYPES, Override, file_type, needs_importance, sizes, tensor_types
+from .mixes import COPY, FILE_TYPES, Override, check_without_importance, file_type, sizes, tensor_types
 
 #: values that a thread decodes and encodes at a time; bounds memory
 CHUNK_VALUES = 1 << 20
@@ -213,9 +211,8 @@ def _check_types(file: GGUFFile, plan: Plan, importance: ImportanceMatrix | None
             )
         if block_type(step.old_type).decode is None:
             raise UnsupportedError(f"{file.path}: {step.name} is {step.old_type}, which can't be decoded")
-        known = importance is not None and step.name in importance.sums
-        if not known and needs_importance(step.name, step.new_type, plan.type):
-            raise Error(f"{step.name}: {plan.type} is useless without an importance matrix (--imatrix) for this tensor")
+        if not (importance is not None and step.name in importance.sums):
+            check_without_importance(step.name, step.new_type, plan.type)
 
 
 def _entries(importance: ImportanceMatrix) -> dict[str, str | int]:
@@ -252,42 +249,15 @@ def _write(
     n_threads: int,
     progress: Callable[[int, int, str], None] | None,
 ) -> None:
-    done, total = 0, plan.n_bytes
-    try:
-        free = shutil.disk_usage(plan.path.absolute().parent).free
-        if free < total:
-            raise Error(f"{plan.path}: needs {total / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB left")
-        with ExitStack() as asides:  # all files appear together, when the last is whole
-            for i, (path, steps) in enumerate(parts):
-                writer = _writer(file, plan, entries, steps, i, len(parts))
-                aside = asides.enter_context(writing_aside(path))
-                with closing(writer):
-                    writer.write_header_to_file(aside)
-                    writer.write_kv_data_to_file()
-                    writer.write_ti_data_to_file()
-                with aside.open("ab") as out:
-                    _pad(out, writer.data_alignment)
-                    for step in steps:
-                        weights = importance.weights(step.name) if importance and step.name in importance.sums else None
-                        with closing(new_data(file.tensors[step.name], step.new_type, weights, n_threads)) as chunks:
-                            for chunk in chunks:
-                                out.write(chunk.data)
-                                done += chunk.nbytes
-                                if progress is not None:
-                                    progress(done, total, step.name)
-                        _pad(out, writer.data_alignment)
-    except KeyboardInterrupt:
-        raise Error(f"{plan.path}: interrupted at {100 * done // max(1, total)} %, nothing was kept") from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Error(
-                f"{plan.path}: no space left after {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, nothing was kept"
-            ) from error
-        raise Error(f"{plan.path}: can't be written: {error.strerror or error}") from error
+    def data(step: Step) -> Generator[np.ndarray, None, None]:
+        weights = importance.weights(step.name) if importance and step.name in importance.sums else None
+        return new_data(file.tensors[step.name], step.new_type, weights, n_threads)
 
-
-def _pad(out: BinaryIO, alignment: int) -> None:
-    out.write(b"\0" * (-out.tell() % alignment))
+    files = []
+    for i, (path, steps) in enumerate(parts):
+        writer = _writer(file, plan, entries, steps, i, len(parts))
+        files.append(NewFile(path, writer, [(step.name, partial(data, step)) for step in steps]))
+    write_files(files, plan.path, plan.n_bytes, progress)
 
 
 def _writer(
@@ -354,14 +324,19 @@ def new_data(
             where = f"matrix {matrix} of " if n_matrices > 1 else ""
             raise Error(f"{tensor.path}: {where}{tensor.name}: {error}") from None
 
+    starts = range(0, n_rows, step)
+    yield from in_order((partial(rows, matrix, start) for matrix in range(n_matrices) for start in starts), n_threads)
+
+
+def in_order(tasks: Iterable[Callable[[], np.ndarray]], n_threads: int) -> Generator[np.ndarray, None, None]:
+    """The results of tasks that several threads work on, in the tasks' order; few are held at a time."""
     pending: deque[Future[np.ndarray]] = deque()
     with ThreadPoolExecutor(n_threads) as pool:
         try:
-            for matrix in range(n_matrices):
-                for start in range(0, n_rows, step):
-                    pending.append(pool.submit(rows, matrix, start))
-                    if len(pending) > 2 * n_threads:
-                        yield pending.popleft().result()
+            for task in tasks:
+                pending.append(pool.submit(task))
+                if len(pending) > 2 * n_threads:
+                    yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         finally:

@@ -1009,6 +1009,16 @@ def atomic_store(tyctx, address, value):
 
 
 @intrinsic
+def atomic_swap(tyctx, address, value):
+    """Writes the int64 at `address`, in order; the value before."""
+
+    def codegen(ctx, b, sig, a):
+        return b.atomic_rmw("xchg", _pointer(b, a[0], _I64), a[1], "seq_cst")
+
+    return types.int64(ADDRESS, types.int64), codegen
+
+
+@intrinsic
 def spin_hint(tyctx):
     """Tells the core that this is a spin loop."""
 
@@ -1051,6 +1061,18 @@ def call_plain(tyctx, function):
         return ctx.get_dummy_value()
 
     return types.void(ADDRESS), codegen
+
+
+@intrinsic
+def call_lock(tyctx, function, lock, flag):
+    """Calls the C function `int f(void *lock, int flag)` at the address `function`; C lets it ignore the flag."""
+
+    def codegen(ctx, b, sig, a):
+        ty = ir.FunctionType(_I32, [_I64, _I32])
+        b.call(b.inttoptr(a[0], ty.as_pointer()), [a[1], b.trunc(a[2], _I32)])
+        return ctx.get_dummy_value()
+
+    return types.void(ADDRESS, ADDRESS, types.int64), codegen
 
 
 @intrinsic

@@ -80,6 +80,15 @@ def test_convert_writes_and_dry_run_does_not(folder, capsys, tmp_path):
     assert code == 0 and out.exists() and list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.parametrize("type", ["Q8_0", "F16", "bf16", "q4_k_m", "Q4_K_M"])
+def test_convert_takes_types_in_any_case(folder, capsys, tmp_path, type):
+    out = tmp_path / "new.gguf"
+    code, printed, err = call(capsys, "convert", folder / "checkpoint", "-o", out, "--type", type, "--dry-run")
+    assert (code, err) == (0, "") and "blk.0.attn_q.weight" in printed and not out.exists()
+    code, printed, _ = call(capsys, "convert", folder / "checkpoint", "-o", out, "--type", type)
+    assert code == 0 and "new.gguf" in printed and list(tmp_path.iterdir()) == [out]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

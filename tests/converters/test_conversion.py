@@ -15,8 +15,9 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from converters import conversion, convert
-from ggpy.errors import ConversionError, UnsupportedError
+from ggpy.errors import ConversionError, Error, UnsupportedError
 from ggpy.file import GGUFFile
+from ggpy.quantize import FILE_TYPES, quantize_model
 
 from .conftest import CHAT_TEMPLATE, N_VOCAB, save_llama
 
@@ -389,15 +390,15 @@ DAMAGES = {
     "more tokens than rows": (lambda f: edit_config(f, vocab_size=400), r"is \(512, 64\), .* asks for \(400, 64\)"),
     "NaN": (
         lambda f: edit_tensors(f, set_value("model.layers.1.self_attn.q_proj.weight", np.nan)),
-        r"model\.layers\.1\.self_attn\.q_proj\.weight: holds NaN or infinity",
+        r"model\.layers\.1\.self_attn\.q_proj\.weight: value \[0, 5\] is nan",
     ),
     "infinity": (
         lambda f: edit_tensors(f, set_value("model.norm.weight", -np.inf)),
-        r"model\.norm\.weight: holds NaN or infinity",
+        r"model\.norm\.weight: value \[0, 5\] is -inf",
     ),
     "too large for f16 scales": (
         lambda f: edit_tensors(f, set_value("model.embed_tokens.weight", -1e7)),
-        r"model\.embed_tokens\.weight: 1e\+07 is too large for Q8_0",
+        r"model\.embed_tokens\.weight: values up to 1e\+07 don't fit Q8_0",
     ),
     "bad rope": (
         lambda f: edit_config(f, rope_parameters=LLAMA3_ROPE | {"high_freq_factor": 1.0}),
@@ -432,9 +433,41 @@ def test_unsupported_checkpoint_is_refused_with_what_is_known(what, damaged_fold
         convert(damaged_folder, tmp_path / "model.gguf", "q8_0")
 
 
-def test_unknown_type_is_refused_with_those_known(llama_folder, tmp_path):
-    with pytest.raises(UnsupportedError, match="'q5'; known: f32, f16, bf16, q8_0, q4_0"):
-        convert(llama_folder, tmp_path / "model.gguf", "q5")
+@pytest.mark.parametrize("name", ["q5", "copy"])
+def test_unknown_type_is_refused_with_those_known(name, llama_folder, tmp_path):
+    with pytest.raises(UnsupportedError, match=f"'{name}'; known are F32, F16, BF16, .*Q4_K_M, [^C]*$"):
+        convert(llama_folder, tmp_path / "model.gguf", name)
+
+
+def test_q2_k_s_is_refused_without_an_importance_matrix(wide_folder, tmp_path):
+    with pytest.raises(Error, match=r"blk\.0\.attn_\w\.weight: Q2_K_S is useless without an importance matrix"):
+        convert(wide_folder, tmp_path / "model.gguf", "q2_k_s")
+
+
+@pytest.fixture(scope="module")
+def wide_folder(tmp_path_factory):
+    """Rows that blocks of 256 divide."""
+    folder = tmp_path_factory.mktemp("wide")
+    return save_llama(folder, hidden_size=256, intermediate_size=512, num_hidden_layers=8, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("type_", [name for name in FILE_TYPES if name != "Q2_K_S"])
+def test_every_type_is_what_quantizing_an_f32_conversion_gives(type_, wide_folder, tmp_path):
+    """In bytes, and with no more disk than the result takes."""
+    convert(wide_folder, tmp_path / "f32.gguf", "f32")
+    quantize_model(tmp_path / "f32.gguf", tmp_path / "expected.gguf", type_)
+    most = 0
+
+    def progress(done, total, name):
+        nonlocal most
+        most = max(most, sum(path.stat().st_size for path in (tmp_path / "out").iterdir()))
+
+    (tmp_path / "out").mkdir()
+    plan = convert(wide_folder, tmp_path / "out" / "model.gguf", type_.lower(), progress=progress)
+    written = (tmp_path / "out" / "model.gguf").read_bytes()
+    assert plan.type == type_
+    assert written == (tmp_path / "expected.gguf").read_bytes()
+    assert 0 < most <= len(written)
 
 
 @pytest.mark.parametrize("damage", ["missing", "without its tensor"])

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 import ggpy
 from converters import conversion, convert
 from ggpy.errors import ConversionError, UnsupportedError
+from ggpy.quantize import quantize_model
 from tests.models.checkpoints import ids, random_model, transformers_logits
 
 from .conftest import SIZES, save_tokenizer
@@ -176,6 +177,16 @@ def test_f32_file_holds_the_models_values(name, folder_of, tmp_path, monkeypatch
     assert written.keys() == expected.keys()
     for tensor, values in expected.items():
         np.testing.assert_array_equal(written[tensor], values, err_msg=tensor)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("type_", ["q4_0", "q4_k_m"])
+def test_quantized_file_is_what_quantizing_an_f32_conversion_gives(name, type_, folder_of, tmp_path, monkeypatch):
+    convert(folder_of(name), tmp_path / "f32.gguf", "f32")
+    quantize_model(tmp_path / "f32.gguf", tmp_path / "expected.gguf", type_)
+    monkeypatch.setattr(conversion, "CHUNK_VALUES", 5000)
+    convert(folder_of(name), tmp_path / "model.gguf", type_)
+    assert (tmp_path / "model.gguf").read_bytes() == (tmp_path / "expected.gguf").read_bytes()
 
 
 def llama_cpp_logprobs(path, folder, prompts, n_ctx, n_vocab=SIZES["vocab_size"]):
@@ -426,7 +437,7 @@ def test_value_that_is_no_number_is_found_among_the_experts(damaged, tmp_path):
         tensors[EXPERT][3, 5] = np.nan
 
     edit_tensors(folder, spoil)
-    with pytest.raises(ConversionError, match=r"blk\.1\.ffn_up_exps\.weight: holds NaN or infinity"):
+    with pytest.raises(ConversionError, match=r"blk\.1\.ffn_up_exps\.weight: value \[\d+, 5\] is nan"):
         convert(folder, tmp_path / "model.gguf", "q8_0")
 
 

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ggpy.graph import Caches, Graph, Program, Team
+from ggpy.graph import Graph, Pages, Program, Team
 from ggpy.kernels.table import FLOAT, QUANTIZED
 
+from ..graph.runs import alone
 from ..graph.weights import random_weight
 
 SETTINGS = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -30,7 +31,8 @@ def outputs(build, n_tokens, inputs, team):
     graph = Graph(n_tokens)
     for name, node in build(graph).items():
         graph.output(node, name)
-    got = Program(graph, Caches(n_tokens), team).run(inputs, 0)
+    batch = alone(len(next(iter(inputs.values()))))
+    got = Program(graph, Pages(1), team).run(inputs, batch)
     return {name: value.copy() for name, value in got.items()}
 
 
@@ -41,10 +43,10 @@ def assert_same_alone(build, inputs, teams, threads, room=0):
     graph = Graph(1)
     for name, node in build(graph).items():
         graph.output(node, name)
-    one = Program(graph, Caches(1), teams(threads % 3 + 1))
+    one = Program(graph, Pages(1), teams(threads % 3 + 1))
     for t in range(n):
-        alone = one.run({name: value[t : t + 1] for name, value in inputs.items()}, 0)
-        for name, value in alone.items():
+        by_itself = one.run({name: value[t : t + 1] for name, value in inputs.items()}, alone(1))
+        for name, value in by_itself.items():
             assert np.isfinite(value).all()
             assert value[0].tobytes() == together[name][t].tobytes(), f"{name} of token {t} among {n}"
 

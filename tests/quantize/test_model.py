@@ -263,14 +263,14 @@ def test_q2_k_s_needs_importance(source, tmp_path):
 def test_a_full_disk_is_seen_before_and_while_writing(source, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     with monkeypatch.context() as patch:
-        patch.setattr(model.shutil, "disk_usage", lambda path: usage)
+        patch.setattr("shutil.disk_usage", lambda path: usage)
         refused(tmp_path, "the disk has 0 MB left", source, "Q8_0")
 
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(model, "_pad", full)
+        patch.setattr("ggpy.file.writer._pad", full)
         refused(tmp_path, "no space left after .* nothing was kept", source, "Q8_0")
 
 

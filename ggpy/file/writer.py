@@ -1,0 +1,99 @@
+"""Writing GGUF files tensor by tensor, so that they are whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+import numpy as np
+
+from ..errors import Error
+from .aside import writing_aside
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import gguf
+
+
+class NewFile(NamedTuple):
+    """A file to write.
+
+    Attributes
+    ----------
+    path : Path
+    writer : gguf.GGUFWriter
+        With all metadata and the descriptions of the tensors.
+    tensors : sequence of (str, callable)
+        In the same order, each one's name and the function that gives its bytes: uint8 arrays, some rows each.
+    """
+
+    path: Path
+    writer: gguf.GGUFWriter
+    tensors: Sequence[tuple[str, Callable[[], Generator[np.ndarray, None, None]]]]
+
+
+def write_files(
+    files: Sequence[NewFile],
+    path: str | os.PathLike[str],
+    n_bytes: int,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> None:
+    """Writes a model's file, or its files, which appear together once the last is whole; else nothing is left.
+
+    Parameters
+    ----------
+    files : sequence of NewFile
+    path : path-like
+        The model's name in messages; its folder is the files' one.
+    n_bytes : int
+        Of all tensors.
+    progress : callable, optional
+        Called as progress(done_bytes, total_bytes, tensor) after each piece.
+
+    Raises
+    ------
+    Error
+        The disk is too small or gets full, the file can't be written, or Ctrl-C was pressed.
+    """
+    done = 0
+    try:
+        free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
+        if free < n_bytes:
+            raise Error(f"{path}: needs {_megabytes(n_bytes)}, the disk has {_megabytes(free)} left")
+        with ExitStack() as asides:
+            for new in files:
+                aside = asides.enter_context(writing_aside(new.path))
+                with closing(new.writer):
+                    new.writer.write_header_to_file(aside)
+                    new.writer.write_kv_data_to_file()
+                    new.writer.write_ti_data_to_file()
+                with aside.open("ab") as out:
+                    _pad(out, new.writer.data_alignment)
+                    for name, data in new.tensors:
+                        with closing(data()) as pieces:
+                            for piece in pieces:
+                                out.write(piece.data)
+                                done += piece.nbytes
+                                if progress is not None:
+                                    progress(done, n_bytes, name)
+                        _pad(out, new.writer.data_alignment)
+    except KeyboardInterrupt:
+        raise Error(f"{path}: interrupted at {100 * done // max(1, n_bytes)} %, nothing was kept") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            after = f"{_megabytes(done)} of {_megabytes(n_bytes)}"
+            raise Error(f"{path}: no space left after {after}, nothing was kept") from error
+        raise Error(f"{path}: can't be written: {error.strerror or error}") from error
+
+
+def _pad(out: BinaryIO, alignment: int) -> None:
+    out.write(bytes(-out.tell() % alignment))
+
+
+def _megabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:,.0f} MB"

@@ -1,0 +1,123 @@
+"""Compiling: worker processes that print, don't start or die, full disks, and how many work at once."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ggpy.errors import Error
+from ggpy.kernels import build
+
+SMALL = ["end_team", "run_tape", "wait_for_work"]  # take a moment to compile
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of kernels."""
+    monkeypatch.setenv("GGPY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def python_path(tmp_path, monkeypatch):
+    """A folder whose modules worker processes find before others."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+    return folder
+
+
+def left(cache):
+    return sorted(path.name for path in cache.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        "print('hello from', __name__)",
+        "import sys; sys.stdout.write('no end of line'); sys.stderr.write('a warning')",
+        "import sys; sys.stdout.buffer.write(bytes(range(256)) * 1000)",
+        "import atexit; atexit.register(lambda: print('x' * 1_000_000))",
+        "print('end_team')",
+    ],
+)
+def test_a_python_that_prints_at_its_start_compiles(cache, python_path, noise):
+    (python_path / "sitecustomize.py").write_text(noise)
+    source = "from ggpy.kernels import build; assert build.compile_missing(['end_team', 'run_tape']) == 2"
+    subprocess.run([sys.executable, "-c", source], check=True, timeout=120, stdout=subprocess.DEVNULL)
+    assert left(cache) == ["end_team.o", "run_tape.o"]
+
+
+def test_numbas_settings_dont_reach_the_cache(cache, monkeypatch):
+    build.compile_missing(["run_tape"])
+    plain = build._read_object("run_tape")
+    (object_file,) = cache.rglob("*.o")
+    object_file.unlink()
+    monkeypatch.setenv("NUMBA_OPT", "0")
+    monkeypatch.setenv("NUMBA_DEBUG", "1")
+    build.compile_missing(["run_tape"])
+    again = build._read_object("run_tape")
+    assert len(plain[1]) == len(again[1])
+
+
+def test_a_worker_that_dies_gives_its_own_message(cache, python_path):
+    (python_path / "numba.py").write_text("raise ImportError('numba is broken here')\n")
+    with pytest.raises(Error, match=r"^kernel \w+ did not compile: ImportError: numba is broken here$"):
+        build.compile_missing(SMALL)
+
+
+def test_a_worker_that_ends_without_a_word_is_no_success(cache, python_path):
+    (python_path / "numba.py").write_text(
+        "import os, sys; print('compiled', flush=True); print('', file=sys.stderr); os._exit(7)"
+    )
+    with pytest.raises(Error, match="its process ended with code 7"):
+        build.compile_missing(SMALL)
+
+
+@pytest.mark.parametrize("python", ["/nowhere/python", ""])
+def test_a_python_that_isnt_there_is_named(cache, monkeypatch, python):
+    monkeypatch.setattr(sys, "executable", python)
+    with pytest.raises(Error, match="can't be compiled"):
+        build.compile_missing(SMALL)
+
+
+def test_an_error_of_the_progress_function_comes_through(cache):
+    def progress(done, total, name):
+        if done:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        build.compile_missing(["end_team"], progress)
+
+
+@pytest.mark.parametrize(("cpus", "expected"), [(1, 1), (2, 2), (64, 3)])
+def test_no_more_processes_than_processors(cache, monkeypatch, cpus, expected):
+    started = []
+
+    class Counted(build._Worker):
+        def __init__(self):
+            super().__init__()
+            started.append(self)
+
+    monkeypatch.setattr(build, "_Worker", Counted)
+    monkeypatch.setattr(build, "usable_cpus", lambda: cpus)
+    assert build.compile_missing(SMALL) == len(SMALL)
+    assert 1 <= len(started) <= expected
+    assert left(cache) == [f"{name}.o" for name in sorted(SMALL)]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits as POSIX has them")
+def test_a_full_disk_leaves_nothing_behind(cache):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="large"):
+            build._write_object("run_tape", "symbol", bytes(5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert left(cache) == []
+    build._write_object("run_tape", "symbol", bytes(5000))
+    assert build._read_object("run_tape") == ("symbol", bytes(5000))
