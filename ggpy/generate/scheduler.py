@@ -264,6 +264,8 @@ class Scheduler:
                 active.append(r)
         work = []
         for i, r in enumerate(active):
+            if r.sequence is None:  # sent away for an older one
+                continue
             share = max(SLAB, limit // (len(active) - i))
             n = min(_n_left(r), share, limit)
             if n > 0 and self._make_room(r, n):

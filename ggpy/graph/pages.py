@@ -149,7 +149,7 @@ class Pages:
     def read(self, pages: Sequence[int]) -> dict[str, np.ndarray]:
         """The bytes of some pages: for each array, "name.0" and so on, uint8 (len(pages), bytes of a page)."""
         return {
-            f"{name}.{i}": a[list(pages)].reshape(len(pages), -1).view(np.uint8)
+            f"{name}.{i}": a[np.array(pages, np.intp)].reshape(len(pages), math.prod(a.shape[1:])).view(np.uint8)
             for name, arrays in self._arrays.items()
             for i, a in enumerate(arrays)
         }
@@ -158,9 +158,7 @@ class Pages:
         """The inverse of `read`."""
         for name, arrays in self._arrays.items():
             for i, a in enumerate(arrays):
-                a[list(pages)] = (
-                    saved[f"{name}.{i}"].reshape(len(pages), -1).view(a.dtype).reshape(len(pages), *a.shape[1:])
-                )
+                a[np.array(pages, np.intp)] = saved[f"{name}.{i}"].view(a.dtype).reshape(len(pages), *a.shape[1:])
 
     def view(self, cache: "Tensor") -> "CacheView | LatentView":
         """The cache in numpy's terms, for the reference executor."""

@@ -1,0 +1,462 @@
+"""Many generations and sequences of a model at once: each gives, bit for bit, what it gives alone."""
+
+import asyncio
+import copy
+import gc
+import multiprocessing
+import os
+import pickle
+import threading
+import weakref
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import ggpy
+from ggpy.generate.generation import Generation
+from ggpy.generate.sampling import Sampler
+from ggpy.generate.scheduler import Request
+from tests.models.checkpoints import converted, ids
+from tests.models.test_moe import made
+
+SETTINGS = settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+KINDS = {"dense": ("qwen3", "f16"), "experts": ("qwen2moe", "q8_0"), "latent": ("V2-Lite", "f16")}
+SYSTEM = ids(150, seed=1)  # what prompts begin with: two pages and some
+
+
+def page_bytes(path, kv_type):
+    with ggpy.load(path, n_ctx=64, n_threads=1, kv_type=kv_type) as model:
+        return model.kv_bytes // 4
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def path(request, tmp_path_factory):
+    return converted(tmp_path_factory.mktemp("many"), made(KINDS[request.param][0]), "q8_0")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return converted(tmp_path_factory.mktemp("dense"), made("qwen3"), "q8_0")
+
+
+@pytest.fixture
+def model(dense):
+    with ggpy.load(dense, n_ctx=512, n_threads=2) as model:
+        yield model
+
+
+class Recorder(Sampler):
+    """Keeps the bytes of all logits."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.seen = []
+
+    def sample(self, logits, recent=()):
+        self.seen.append(logits.tobytes())
+        return super().sample(logits, recent)
+
+
+def start(model, prompt, seed=0, max_tokens=12):
+    """A generation, and what records its logits."""
+    recorder = Recorder(temperature=1.0, seed=seed, top_k=0, top_p=1.0, min_p=0.0)
+    request = Request(model.tokenizer, prompt, recorder, max_tokens, ())
+    return Generation(model._scheduler, request), recorder
+
+
+def by_itself(model, generation):
+    """The bytes of each logits that led to a token, evaluated token by token."""
+    tokens = generation.prompt_ids + generation.ids[:-1]
+    with model.new_sequence() as sequence:
+        logits = [sequence.extend([t]).tobytes() for t in tokens]
+    return logits[len(generation.prompt_ids) - 1 :]
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0", "f32"])
+@SETTINGS
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from(["start", "start", "advance", "advance", "cancel", "extend", "fork", "cut", "save"]),
+            st.integers(0, 200),
+        ),
+        min_size=5,
+        max_size=40,
+    ),
+    n_threads=st.integers(1, 2),
+    n_batch=st.sampled_from([512, 70, 16]),
+    contexts=st.floats(1.0, 3.0),
+)
+def test_any_company_gives_the_same_logits(path, tmp_path, kv_type, steps, n_threads, n_batch, contexts):
+    """Generations that join, end, wait for room and share beginnings, beside sequences that fork, are cut and saved."""
+    n_ctx = 320
+    memory = int(contexts * 5 * page_bytes(path, kv_type))
+    with ggpy.load(path, n_ctx=n_ctx, n_threads=n_threads, n_batch=n_batch, kv_type=kv_type, kv_memory=memory) as model:
+        generations, sequences = [], [(model.new_sequence(), [])]
+        for what, x in steps:
+            if what == "start":
+                prompt = SYSTEM[: x % 151] + ids(1 + x % 40, seed=x)
+                generations.append(start(model, prompt, seed=x))
+            elif what == "advance" and generations:
+                next(generations[x % len(generations)][0], None)
+            elif what == "cancel" and generations and x % 3 == 0:
+                generations[x % len(generations)][0].cancel()
+            sequence, seen = sequences[x % len(sequences)]
+            try:
+                if what == "extend" and len(sequence) + x % 70 + 1 <= n_ctx:
+                    more = SYSTEM[len(sequence) : len(sequence) + 30] or ids(1 + x % 70, seed=x)
+                    seen.append((len(sequence) + len(more), sequence.extend(more).tobytes()))
+                elif what == "fork" and len(sequences) < 4:
+                    sequences.append((sequence.fork(), list(seen)))
+                elif what == "cut":
+                    sequence.keep(x)
+                    seen[:] = [s for s in seen if s[0] <= x]
+                elif what == "save":
+                    sequence.save(tmp_path / "saved")
+                    sequence.close()
+                    sequences[x % len(sequences)] = (model.load_sequence(tmp_path / "saved"), seen)
+            except ggpy.ContextFullError:
+                sequence.close()
+                seen.clear()
+        held = [(list(s.ids), seen) for s, seen in sequences]
+        for sequence, _ in sequences:
+            sequence.close()
+        for generation, _ in generations:
+            generation.run()
+        for tokens, seen in held:
+            with model.new_sequence() as alone:
+                logits = [alone.extend([t]).tobytes() for t in tokens]
+            assert all(logits[n - 1] == value for n, value in seen)
+        for generation, recorder in generations:
+            if recorder.seen:
+                assert recorder.seen == by_itself(model, generation)[: len(recorder.seen)]
+            assert generation.finish_reason in ("stop", "length", "context", "cancelled")
+        del generation, sequence, alone
+        model._runner.prefixes.clear()
+        sequences.clear()
+        model._runner.take_page()
+        assert model._runner.pages.n_free == model._runner.pages.n_pages - 1, "every page is given back"
+
+
+def test_generations_at_once_give_the_text_of_each_alone(model):
+    prompts = [ids(20, seed=i) for i in range(5)]
+    alone = [model.generate(p, max_tokens=20, temperature=1, seed=3).run().text for p in prompts]
+    together = [model.generate(p, max_tokens=20, temperature=1, seed=3) for p in prompts]
+    texts = ["" for _ in prompts]
+    for turn in range(100):
+        i = turn * 7 % 5
+        texts[i] += next(together[i], "")
+    assert [t + "".join(g) for t, g in zip(texts, together, strict=True)] == alone
+    model.logits(ids(30))
+    ggpy_text = model.generate(prompts[0], max_tokens=20, temperature=1, seed=3)
+    next(ggpy_text)
+    model.logits(ids(30))
+    assert ggpy_text.run().text == alone[0]
+
+
+def test_a_batch_gives_each_as_it_ends(model):
+    prompts = [ids(3 + i % 50, seed=i) for i in range(150)]
+    ended = list(model.generate_batch(prompts, max_tokens=5, temperature=1, seed=10))
+    assert sorted(g.index for g in ended) == list(range(150))
+    for g in ended[::13]:
+        assert g.text == model.generate(prompts[g.index], max_tokens=5, temperature=1, seed=10 + g.index).run().text
+        assert g.prompt_ids == prompts[g.index]
+
+
+def test_threads_generate_at_once(model):
+    prompts = [ids(30, seed=i) for i in range(8)]
+    alone = [model.generate(p, max_tokens=15, temperature=1, seed=1).run().text for p in prompts]
+    texts = [""] * 8
+
+    def work(i):
+        texts[i] = model.generate(prompts[i], max_tokens=15, temperature=1, seed=1).run().text
+        model.logits(prompts[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+    assert texts == alone
+
+
+def test_tasks_generate_at_once(model):
+    prompts = [ids(30, seed=i) for i in range(20)]
+    alone = [model.generate(p, max_tokens=10, temperature=1, seed=1).run().text for p in prompts]
+
+    async def text(prompt):
+        return "".join([piece async for piece in model.generate(prompt, max_tokens=10, temperature=1, seed=1)])
+
+    async def all_texts():
+        return await asyncio.gather(*map(text, prompts))
+
+    assert asyncio.run(all_texts()) == alone
+
+
+def test_common_beginnings_are_computed_once(model):
+    counts = []
+    model.hooks["blk.0.out"] = lambda name, value: counts.append(len(value))
+    system, n = ids(230, seed=5), 12
+    generations = [model.generate(system + ids(9, seed=i), max_tokens=3, temperature=0) for i in range(n)]
+    for g in generations:
+        g.run()
+    assert sum(counts) == 230 + n * 9 + n * 2
+    assert sorted(g.n_reused for g in generations) == [0] + [230] * (n - 1)
+    # And a conversation that goes on after the others have ended.
+    counts.clear()
+    longer = system + ids(9, seed=3) + generations[3].ids + ids(5, seed=99)
+    again = model.generate(longer, max_tokens=1, temperature=0).run()
+    assert again.n_reused == 230 + 9 + 2 and sum(counts) == len(longer) - again.n_reused
+
+
+def test_when_pages_are_few_the_youngest_waits_and_gives_the_same(dense):
+    with ggpy.load(dense, n_ctx=256, n_threads=1) as model:
+        alone = [model.generate(ids(60, seed=i), max_tokens=150, temperature=1, seed=i).run().ids for i in range(6)]
+    with ggpy.load(dense, n_ctx=256, n_threads=1, kv_memory=5 * page_bytes(dense, "f16")) as model:
+        together = [model.generate(ids(60, seed=i), max_tokens=150, temperature=1, seed=i) for i in range(6)]
+        assert [g.run().ids for g in together] == alone
+
+
+def test_a_generation_that_nobody_wants_holds_nothing(model):
+    generation = model.generate(ids(200), max_tokens=100, temperature=0)
+    next(generation)
+    assert len(model._scheduler._running) == 1
+    del generation
+    model.generate(ids(3), max_tokens=2, temperature=0).run()
+    assert model._scheduler._running == []
+
+
+def test_text_that_nobody_takes_does_not_pile_up(dense, monkeypatch):
+    monkeypatch.setattr("ggpy.generate.scheduler._AHEAD", 5)
+    monkeypatch.setattr("ggpy.generate.scheduler._MOST_RUNNING", 2)
+    with ggpy.load(dense, n_ctx=512, n_threads=1) as model:
+        lazy = [model.generate(ids(3, seed=i), max_tokens=100, temperature=1, seed=i) for i in range(2)]
+        busy = model.generate(ids(3, seed=9), max_tokens=100, temperature=1, seed=9).run()
+        assert len(busy.ids) == 100 or busy.finish_reason == "stop"
+        assert all(len(g._request.pieces) <= 5 for g in lazy)
+        for i, g in enumerate(lazy):
+            assert g.run().ids == model.generate(ids(3, seed=i), max_tokens=100, temperature=1, seed=i).run().ids
+
+
+def test_cancelling_from_another_thread_ends_at_once(model):
+    generation = model.generate(ids(5), max_tokens=400, temperature=1, seed=7)
+    pieces = []
+
+    def cancel():
+        while len(pieces) < 3:
+            pass
+        generation.cancel()
+
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    for piece in generation:
+        pieces.append(piece)
+    thread.join()
+    assert generation.finish_reason == "cancelled" and len(generation.ids) < 400
+
+
+def test_a_sampler_that_fails_ends_its_generation_alone(model):
+    class Fails(Sampler):
+        def sample(self, logits, recent=()):
+            raise ValueError("no choice")
+
+    bad = Generation(model._scheduler, Request(model.tokenizer, ids(5), Fails(), 5, ()))
+    good = model.generate(ids(6), max_tokens=5, temperature=0)
+    text = good.run().text
+    with pytest.raises(ValueError, match="no choice"):
+        next(bad)
+    assert text == model.generate(ids(6), max_tokens=5, temperature=0).run().text
+
+
+def test_an_interrupt_within_a_run_loses_nothing(model):
+    alone = model.generate(ids(100), max_tokens=20, temperature=1, seed=2).run().ids
+    calls = iter(range(1000))
+    generation = model.generate(ids(100), max_tokens=20, temperature=1, seed=2)
+    others = [model.generate(ids(10, seed=i), max_tokens=9, temperature=1, seed=i) for i in range(3)]
+
+    class Interrupts(Sampler):
+        def sample(self, logits, recent=()):
+            if next(calls) % 2:
+                raise KeyboardInterrupt
+            return super().sample(logits, recent)
+
+    others.append(Generation(model._scheduler, Request(model.tokenizer, ids(4), Interrupts(seed=1), 9, ())))
+    n_interrupts = 0
+    for g in [*others, generation]:
+        while True:
+            try:
+                g.run()
+                break
+            except KeyboardInterrupt:
+                n_interrupts += 1
+    assert n_interrupts > 3 and generation.ids == alone
+    for i in range(3):
+        assert others[i].ids == model.generate(ids(10, seed=i), max_tokens=9, temperature=1, seed=i).run().ids
+
+
+def test_hooks_of_many_sequences_know_whose_tokens_they_see(model):
+    seen = []
+
+    def hook(name, value):
+        assert len(value) == len(model.batch.ids)
+        seen.extend(zip(model.batch.ids.tolist(), model.batch.positions.tolist(), strict=True))
+
+    prompts = [ids(7, seed=i) for i in range(3)]
+    with model.hooked({"blk.0.out": hook}):
+        generations = [model.generate(p, max_tokens=2, temperature=0) for p in prompts]
+        for g in generations:
+            g.run()
+    assert model.hooks == {} and model.batch is None
+    expected = [(t, i) for g in generations for i, t in enumerate(g.prompt_ids + g.ids[:1])]
+    assert sorted(seen) == sorted(expected)
+
+
+def test_programs_are_bounded_and_derived_weights_go_with_the_model(tmp_path):
+    path = converted(tmp_path, made("V2-Lite"))
+    model = ggpy.load(path, n_ctx=64, n_threads=1, mla="naive")
+    for _ in range(10):
+        with model.hooked({"blk.0.out": lambda name, value: None}):
+            model.logits(ids(5))
+            model.new_sequence().extend(ids(1))
+    assert len(model._runner._programs) <= 4
+    derived = [weakref.ref(w) for w in model._runner._derived.values()]
+    assert derived
+    model.close()
+    del model
+    gc.collect()
+    assert not any(r() for r in derived)
+
+
+def test_a_hook_cannot_use_the_model(model):
+    def hook(name, value):
+        model.logits(ids(3))
+
+    with model.hooked({"blk.0.out": hook}), pytest.raises(ggpy.Error, match="a hook can't use the model"):
+        model.logits(ids(3))
+    model.hooks["blk.0.out"] = lambda name, value: model.close()
+    with pytest.raises(ggpy.Error, match="a hook can't use the model"):
+        model.logits(ids(3))
+    model.hooks["blk.0.out"] = lambda name, value: next(other)
+    other = model.generate(ids(3), max_tokens=2)
+    with pytest.raises(ggpy.Error, match="a hook can't use the model"):
+        other.run()
+
+
+def test_a_closed_model_says_so(dense):
+    model = ggpy.load(dense, n_ctx=128, n_threads=2)
+    generation, sequence = model.generate(ids(5), max_tokens=50), model.new_sequence()
+    sequence.extend(ids(3))
+    next(generation)
+    model.close()
+    model.close()
+    for use in (
+        lambda: list(generation),
+        lambda: sequence.extend(ids(1)),
+        lambda: model.logits(ids(3)),
+        lambda: model.generate(ids(3)),
+        model.new_sequence,
+    ):
+        with pytest.raises(ggpy.Error, match="the model is closed"):
+            use()
+
+
+def test_closing_while_another_thread_generates(dense):
+    for _ in range(5):
+        model = ggpy.load(dense, n_ctx=512, n_threads=2)
+        errors = []
+
+        def work(model=model, errors=errors):
+            try:
+                model.generate(ids(5), max_tokens=400, temperature=1, seed=1).run()
+                errors.append("ended")
+            except ggpy.Error as error:
+                errors.append(str(error))
+
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for t in threads:
+            t.start()
+        while not model._scheduler._running:
+            pass
+        model.close()
+        for t in threads:
+            t.join(30)
+        assert len(errors) == 3 and all("the model is closed" in e for e in errors), errors
+
+
+def _in_a_fork(model, generation, queue):
+    found = []
+    for use in (lambda: next(generation), lambda: model.logits([1]), model.new_sequence, lambda: model.generate([1])):
+        try:
+            use()
+            found.append("no error")
+        except ggpy.Error as error:
+            found.append(str(error))
+    model.close()
+    queue.put(found)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks are POSIX's")
+def test_a_fork_is_told_to_open_the_model_anew(model):
+    generation = model.generate(ids(5), max_tokens=20, temperature=0)
+    next(generation)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=_in_a_fork, args=(model, generation, queue))
+    process.start()
+    found = queue.get(timeout=60)
+    process.join(30)
+    assert process.exitcode == 0
+    assert len(found) == 4 and all("opened in another process" in f for f in found), found
+    assert generation.run().ids == model.generate(ids(5), max_tokens=20, temperature=0).run().ids
+
+
+def test_nothing_of_a_model_can_be_pickled_or_copied(model):
+    for thing in (model, model.new_sequence(), model.generate(ids(3))):
+        with pytest.raises(ggpy.Error, match="can't be"):
+            pickle.dumps(thing)
+        with pytest.raises(ggpy.Error, match="can't be"):
+            copy.deepcopy(thing)
+
+
+def test_a_saved_sequence_goes_on_with_the_same_bits(dense, tmp_path, path):
+    tokens = ids(200)
+    with ggpy.load(dense, n_ctx=256, n_threads=2) as model, model.new_sequence() as sequence:
+        sequence.extend(tokens[:130])
+        sequence.save(tmp_path / "saved")
+        expected = sequence.extend(tokens[130:])
+        with pytest.raises(ggpy.Error, match="has hooks"), model.hooked({"blk.0.out": lambda name, value: None}):
+            sequence.save(tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+    with ggpy.load(dense, n_ctx=256, n_threads=1) as model:
+        sequence = model.load_sequence(tmp_path / "saved")
+        assert sequence.ids == tokens[:130]
+        np.testing.assert_array_equal(sequence.extend(tokens[130:]), expected)
+    if path != dense:
+        for other, options in ((path, {}), (dense, {"kv_type": "f32"})):
+            with ggpy.load(other, n_ctx=256, n_threads=1, **options) as model:
+                if model.file.path != dense or options:
+                    with pytest.raises(ggpy.Error, match="of another model"):
+                        model.load_sequence(tmp_path / "saved")
+
+
+def test_damaged_sequences_are_refused_in_a_line(dense, tmp_path):
+    with ggpy.load(dense, n_ctx=256, n_threads=1) as model:
+        with model.new_sequence() as sequence:
+            sequence.extend(ids(100))
+            sequence.save(tmp_path / "saved")
+        whole = (tmp_path / "saved").read_bytes()
+        for damaged in (b"", b"GGUF" * 10, whole[:100], whole[:-1], whole[:8] + b"\xff" * 40 + whole[48:]):
+            (tmp_path / "damaged").write_bytes(damaged)
+            with pytest.raises(ggpy.Error, match="damaged"):
+                model.load_sequence(tmp_path / "damaged")
+        with pytest.raises(ggpy.Error, match="missing"):
+            model.load_sequence(tmp_path / "missing")
+
+
+def test_memory_for_less_than_a_context_is_refused(dense):
+    with pytest.raises(ggpy.Error, match="hold one context"):
+        ggpy.load(dense, n_ctx=512, kv_memory=1000)
