@@ -61,21 +61,18 @@ def run(
         if talk:
             _talk(opened, first, options, verbose)
         elif chat:
-            _stream(opened, _render(opened, [*first, {"role": "user", "content": prompt or ""}]), options, verbose)
+            _stream(opened, _prompt(opened, [*first, {"role": "user", "content": prompt or ""}]), options, verbose)
         else:
             _stream(opened, prompt or "", options, verbose)
 
 
-def _render(model: "Model", messages: list[dict[str, str]]) -> list[int]:
+def _prompt(model: "Model", messages: list[dict[str, str]]) -> list[int]:
     from ..errors import UnsupportedError
 
     template = model.chat_template
     if template is None:
         raise UnsupportedError(f"{model.file.path}: the file has no chat template; use -p without --chat")
-    text = template.render(messages)
-    # Most templates write the beginning-of-sequence token themselves.
-    has_bos = bool(template.bos) and text.startswith(template.bos)
-    return model.tokenize(text, bos=False if has_bos else None)
+    return template.encode(model.tokenizer, messages)
 
 
 def _stream(model: "Model", prompt: str | list[int], options: dict, verbose: bool) -> str:
@@ -109,7 +106,7 @@ def _talk(model: "Model", messages: list[dict[str, str]], options: dict, verbose
             return
         messages.append({"role": "user", "content": said})
         try:
-            answer = _stream(model, _render(model, messages), options, verbose)
+            answer = _stream(model, _prompt(model, messages), options, verbose)
         except KeyboardInterrupt:
             messages.pop()
             continue

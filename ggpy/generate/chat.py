@@ -21,6 +21,8 @@ from ..errors import TokenizerError
 if TYPE_CHECKING:
     import jinja2
 
+    from .tokenizer import Tokenizer
+
 #: What one rendering may use up: characters written (or held in one value), turns of all its loops, seconds.
 MAX_TEXT = 10_000_000
 MAX_TURNS = 1_000_000
@@ -89,6 +91,30 @@ class ChatTemplate:
             raise _failure("the chat template failed", error, _line(error, template)) from None
         finally:
             _budget.reset(budget)
+
+    def encode(self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """The tokens of a conversation's prompt.
+
+        Most templates write the beginning-of-sequence token themselves; where one doesn't, it is put in front if the
+        tokenizer's file says so. An end-of-sequence token never follows, whatever the file says: the answer does.
+
+        Parameters
+        ----------
+        tokenizer : Tokenizer
+            The model's.
+        messages : sequence of mappings
+        **options
+            See `render`.
+
+        Raises
+        ------
+        TokenizerError
+            See `render`.
+        """
+        ids = tokenizer.encode(self.render(messages, **options), bos=False)
+        if tokenizer.add_bos and tokenizer.bos is not None and ids[:1] != [tokenizer.bos]:
+            ids.insert(0, tokenizer.bos)
+        return ids
 
 
 class _RefusedError(Exception):

@@ -6,6 +6,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from ggpy.errors import TokenizerError
 from ggpy.generate import chat
 from ggpy.generate.chat import ChatTemplate
+from ggpy.generate.tokenizer import Tokenizer
 
 from .test_tokenizer import smollm2_metadata
 
@@ -190,3 +191,16 @@ def test_long_conversations_are_no_attack():
         "{% for m in messages %}{{ m.content.replace('word', '').split('</think>')[-1] | trim }}{% endfor %}"
     )
     assert cut.render(messages) == ""
+
+
+@pytest.mark.parametrize("add_eos", [False, True])
+@pytest.mark.parametrize("add_bos", [False, True])
+@pytest.mark.parametrize("template_has_bos", [False, True])
+def test_a_conversation_has_one_bos_token_and_no_eos_token_behind_it(template_has_bos, add_bos, add_eos):
+    flags = {"tokenizer.ggml.add_bos_token": add_bos, "tokenizer.ggml.add_eos_token": add_eos}
+    tokenizer = Tokenizer.from_metadata({**smollm2_metadata(), **flags})
+    bos, eos = (tokenizer.token_bytes(i).decode() for i in (tokenizer.bos, tokenizer.eos))
+    source = ("{{ bos_token }}" if template_has_bos else "") + "{% for m in messages %}{{ m.content }}{% endfor %}"
+    ids = ChatTemplate(source, bos, eos).encode(tokenizer, [{"role": "user", "content": "hello"}])
+    hello = tokenizer.encode("hello", bos=False)
+    assert ids == ([tokenizer.bos] if add_bos or template_has_bos else []) + hello
