@@ -405,8 +405,9 @@ def _route_shape(logits: "Tensor", *bias: "Tensor", n_used: int, gating: str, **
     _need(len(logits.shape) == 2 and n_expert <= MOST_EXPERTS, f"takes logits (n_tokens, n_expert ≤ {MOST_EXPERTS})")
     _need(0 < n_used <= n_expert, f"{n_used} of {n_expert} experts")
     _need(gating in ("softmax", "sigmoid"), f"unknown gating {gating}")
-    n_group = how.get("n_group", 1)
-    _need(n_expert % n_group == 0 and n_used <= n_expert // n_group * how.get("n_group_used", 1), "too few in the groups")
+    n_group, n_group_used = how.get("n_group", 1), how.get("n_group_used", 1)
+    _need(n_group > 0 and n_expert % n_group == 0, f"{n_expert} experts in {n_group} groups")
+    _need(n_used <= n_expert // n_group * n_group_used, "too few in the groups")
     _need(not bias or bias[0].shape == (n_expert,), "takes one bias for each expert")
     return (logits.shape[0], n_used, 2)
 
@@ -445,7 +446,8 @@ def _route_lower(p: "Plan", node: "Tensor") -> None:
     logits, *bias = node.inputs
     a = node.attrs
     how: dict[str, Any] = {"sigmoid": a["gating"] == "sigmoid", "normalize": a.get("normalize", False)}
-    how |= {"factor": float(a.get("scale", 1.0)), "n_group": a.get("n_group", 1), "n_group_used": a.get("n_group_used", 1)}
+    how |= {"factor": float(a.get("scale", 1.0)), "n_group": a.get("n_group", 1)}
+    how["n_group_used"] = min(a.get("n_group_used", 1), how["n_group"])
     sizes: dict[str, Any] = {"n_expert": logits.shape[1], "n_used": a["n_used"]}
     p.step("route", node, logits=logits, bias=bias[0] if bias else 0, out=node, **sizes, **how)
 
@@ -489,21 +491,21 @@ def _id_lower(p: "Plan", node: "Tensor") -> None:
         p.product(w, node, True, x=source, out=node, ids=route, **slots, **sizes)
         return
     # Each expert's rows are brought together, so that its matrix is unpacked once for all of them.
-    n_sorted = x.shape[0] * n_used + 7 * n_expert + 8
+    n_sorted = p.padded(x) * n_used
     given = p.place_of(route)
 
     def group(out: Any) -> None:
         p.step("group_by_expert", route, route=given, out=out, n_expert=n_expert, n_used=n_used)
 
-    groups = p.once(("groups", given), 8 * n_expert + 4 * n_sorted, group)
+    groups = p.once(("groups", given), 16 * (n_expert + 1) + 4 * n_sorted, group)
 
     def gather(out: Any) -> None:
         per_row = n_used if shared else 1
         p.step("gather_rows", x, x=source, groups=groups, out=out, n_expert=n_expert, per_row=per_row, row_bytes=stride)
 
-    rows = p.once(("gathered", source, given), stride * n_sorted, gather)
+    rows = p.once(("gathered", source, given), stride * (n_sorted + 8), gather)  # tiles read surplus rows
     slots = {"n_slots": n_expert, "x_slot_stride": 0, "out_slot_stride": 0}
-    p.product(w, node, False, x=rows, out=node, groups=groups, **slots, **sizes)
+    p.product(w, node, False, n_sorted, x=rows, out=node, groups=groups, **slots, **sizes)
 
 
 OPS["MUL_MAT_ID"] = Op(_id_shape, _id_reference, _id_lower)

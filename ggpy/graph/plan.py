@@ -158,11 +158,12 @@ class Plan:
 
         return self.once((source, fmt, width, n_cols), stride * n_rows * self.padded(x), quantize), stride
 
-    def product(self, w: "Tensor", node: "Tensor", one: bool, **params: Any) -> None:
-        """A matrix product: `params` are those of the kernel that don't follow from the weights."""
+    def product(self, w: "Tensor", node: "Tensor", one: bool, n_most: int | None = None, /, **params: Any) -> None:
+        """A matrix product: `params` are those of the kernel that don't follow from the weights, n_most the rows of x that
+        one matrix may meet; without it, all of the node's tokens."""
         data = w.attrs["weight"].data
         n_rows, n_cols = w.shape[-2:]
-        self.scratch(scratch_bytes(w.type, self.padded(node), data.shape[-1], self._lanes))
+        self.scratch(scratch_bytes(w.type, n_most or self.padded(node), data.shape[-1], self._lanes))
         params = {"residual": 0, "ids": 0, "groups": 0, "w_stride": data.strides[0], **params}
         self.step(f"mul_mat_{'one_' if one else ''}{w.type}", node, w=w, n_rows=n_rows, n_cols=n_cols, **params)
 

@@ -27,7 +27,6 @@ from ..simd.vector import (
     st_f32,
     stack,
     store,
-    store_tile,
     tile_f32,
 )
 from .common import ld_state, next_item
@@ -36,6 +35,9 @@ from .table import PANEL
 
 _V = 4 * LANES
 _TILE = TOKENS * _V
+#: tokens that are multiplied with a block while it is in registers; of more, it is unpacked to scratch
+FEW = 6
+_ROOM = 3 * FEW * _V
 
 
 @function
@@ -68,25 +70,46 @@ def _matrix(w, slot, ids, w_stride):
 
 
 @function
-def _store_few(out, residual, values, n):
-    """The first n of the values, of a vector stored at `values`."""
-    for i in range(n):
-        v = ld_f32(values + 4 * i)
+def _store_rows(at, to, residual, n_rows):
+    """The first n_rows of the vector at `at`, plus those at `residual` unless that is 0, to `to`."""
+    if n_rows >= LANES:
+        v = load_f32(at)
+        if residual:
+            v = v + load_f32(residual)
+        store(to, v)
+        return
+    for i in range(n_rows):
+        v = ld_f32(at + 4 * i)
         if residual:
             v += ld_f32(residual + 4 * i)
-        st_f32(out + 4 * i, v)
+        st_f32(to + 4 * i, v)
 
 
-def define_products(name, block, n_bytes, one_token, unpack, tokens, unpacked):
+@function
+def _store_tokens(at, first, n, out, out_stride, residual, order, n_rows):
+    """The vectors at `at` as results of tokens first … first + n - 1, or of those that `order`, unless it is 0, names."""
+    for k in range(n):
+        t = first + k
+        if order:
+            t = int(ld_i32(order + 4 * t))
+        more = residual
+        if residual:
+            more = residual + t * out_stride
+        _store_rows(at + _V * k, out + t * out_stride, more, n_rows)
+
+
+def define_products(name, block, n_bytes, unpacked, part, one_token, few_tokens, unpack, tokens, part_tokens):
     """Defines the two kernels of a type whose blocks hold `block` values in `n_bytes`.
 
     one_token(w, row_bytes, n_cols, x, following) -> vector
         LANES rows times one token; prefetches those at `following`.
-    unpack(w, row_bytes, first, stop, scratch, ahead)
-        Columns first … stop - 1 of LANES rows into scratch, `unpacked` bytes for 32 columns; prefetches at `ahead` bytes
-        from what it reads.
+    few_tokens(w, row_bytes, n_cols, x, x_stride, n, room, following)
+        The same for n tokens, up to FEW: their vectors go to `room`, which holds three times as many.
+    unpack(w, row_bytes, first, stop, scratch, following)
+        Columns first … stop - 1 of LANES rows into scratch, `unpacked` bytes for 32 columns; prefetches the same columns of
+        the rows at `following`.
     tokens(sums, scratch, n_cols, first, stop, x, x_stride) -> tile
-        sums + these columns of LANES unpacked rows times TOKENS tokens.
+        sums + these columns of LANES unpacked rows times TOKENS tokens; `part_tokens` the same for `part` tokens.
     """
 
     @kernel(f"mul_mat_one_{name}")
@@ -116,7 +139,7 @@ def define_products(name, block, n_bytes, one_token, unpack, tokens, unpacked):
         n_tiles = (n_rows + LANES - 1) // LANES
         n_items = n_slots * n_tiles
         chunk = max(1, n_items // (16 * nth))
-        tail = stack(_V)
+        room = stack(_V)
         first = ith * chunk
         while first < n_items:
             # Taken one chunk ahead, so that the end of this one can ask for the beginning of the next.
@@ -129,46 +152,39 @@ def define_products(name, block, n_bytes, one_token, unpack, tokens, unpacked):
                     soon = min(then, n_items - 1)
                 at = _rows_at(_matrix(w, slot, ids, w_stride), row, n_rows, row_bytes, scratch + ith * scratch_stride)
                 following = _matrix(w, soon // n_tiles, ids, w_stride) + soon % n_tiles * LANES * row_bytes
-                acc = one_token(at, row_bytes, n_cols, x + slot * x_slot_stride, following)
-                to = out + slot * out_slot_stride + 4 * row
+                store(room, one_token(at, row_bytes, n_cols, x + slot * x_slot_stride, following))
                 more = residual
                 if residual:
                     more = residual + 4 * row
-                if row + LANES <= n_rows:
-                    if residual:
-                        acc = acc + load_f32(more)
-                    store(to, acc)
-                else:
-                    store(tail, acc)
-                    _store_few(to, more, tail, n_rows - row)
+                _store_rows(room, out + slot * out_slot_stride + 4 * row, more, n_rows - row)
             first = then
 
     @function
-    def store_tile_of_rows(f, t, out, out_stride, residual, n, tail):
-        """Stores n rows' results for TOKENS tokens from token t on; out[t] is `out_stride` from out[t + 1]."""
-        at = t * out_stride
-        if n == LANES:
-            if residual:
-                f = f + load_tile_f32(residual + at, out_stride, TOKENS)
-            store_tile(out + at, out_stride, f)
-        else:
-            store(tail, f)
-            for k in range(TOKENS):
-                more = residual
-                if residual:
-                    more = residual + at + k * out_stride
-                _store_few(out + at + k * out_stride, more, tail + _V * k, n)
-
-    @function
-    def scatter_tile_of_rows(f, t, n_tokens, out, out_stride, order, n, tail):
-        """The same for an expert's tokens: the result of row t belongs to row order[t]."""
-        store(tail, f)
-        for k in range(min(TOKENS, n_tokens - t)):
-            to = out + ld_i32(order + 4 * (t + k)) * out_stride
-            if n == LANES:
-                store(to, load_f32(tail + _V * k))
-            else:
-                _store_few(to, 0, tail + _V * k, n)
+    def many_tokens(w, row_bytes, n_cols, x, x_stride, n, scratch, sums, following, out, out_stride, more, order, n_rows):
+        """LANES rows times n tokens, panel by panel; stores the results."""
+        tail = stack(_TILE)
+        for first in range(0, n_cols, PANEL):
+            stop = min(first + PANEL, n_cols)
+            unpack(w, row_bytes, first, stop, scratch, following)
+            t = 0
+            while t < n:
+                here = TOKENS
+                if n - t > TOKENS - part:
+                    f = tile_f32(TOKENS)
+                    if first:
+                        f = load_tile_f32(sums + _V * t, _V, TOKENS)
+                    store(tail, tokens(f, scratch, n_cols, first, stop, x + t * x_stride, x_stride))
+                else:  # the last few; a tile for them all would cost more
+                    here = part
+                    f = tile_f32(part)
+                    if first:
+                        f = load_tile_f32(sums + _V * t, _V, part)
+                    store(tail, part_tokens(f, scratch, n_cols, first, stop, x + t * x_stride, x_stride))
+                if stop < n_cols:
+                    copy_bytes(sums + _V * t, tail, _V * here)
+                else:
+                    _store_tokens(tail, t, min(here, n - t), out, out_stride, more, order, n_rows)
+                t += here
 
     @kernel(f"mul_mat_{name}")
     def mul_mat(
@@ -198,38 +214,49 @@ def define_products(name, block, n_bytes, one_token, unpack, tokens, unpacked):
         unpacked_rows = scratch + ith * scratch_stride
         copy = unpacked_rows + PANEL // 32 * unpacked
         sums = copy + (LANES * row_bytes + 63) // 64 * 64
-        tail = stack(_TILE)
-        while True:
-            item = next_item(counter)
-            if item >= n_slots * n_tiles:
-                break
-            slot, tile = item // n_tiles, item % n_tiles
-            first_token, n_tokens = 0, ld_state(state, 0)
-            if groups:
-                first_token, n_tokens = ld_i32(groups + 8 * slot), ld_i32(groups + 8 * slot + 4)
-                if n_tokens == 0:
-                    continue
-            row = tile * LANES
-            n = min(LANES, n_rows - row)
-            # The rows that this thread is likely to take next.
-            ahead = nth * LANES * row_bytes if tile + nth < n_tiles else 0
-            at = _rows_at(w + slot * w_stride, row, n_rows, row_bytes, copy)
-            order = groups + 8 * n_slots + 4 * first_token
-            xs = x + slot * x_slot_stride + first_token * x_stride
-            to, more = out + slot * out_slot_stride + 4 * row, residual
-            if residual:
-                more = residual + 4 * row
-            for first in range(0, n_cols, PANEL):
-                stop = min(first + PANEL, n_cols)
-                unpack(at, row_bytes, first, stop, unpacked_rows, ahead)
-                for t in range(0, n_tokens, TOKENS):
-                    f = tile_f32(TOKENS)
-                    if first:
-                        f = load_tile_f32(sums + _V * t, _V, TOKENS)
-                    f = tokens(f, unpacked_rows, n_cols, first, stop, xs + t * x_stride, x_stride)
-                    if stop < n_cols:
-                        store(sums + _V * t, f)
-                    elif groups:
-                        scatter_tile_of_rows(f, t, n_tokens, to, out_stride, order, n, tail)
-                    else:
-                        store_tile_of_rows(f, t, to, out_stride, more, n, tail)
+        n_tokens, order = ld_state(state, 0), 0
+        room = stack(_ROOM)
+        n_matrices, n_mean = n_slots, n_tokens
+        if groups:
+            n_matrices = int(ld_i32(groups))
+            n_mean = int(ld_i32(groups + 4)) // max(n_matrices, 1)
+        n_items = n_matrices * n_tiles
+        # Few tokens: as one, in chunks taken one ahead. Many: a tile of rows takes long, so that none is taken ahead.
+        ahead, chunk = n_mean <= FEW, 1
+        if ahead:
+            chunk = max(1, n_items // (16 * nth))
+            first = ith * chunk
+        else:
+            first = next_item(counter)
+        while first < n_items:
+            if ahead:
+                then = (nth + next_item(counter)) * chunk
+            else:
+                then = first + nth  # likely
+            last = min(first + chunk, n_items) - 1
+            for item in range(first, last + 1):
+                slot, row = item // n_tiles, item % n_tiles * LANES
+                soon = item + 1
+                if item == last:
+                    soon = min(then, n_items - 1)
+                matrix, soon_matrix, first_token = slot, soon // n_tiles, 0
+                if groups:
+                    entry = groups + 16 * (slot + 1)
+                    matrix, soon_matrix = int(ld_i32(entry)), int(ld_i32(groups + 16 * (soon_matrix + 1)))
+                    first_token, n_tokens = int(ld_i32(entry + 4)), int(ld_i32(entry + 8))
+                    order = groups + 16 * (n_slots + 1) + 4 * first_token
+                at = _rows_at(w + matrix * w_stride, row, n_rows, row_bytes, copy)
+                following = w + soon_matrix * w_stride + soon % n_tiles * LANES * row_bytes
+                xs = x + slot * x_slot_stride + first_token * x_stride
+                to, more, left = out + slot * out_slot_stride + 4 * row, residual, n_rows - row
+                if residual:
+                    more = residual + 4 * row
+                if n_tokens <= FEW:
+                    few_tokens(at, row_bytes, n_cols, xs, x_stride, n_tokens, room, following)
+                    _store_tokens(room, 0, n_tokens, to, out_stride, more, order, left)
+                else:
+                    many_tokens(
+                        at, row_bytes, n_cols, xs, x_stride, n_tokens, unpacked_rows, sums, following,
+                        to, out_stride, more, order, left,
+                    )  # fmt: skip
+            first = then if ahead else next_item(counter)

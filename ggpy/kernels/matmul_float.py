@@ -54,27 +54,53 @@ def _define(name, size, convert):
         return acc
 
     @function
-    def unpack(w, stride, first, stop, scratch, ahead):
+    def few_tokens(w, stride, n_cols, x, x_stride, n, room, following):
+        odds = room + _V * n
+        accs = odds + _V * n
+        for t in range(n):
+            store(accs + _V * t, splat_f32(f32(0.0)))
+        for first in range(0, n_cols, PANEL):
+            for t in range(2 * n):
+                store(room + _V * t, splat_f32(f32(0.0)))
+            for c in range(first, min(first + PANEL, n_cols), 16):
+                ask_for(prefetch_once, following, c // 16, share)
+                for part in range(dwords):
+                    t0, t1 = convert(load_transposed(w + size * c + 32 * part, stride, 8))
+                    for t in range(n):
+                        at, even, odd = x + 4 * c + 32 * part + t * x_stride, room + _V * t, odds + _V * t
+                        store(even, dot_f32(load_f32(even), t0, at, 8))
+                        store(odd, dot_f32(load_f32(odd), t1, at + 4, 8))
+            for t in range(n):
+                both = load_f32(room + _V * t) + load_f32(odds + _V * t)
+                store(accs + _V * t, load_f32(accs + _V * t) + both)
+        for t in range(n):
+            store(room + _V * t, load_f32(accs + _V * t))
+
+    @function
+    def unpack(w, stride, first, stop, scratch, following):
         for c in range(first, stop, 16):
-            ask_for(prefetch, w + ahead, c // 16, share)
+            ask_for(prefetch, following, c // 16, share)
             for part in range(dwords):
                 to = scratch + (c - first + 8 * part) * _V
                 store(to, alternating(*convert(load_transposed(w + size * c + 32 * part, stride, 8))))
 
-    @function
-    def chain(weights, first, stop, x, stride):
-        f = tile_f32(TOKENS)
-        for k in range(first, stop, 2):
-            f = fma(broadcast_f32(x + 4 * k, stride, TOKENS), load_f32(weights + (k - first) * _V), f)
-        return f
+    def for_tokens(n):
+        """The product of a panel with n tokens."""
 
-    @function
-    def tokens(f, weights, n_cols, first, stop, x, stride):
-        # One chain after the other: AVX2 hasn't the registers for both, AVX-512 gains nothing by it.
-        even = chain(weights, first, stop, x, stride)
-        return f + (even + chain(weights + _V, first, stop, x + 4, stride))
+        @function
+        def tokens(f, weights, n_cols, first, stop, x, stride):
+            even, odd = tile_f32(n), tile_f32(n)
+            for k in range(first, stop, 2):
+                w = weights + (k - first) * _V
+                even = fma(broadcast_f32(x + 4 * k, stride, n), load_f32(w), even)
+                odd = fma(broadcast_f32(x + 4 * k + 4, stride, n), load_f32(w + _V), odd)
+            return f + (even + odd)
 
-    define_products(name, 32, 32 * size, one_token, unpack, tokens, 32 * _V)
+        return tokens
+
+    # Fewer than half a tile would wait for sums: an addition begins when the one before it in its chain has ended.
+    products = (one_token, few_tokens, unpack, for_tokens(TOKENS), for_tokens(TOKENS // 2))
+    define_products(name, 32, 32 * size, 32 * _V, TOKENS // 2, *products)
 
 
 @function

@@ -13,6 +13,7 @@ from ..simd.vector import (
     dots_signed,
     fma,
     get_range,
+    hidden,
     ld_f32,
     ld_i32,
     load_f32,
@@ -61,15 +62,9 @@ def _define(name):
     def negated_sum(negated, j):
         return splat_i32(i32(ld_i32(negated + 8 * j) + ld_i32(negated + 8 * j + 4)))
 
-    @function
-    def negated_sums(negated, stride, j):
-        at = negated + 8 * j
-        return broadcast_i32(at, stride, TOKENS) + broadcast_i32(at + 4, stride, TOKENS)
-
     @inlined
-    def emit_dot(g, j, w, s0, s1, m0, m1, places):
-        x, d, sums, negated, soon = places
-        ask_for(prefetch_once, soon, j, share_of_emit)
+    def dot_32(g, j, w, s0, s1, m0, m1, x, d, sums, negated):
+        """g + 32 columns times one token."""
         if by_32:
             g = fma(to_f32(dot(splat_i32(i32(0)), w, x)) * s0, splat_f32(ld_f32(d)), g)
             if has_min or has_bias:
@@ -92,6 +87,23 @@ def _define(name):
                 g = g - fma(to_f32(n0), m0, to_f32(n1) * m1)
         return g
 
+    @inlined
+    def emit_dot(g, j, w, s0, s1, m0, m1, places):
+        x, d, sums, negated, soon = places
+        ask_for(prefetch_once, soon, j, share_of_emit)
+        return dot_32(g, j, w, s0, s1, m0, m1, x, d, sums, negated)
+
+    @inlined
+    def emit_few(g, j, w, s0, s1, m0, m1, places):
+        x, d, sums, negated, soon, stride, n, room = places
+        ask_for(prefetch_once, soon, j, share_of_emit)
+        for t in range(n):
+            at = t * stride
+            g_t = load_f32(room + _V * t)
+            g_t = dot_32(g_t, j, w, s0, s1, m0, m1, x + at, d + at, sums + at, negated + at)
+            store(room + _V * t, g_t)
+        return g
+
     @function
     def emit_store(g, j, w, s0, s1, m0, m1, places):
         scratch, soon = places
@@ -108,6 +120,7 @@ def _define(name):
         return g
 
     walk_dot, walk_store = inlined(layout.walk(emit_dot).py_func), layout.walk(emit_store)
+    walk_few = inlined(layout.walk(emit_few).py_func)
 
     @function
     def one_token(w, stride, n_cols, x, following):
@@ -126,66 +139,95 @@ def _define(name):
         return acc
 
     @function
-    def unpack(w, stride, first, stop, scratch, ahead):
+    def few_tokens(w, stride, n_cols, x, x_stride, n, room, following):
+        d, sums = x + n_cols, x + n_cols + n_cols // d_bytes
+        negated = sums + n_cols // 8
+        g, accs = splat_f32(f32(0.0)), room
+        if not by_32:
+            accs = room + _V * n  # `room` has the sums of a block
+        for t in range(n):
+            store(accs + _V * t, splat_f32(f32(0.0)))
+        for b in range(n_cols // block):
+            soon = following + LANES * n_bytes * b
+            if not by_32:
+                for t in range(n):
+                    store(room + _V * t, splat_f32(f32(0.0)))
+            at = (x + block * b, d + 4 * b, sums + 4 * subs * b, negated + 8 * subs * b, soon, x_stride, n, room)
+            g = walk_few(g, w + n_bytes * b, stride, at)
+            if not by_32:
+                for t in range(n):
+                    by = splat_f32(ld_f32(d + 4 * b + t * x_stride))
+                    store(accs + _V * t, fma(load_f32(room + _V * t), by, load_f32(accs + _V * t)))
+        if not by_32:
+            for t in range(n):
+                store(room + _V * t, load_f32(accs + _V * t))
+
+    @function
+    def unpack(w, stride, first, stop, scratch, following):
         g = splat_f32(f32(0.0))
         for b in range(first // block, stop // block):
-            places = (scratch, w + ahead + LANES * n_bytes * b)
+            places = (scratch, following + LANES * n_bytes * b)
             g = walk_store(g, w + n_bytes * b, stride, places)
             scratch += _UNPACKED * subs
 
-    @inlined
-    def tokens_by_32(f, weights, n_cols, first, stop, x, stride):
-        d, sums = x + n_cols, x + n_cols + n_cols // d_bytes
-        for b in range(first // 32, stop // 32):
-            s0 = load_f32(weights + 8 * _V)
-            if HAS_FMA:
-                a = dot_many(tile_i32(TOKENS) + splat_i32(_MAGIC_BITS), weights, 8, x + 32 * b, stride)
-                # Exact but for the one rounding that a product has: _MAGIC * s0 has no more bits than a float32.
-                v = fma(as_f32(a), s0, s0 * splat_f32(-_MAGIC))
-            else:
-                v = to_f32(dot_many(tile_i32(TOKENS), weights, 8, x + 32 * b, stride)) * s0
-            f = fma(v, broadcast_f32(d + 4 * b, stride, TOKENS), f)
-            if has_min or has_bias:
-                f = fma(broadcast_f32(sums + 4 * b, stride, TOKENS), load_f32(weights + 10 * _V), f)
-            weights += _UNPACKED
-        return f
+    def for_tokens(n):
+        """The product of a panel with n tokens."""
 
-    @inlined
-    def tokens_by_256(f, weights, n_cols, first, stop, x, stride):
-        d, sums = x + n_cols, x + n_cols + n_cols // d_bytes
-        negated = sums + n_cols // 8
-        for b in range(first // 256, stop // 256):
-            g = tile_f32(TOKENS)
-            for k in range(8):
-                j = 8 * b + k
-                w, xj = weights + _UNPACKED * k, x + 32 * j
-                s0 = load_f32(w + 8 * _V)
-                if group == 32:
-                    a = tile_i32(TOKENS)
-                    if has_bias:
-                        a = negated_sums(negated, stride, j) << splat_i32(i32(shift))
-                    g = fma(to_f32(dot_many(a, w, 8, xj, stride)), s0, g)
-                    if has_min:
-                        g = fma(broadcast_f32(sums + 4 * j, stride, TOKENS), load_f32(w + 10 * _V), g)
+        @inlined
+        def by_32_(f, weights, n_cols, first, stop, x, stride):
+            d = x + n_cols
+            for b in range(first // 32, stop // 32):
+                s0, xb, db = load_f32(weights + 8 * _V), hidden(x + 32 * b), hidden(d + 4 * b)
+                if HAS_FMA:
+                    a = dot_many(tile_i32(n) + splat_i32(_MAGIC_BITS), weights, 8, xb, stride)
+                    # Exact but for the one rounding that a product has: _MAGIC * s0 has no more bits than a float32.
+                    v = fma(as_f32(a), s0, s0 * splat_f32(-_MAGIC))
                 else:
-                    s1 = load_f32(w + 9 * _V)
-                    a0, a1 = tile_i32(TOKENS), tile_i32(TOKENS)
-                    if has_bias:
-                        a0 = broadcast_i32(negated + 8 * j, stride, TOKENS) << splat_i32(i32(shift))
-                    g = fma(to_f32(dot_many(a0, w, 4, xj, stride)), s0, g)
-                    if has_bias:
-                        a1 = broadcast_i32(negated + 8 * j + 4, stride, TOKENS) << splat_i32(i32(shift))
-                    g = fma(to_f32(dot_many(a1, w + 4 * _V, 4, xj + 16, stride)), s1, g)
-                    if has_min:
-                        n0 = to_f32(broadcast_i32(negated + 8 * j, stride, TOKENS))
-                        n1 = to_f32(broadcast_i32(negated + 8 * j + 4, stride, TOKENS))
-                        g = g - fma(n0, load_f32(w + 10 * _V), n1 * load_f32(w + 11 * _V))
-            f = fma(g, broadcast_f32(d + 4 * b, stride, TOKENS), f)
-            weights += _UNPACKED * 8
-        return f
+                    v = to_f32(dot_many(tile_i32(n), weights, 8, xb, stride)) * s0
+                f = fma(v, broadcast_f32(db, stride, n), f)
+                if has_min or has_bias:
+                    f = fma(broadcast_f32(db + n_cols // 8, stride, n), load_f32(weights + 10 * _V), f)
+                weights += _UNPACKED
+            return f
 
-    tokens = tokens_by_32 if by_32 else tokens_by_256
-    define_products(name, block, n_bytes, one_token, unpack, tokens, _UNPACKED)
+        @inlined
+        def by_256_(f, weights, n_cols, first, stop, x, stride):
+            d, sums = x + n_cols, x + n_cols + n_cols // d_bytes
+            negated = sums + n_cols // 8
+            for b in range(first // 256, stop // 256):
+                g = tile_f32(n)
+                for k in range(8):
+                    j = 8 * b + k
+                    w, xj, nj = weights + _UNPACKED * k, hidden(x + 32 * j), hidden(negated + 8 * j)
+                    s0 = load_f32(w + 8 * _V)
+                    if group == 32:
+                        a = tile_i32(n)
+                        if has_bias:
+                            a = (broadcast_i32(nj, stride, n) + broadcast_i32(nj + 4, stride, n)) << splat_i32(i32(shift))
+                        g = fma(to_f32(dot_many(a, w, 8, xj, stride)), s0, g)
+                        if has_min:
+                            g = fma(broadcast_f32(hidden(sums + 4 * j), stride, n), load_f32(w + 10 * _V), g)
+                    else:
+                        s1 = load_f32(w + 9 * _V)
+                        a0, a1 = tile_i32(n), tile_i32(n)
+                        if has_bias:
+                            a0 = broadcast_i32(nj, stride, n) << splat_i32(i32(shift))
+                        g = fma(to_f32(dot_many(a0, w, 4, xj, stride)), s0, g)
+                        if has_bias:
+                            a1 = broadcast_i32(nj + 4, stride, n) << splat_i32(i32(shift))
+                        g = fma(to_f32(dot_many(a1, w + 4 * _V, 4, xj + 16, stride)), s1, g)
+                        if has_min:
+                            n0 = to_f32(broadcast_i32(nj, stride, n))
+                            n1 = to_f32(broadcast_i32(nj + 4, stride, n))
+                            g = g - fma(n0, load_f32(w + 10 * _V), n1 * load_f32(w + 11 * _V))
+                f = fma(g, broadcast_f32(hidden(d + 4 * b), stride, n), f)
+                weights += _UNPACKED * 8
+            return f
+
+        return by_32_ if by_32 else by_256_
+
+    products = (one_token, few_tokens, unpack, for_tokens(TOKENS), for_tokens(2))
+    define_products(name, block, n_bytes, _UNPACKED, 2, *products)
 
 
 for _name in QUANTIZED:

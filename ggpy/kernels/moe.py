@@ -2,9 +2,10 @@
 
 The router's result, `route`, holds n_expert_used pairs of float32 a token: (expert, weight), the best first.
 
-For prompts `groups` sorts the pairs by expert, so that each expert's matrix meets its tokens in one product. It holds, as
-int32: for each expert the first of its sorted rows, a multiple of 8, and how many it has; then, for each sorted row, which
-pair it is (token * n_expert_used + slot), -1 where there is none.
+For several tokens `groups` sorts the pairs by expert, so that each expert's matrix meets its tokens in one product. It
+holds int32, by fours: the number of chosen experts and of pairs; then for each chosen expert its number, the first of its
+sorted rows, and how many it has, with room for all experts; then, for each sorted row, which pair it is (token *
+n_expert_used + slot).
 """
 
 from ..simd.vector import LANES, copy_bytes, fma, ld_f32, ld_i32, load_f32, max_f32, splat_f32, st_f32, st_i32, stack, store
@@ -14,8 +15,9 @@ from .table import MOST_EXPERTS
 
 _V = 4 * LANES
 _PER_EXPERT = 4 * MOST_EXPERTS
-_ROOM = 2 * _PER_EXPERT
-_NONE = f32(-3e38)
+# Scores are compared as int32 that order as they do, so that no value can be chosen twice: a NaN stands behind -inf, then
+# what groups left out, then what is already chosen.
+_NAN, _LEFT_OUT, _CHOSEN = i32(-(2**31) + 2), i32(-(2**31) + 1), i32(-(2**31))
 
 
 @function
@@ -24,36 +26,44 @@ def _exp(x):
 
 
 @function
-def _best(scores, n):
-    """The index of the greatest of n scores, the first of equals."""
+def _set_key(keys, i, value):
+    st_f32(keys + 4 * i, value + f32(0.0))  # -0 is 0
+    bits = ld_i32(keys + 4 * i)
+    if value != value:
+        bits = _NAN
+    elif bits < 0:
+        bits = i32(bits ^ i32(0x7FFFFFFF))
+    st_i32(keys + 4 * i, bits)
+
+
+@function
+def _choose(keys, n):
+    """The index of the greatest of n keys, the first of equals, which is then no longer to be had."""
     best = 0
     for i in range(1, n):
-        if ld_f32(scores + 4 * i) > ld_f32(scores + 4 * best):
+        if ld_i32(keys + 4 * i) > ld_i32(keys + 4 * best):
             best = i
+    st_i32(keys + 4 * best, _CHOSEN)
     return best
 
 
 @function
-def _limit_groups(scores, copy, n_expert, n_group, n_group_used, two):
+def _limit_groups(scores, keys, n_expert, n_group, n_group_used, two):
     """Leaves only the experts of the best groups. A group is as good as its best expert, or the sum of its best two."""
     size = n_expert // n_group
-    groups = copy + 4 * size
+    copy, groups = stack(_PER_EXPERT), stack(_PER_EXPERT)
     for g in range(n_group):
-        first = scores + 4 * size * g
-        a = _best(first, size)
-        value = ld_f32(first + 4 * a)
+        copy_bytes(copy, keys + 4 * size * g, 4 * size)
+        value = ld_f32(scores + 4 * (size * g + _choose(copy, size)))
         if two and size > 1:
-            copy_bytes(copy, first, 4 * size)
-            st_f32(copy + 4 * a, _NONE)
-            value += ld_f32(copy + 4 * _best(copy, size))
-        st_f32(groups + 4 * g, value)
-    for _ in range(n_group_used):
-        g = _best(groups, n_group)
-        st_f32(groups + 4 * g, _NONE)
+            value += ld_f32(scores + 4 * (size * g + _choose(copy, size)))
+        _set_key(groups, g, value)
+    for _ in range(min(n_group_used, n_group)):
+        _choose(groups, n_group)
     for g in range(n_group):
-        if ld_f32(groups + 4 * g) > _NONE:
+        if ld_i32(groups + 4 * g) != _CHOSEN:
             for i in range(size):
-                st_f32(scores + 4 * (size * g + i), _NONE)
+                st_i32(keys + 4 * (size * g + i), _LEFT_OUT)
 
 
 @kernel("route")
@@ -74,14 +84,16 @@ def route(
 ):
     """Softmax or sigmoid of the logits, the best n_used by it (plus bias), normalized to sum 1 if asked for, scaled."""
     start, stop = share(ld_state(state, 0), ith, nth)
-    probs, scores, room = stack(_PER_EXPERT), stack(_PER_EXPERT), stack(_ROOM)
+    probs, scores, keys = stack(_PER_EXPERT), stack(_PER_EXPERT), stack(_PER_EXPERT)
     for t in range(start, stop):
         x = logits + 4 * n_expert * t
         if sigmoid:
             for i in range(n_expert):
                 st_f32(probs + 4 * i, f32(1.0) / (f32(1.0) + _exp(-ld_f32(x + 4 * i))))
         else:
-            top = ld_f32(x + 4 * _best(x, n_expert))
+            top = ld_f32(x)
+            for i in range(1, n_expert):
+                top = max(top, ld_f32(x + 4 * i))
             total = f32(0.0)
             for i in range(n_expert):
                 e = _exp(ld_f32(x + 4 * i) - top)
@@ -94,12 +106,12 @@ def route(
             if bias:
                 value += ld_f32(bias + 4 * i)
             st_f32(scores + 4 * i, value)
+            _set_key(keys, i, value)
         if n_group > 1:
-            _limit_groups(scores, room, n_expert, n_group, n_group_used, sigmoid)
+            _limit_groups(scores, keys, n_expert, n_group, n_group_used, sigmoid)
         total = f32(0.0)
         for s in range(n_used):
-            e = _best(scores, n_expert)
-            st_f32(scores + 4 * e, _NONE)
+            e = _choose(keys, n_expert)
             weight = ld_f32(probs + 4 * e)
             total += weight
             st_f32(out + 8 * (t * n_used + s), f32(e))
@@ -112,41 +124,49 @@ def route(
             st_f32(at, ld_f32(at) * by)
 
 
+@function
+def _expert(route, i, n_expert):
+    """The expert of pair i, whatever stands there one of n_expert."""
+    return min(max(int(ld_f32(route + 8 * i)), 0), n_expert - 1)
+
+
 @kernel("group_by_expert")
 def group_by_expert(ith, nth, route, out, state, n_expert, n_used):
     """Makes `groups` by counting. One thread: some microseconds."""
     if ith == 0:
         n = ld_state(state, 0) * n_used
-        order = out + 8 * n_expert
+        entries, order, places = out + 16, out + 16 * (n_expert + 1), stack(_PER_EXPERT)
         for e in range(n_expert):
-            st_i32(out + 8 * e + 4, i32(0))
+            st_i32(places + 4 * e, i32(0))
         for i in range(n):
-            at = out + 8 * int(ld_f32(route + 8 * i)) + 4
+            at = places + 4 * _expert(route, i, n_expert)
             st_i32(at, i32(ld_i32(at) + 1))
-        first = 0
+        first, n_chosen = 0, 0
         for e in range(n_expert):
-            st_i32(out + 8 * e, i32(first))
-            first += (ld_i32(out + 8 * e + 4) + 7) // 8 * 8
-            st_i32(out + 8 * e + 4, i32(0))
-        for i in range(first):
-            st_i32(order + 4 * i, i32(-1))
+            count = ld_i32(places + 4 * e)
+            if count:
+                entry = entries + 16 * n_chosen
+                st_i32(entry, i32(e))
+                st_i32(entry + 4, i32(first))
+                st_i32(entry + 8, i32(count))
+                n_chosen += 1
+            st_i32(places + 4 * e, i32(first))
+            first += count
+        st_i32(out, i32(n_chosen))
+        st_i32(out + 4, i32(n))
         for i in range(n):
-            at = out + 8 * int(ld_f32(route + 8 * i))
-            count = ld_i32(at + 4)
-            st_i32(order + 4 * (ld_i32(at) + count), i32(i))
-            st_i32(at + 4, i32(count + 1))
+            at = places + 4 * _expert(route, i, n_expert)
+            st_i32(order + 4 * ld_i32(at), i32(i))
+            st_i32(at, i32(ld_i32(at) + 1))
 
 
 @kernel("gather_rows")
 def gather_rows(ith, nth, x, groups, out, n_expert, per_row, row_bytes):
     """Copies the rows that the sorted pairs take: pair i takes row i // per_row."""
-    last = groups + 8 * (n_expert - 1)
-    n = ld_i32(last) + (ld_i32(last + 4) + 7) // 8 * 8
-    start, stop = share(n, ith, nth)
+    start, stop = share(ld_i32(groups + 4), ith, nth)
+    order = groups + 16 * (n_expert + 1)
     for i in range(start, stop):
-        pair = ld_i32(groups + 8 * n_expert + 4 * i)
-        if pair >= 0:
-            copy_bytes(out + row_bytes * i, x + pair // per_row * row_bytes, row_bytes)
+        copy_bytes(out + row_bytes * i, x + ld_i32(order + 4 * i) // per_row * row_bytes, row_bytes)
 
 
 @kernel("combine")

@@ -27,6 +27,7 @@ from .vector import (
     _call,
     _const,
     _constant,
+    _hidden,
     _join,
     _load,
     _members,
@@ -51,11 +52,6 @@ def _cut(b, v, *first: int):
     """Byte k of each lane: 8 bits of the lane, from bit first[k] on; those outside of the lane may be anything."""
     at = [(32 * (lane % 2) + bit) % 64 for lane in range(LANES) for bit in first]
     return _call(b, "llvm.x86.avx512.pmultishift.qb.512", _BYTES, [ir.Constant(_BYTES, at), b.bitcast(v, _BYTES)])
-
-
-def _hidden(b, address):
-    """The same address; LLVM can't know that, and doesn't load more from there than registers hold ahead of a loop."""
-    return b.asm(ir.FunctionType(_I64, [_I64]), "", "=r,0", [address], side_effect=True)
 
 
 def _pick(b, low, index, high):

@@ -81,3 +81,8 @@ def cpu_is_x86() -> bool:
     import platform
 
     return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def cpu_is_amd() -> bool:
+    """Whether the host is one of AMD's processors."""
+    return _host()[0].startswith("znver")
