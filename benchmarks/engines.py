@@ -15,10 +15,10 @@ class Ggpy:
 
     needs = "ggpy"
 
-    def __init__(self, path: str, n_ctx: int, n_threads: int, kv_type: str = "f16"):
+    def __init__(self, path: str, n_ctx: int, n_threads: int, n_sequences: int = 1, shared: bool = False):
         import ggpy
 
-        self._model = ggpy.load(path, n_ctx=n_ctx, n_threads=n_threads, kv_type=kv_type)
+        self._model = ggpy.load(path, n_ctx=n_ctx, n_threads=n_threads)
         self._sequence = self._model.new_sequence()
 
     @property
@@ -31,6 +31,23 @@ class Ggpy:
     def extend(self, ids: list[int]) -> np.ndarray:
         """Logits after the last id."""
         return self._sequence.extend(ids)
+
+    def start(self, prompts: list[list[int]]) -> None:
+        """Begins sequences, each with its prompt."""
+        self._many = [self._model.new_sequence() for _ in prompts]
+        for sequence, prompt in zip(self._many, prompts, strict=True):
+            sequence.extend(prompt)
+
+    def step(self, tokens: list[int]) -> np.ndarray:
+        """The next token of each sequence in one run; the logits of the last one."""
+        return self._many[0].extend_together(self._many, [[t] for t in tokens])[-1]
+
+    def converse(self, system: list[int], questions: list[list[int]], n: int) -> list[list[int]]:
+        """Answers of n tokens to questions that follow a common beginning, the likeliest token each time."""
+        self._sequence.close()
+        prompts = [system + q for q in questions]
+        options = {"max_tokens": n, "temperature": 0}
+        return [g.ids for g in sorted(self._model.generate_batch(prompts, **options), key=lambda g: g.index)]
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """Logits after each id, (n, n_vocab)."""
@@ -45,7 +62,7 @@ class LlamaCpp:
 
     needs = "llama_cpp"
 
-    def __init__(self, path: str, n_ctx: int, n_threads: int):
+    def __init__(self, path: str, n_ctx: int, n_threads: int, n_sequences: int = 1, shared: bool = False):
         api = self._api = self._load()
         options = api.llama_model_default_params()
         options.n_gpu_layers = 0
@@ -53,7 +70,9 @@ class LlamaCpp:
         if not self._model:
             raise SystemExit(f"{self.needs} can't load {path}")
         context = api.llama_context_default_params()
-        context.n_ctx, context.n_batch, context.n_ubatch = n_ctx, 512, 512
+        context.n_ctx, context.n_batch, context.n_ubatch = n_ctx * n_sequences, 512, 512
+        if n_sequences > 1:
+            context.n_seq_max, context.kv_unified = n_sequences, shared
         context.n_threads = context.n_threads_batch = n_threads
         self._context = api.llama_init_from_model(self._model, context)
         if not self._context:
@@ -86,6 +105,59 @@ class LlamaCpp:
         if code:
             raise SystemExit(f"llama_decode gave {code}")
         self._n_past += len(ids)
+
+    def _decode_all(self, tokens: list[tuple[int, int, int, bool]]) -> None:
+        """(token, position, sequence, whether its logits are wanted)."""
+        api = self._api
+        batch = api.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for i, (token, position, sequence, wanted) in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, position, 1, sequence
+            batch.logits[i] = wanted
+        code = api.llama_decode(self._context, batch)
+        api.llama_batch_free(batch)
+        if code:
+            raise SystemExit(f"llama_decode gave {code}")
+
+    def _row(self, i: int) -> np.ndarray:
+        return np.ctypeslib.as_array(self._api.llama_get_logits_ith(self._context, i), (self.n_vocab,))
+
+    def start(self, prompts: list[list[int]]) -> None:
+        self.clear()
+        self._lengths = [len(p) for p in prompts]
+        for s, prompt in enumerate(prompts):
+            for first in range(0, len(prompt), 512):
+                piece = prompt[first : first + 512]
+                self._decode_all([(t, first + i, s, i == len(piece) - 1) for i, t in enumerate(piece)])
+
+    def step(self, tokens: list[int]) -> np.ndarray:
+        self._decode_all([(t, self._lengths[s], s, True) for s, t in enumerate(tokens)])
+        self._lengths = [n + 1 for n in self._lengths]
+        return self._row(len(tokens) - 1)
+
+    def converse(self, system: list[int], questions: list[list[int]], n: int) -> list[list[int]]:
+        self.start([system])
+        memory, n_system = self._api.llama_get_memory(self._context), len(system)
+        for s in range(1, len(questions)):
+            self._api.llama_memory_seq_cp(memory, 0, s, -1, -1)
+        work = [(t, n_system + i, s, i == len(q) - 1) for s, q in enumerate(questions) for i, t in enumerate(q)]
+        answers: list[list[int]] = [[] for _ in questions]
+        for first in range(0, len(work), 512):
+            piece = work[first : first + 512]
+            self._decode_all(piece)
+            for i, (_, _, s, wanted) in enumerate(piece):
+                if wanted:
+                    answers[s].append(int(self._row(i).argmax()))
+        for _ in range(n - 1):
+            self._decode_all(
+                [
+                    (a[-1], n_system + len(q) + len(a) - 1, s, True)
+                    for s, (q, a) in enumerate(zip(questions, answers, strict=True))
+                ]
+            )
+            for s, answer in enumerate(answers):
+                answer.append(int(self._row(s).argmax()))
+        return answers
 
     def extend(self, ids: list[int]) -> np.ndarray:
         for i in range(0, len(ids), 512):

@@ -111,10 +111,7 @@ class ChatTemplate:
         TokenizerError
             See `render`.
         """
-        ids = tokenizer.encode(self.render(messages, **options), bos=False)
-        if tokenizer.add_bos and tokenizer.bos is not None and ids[:1] != [tokenizer.bos]:
-            ids.insert(0, tokenizer.bos)
-        return ids
+        return tokenizer.encode_prompt(self.render(messages, **options))
 
 
 class _RefusedError(Exception):

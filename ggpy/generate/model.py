@@ -291,7 +291,7 @@ class Model:
             repetition_penalty=repetition_penalty,
             seed=seed,
         )
-        ids = self.tokenize(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        ids = self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
         if not ids:
             raise Error("the prompt is empty")
         if len(ids) > self.n_ctx:

@@ -30,10 +30,10 @@ class TokenSequence:
     """
 
     def __init__(self, runner: "Runner"):
-        runner.check()
         self._runner = runner
         self.ids: list[int] = []
         self.pages: list[int] = []
+        runner.check()
 
     @property
     def n_ctx(self) -> int:
@@ -147,6 +147,31 @@ class TokenSequence:
             for chunk, _ in self._chunks(ids, self._runner.n_batch):
                 self._run(chunk, 1, profile=clock)
         return steps, clock
+
+    @staticmethod
+    def extend_together(sequences: "Sequence[TokenSequence]", ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Evaluates more tokens of several sequences of a model in one run.
+
+        Returns
+        -------
+        list of float32 array (n_vocab,)
+            The logits after the last token of each. Views, good until the model's next run.
+
+        Raises
+        ------
+        ContextFullError
+            They don't fit; some sequences may hold pages for them all the same.
+        """
+        runner = sequences[0]._runner
+        runner.check()
+        with runner.lock:
+            for sequence, more in zip(sequences, ids, strict=True):
+                runner.check_ids(more)
+                sequence.make_room(len(more))
+            logits = runner.run([s.span(more, 1) for s, more in zip(sequences, ids, strict=True)])
+            for sequence, more in zip(sequences, ids, strict=True):
+                sequence.ids.extend(more)
+        return [rows[0] for rows in logits]
 
     def _chunks(self, ids: Sequence[int], n: int) -> Iterator[tuple[Sequence[int], bool]]:
         """Pieces of at most n, and whether each is the last."""

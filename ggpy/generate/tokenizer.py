@@ -286,6 +286,13 @@ class Tokenizer:
             ids.append(last)
         return ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a text that is to be continued: as `encode` gives them, but never with an EOS at the end."""
+        ids = self.encode(text, bos=False)
+        if self.add_bos and self.bos is not None and ids[:1] != [self.bos]:
+            ids.insert(0, self.bos)
+        return ids
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for; for control tokens, the UTF-8 of their names.
 

@@ -102,7 +102,10 @@ def test_any_company_gives_the_same_logits(path, tmp_path, kv_type, steps, n_thr
                 prompt = SYSTEM[: x % 151] + ids(1 + x % 40, seed=x)
                 generations.append(start(model, prompt, seed=x))
             elif what == "advance" and generations:
-                next(generations[x % len(generations)][0], None)
+                try:
+                    next(generations[x % len(generations)][0], None)
+                except ggpy.ContextFullError:  # the sequences hold all pages
+                    generations.pop(x % len(generations))
             elif what == "cancel" and generations and x % 3 == 0:
                 generations[x % len(generations)][0].cancel()
             sequence, seen = sequences[x % len(sequences)]
@@ -123,8 +126,8 @@ def test_any_company_gives_the_same_logits(path, tmp_path, kv_type, steps, n_thr
                 sequence.close()
                 seen.clear()
         held = [(list(s.ids), seen) for s, seen in sequences]
-        for sequence, _ in sequences:
-            sequence.close()
+        while sequences:
+            sequences.pop()[0].close()
         for generation, _ in generations:
             generation.run()
         for tokens, seen in held:
@@ -135,9 +138,7 @@ def test_any_company_gives_the_same_logits(path, tmp_path, kv_type, steps, n_thr
             if recorder.seen:
                 assert recorder.seen == by_itself(model, generation)[: len(recorder.seen)]
             assert generation.finish_reason in ("stop", "length", "context", "cancelled")
-        del generation, sequence, alone
         model._runner.prefixes.clear()
-        sequences.clear()
         model._runner.take_page()
         assert model._runner.pages.n_free == model._runner.pages.n_pages - 1, "every page is given back"
 
@@ -204,13 +205,13 @@ def test_common_beginnings_are_computed_once(model):
     generations = [model.generate(system + ids(9, seed=i), max_tokens=3, temperature=0) for i in range(n)]
     for g in generations:
         g.run()
-    assert sum(counts) == 230 + n * 9 + n * 2
+    assert sum(counts) == 230 + n * 9 + sum(len(g.ids) - 1 for g in generations)
     assert sorted(g.n_reused for g in generations) == [0] + [230] * (n - 1)
     # And a conversation that goes on after the others have ended.
     counts.clear()
     longer = system + ids(9, seed=3) + generations[3].ids + ids(5, seed=99)
     again = model.generate(longer, max_tokens=1, temperature=0).run()
-    assert again.n_reused == 230 + 9 + 2 and sum(counts) == len(longer) - again.n_reused
+    assert again.n_reused == 230 + 9 + len(generations[3].ids) - 1 and sum(counts) == len(longer) - again.n_reused
 
 
 def test_when_pages_are_few_the_youngest_waits_and_gives_the_same(dense):
@@ -422,7 +423,7 @@ def test_nothing_of_a_model_can_be_pickled_or_copied(model):
             copy.deepcopy(thing)
 
 
-def test_a_saved_sequence_goes_on_with_the_same_bits(dense, tmp_path, path):
+def test_a_saved_sequence_goes_on_with_the_same_bits(dense, tmp_path):
     tokens = ids(200)
     with ggpy.load(dense, n_ctx=256, n_threads=2) as model, model.new_sequence() as sequence:
         sequence.extend(tokens[:130])
@@ -435,12 +436,12 @@ def test_a_saved_sequence_goes_on_with_the_same_bits(dense, tmp_path, path):
         sequence = model.load_sequence(tmp_path / "saved")
         assert sequence.ids == tokens[:130]
         np.testing.assert_array_equal(sequence.extend(tokens[130:]), expected)
-    if path != dense:
-        for other, options in ((path, {}), (dense, {"kv_type": "f32"})):
-            with ggpy.load(other, n_ctx=256, n_threads=1, **options) as model:
-                if model.file.path != dense or options:
-                    with pytest.raises(ggpy.Error, match="of another model"):
-                        model.load_sequence(tmp_path / "saved")
+    for other, options in ((converted(tmp_path, made("qwen3"), "f16"), {}), (dense, {"kv_type": "f32"})):
+        with (
+            ggpy.load(other, n_ctx=256, n_threads=1, **options) as model,
+            pytest.raises(ggpy.Error, match="of another model"),
+        ):
+            model.load_sequence(tmp_path / "saved")
 
 
 def test_damaged_sequences_are_refused_in_a_line(dense, tmp_path):
