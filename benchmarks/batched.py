@@ -5,8 +5,8 @@
 
 Each sequence has a prompt of its own of -p tokens; then -g steps are timed, each of one run with the next token of every
 sequence and the logits after it. With --system all prompts begin alike, and what is timed is everything, from the common
-prompt to the last token, the likeliest each time: in llama.cpp it is evaluated once and its cells copied to the sequences by
-hand; ggpy is given whole prompts. Each round starts a fresh process of each engine, in turn; medians count.
+prompt to the last token, the likeliest each time: in llama.cpp it is evaluated once and its cells copied to the sequences
+by hand; ggpy is given whole prompts. Each round starts a fresh process of each engine, in turn; medians count.
 """
 
 import argparse

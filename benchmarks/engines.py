@@ -18,7 +18,7 @@ class Ggpy:
     def __init__(self, path: str, n_ctx: int, n_threads: int, n_sequences: int = 1, shared: bool = False):
         import ggpy
 
-        self._model = ggpy.load(path, n_ctx=n_ctx, n_threads=n_threads)
+        self._model = ggpy.load(path, n_ctx=n_ctx * n_sequences, n_threads=n_threads)
         self._sequence = self._model.new_sequence()
 
     @property
