@@ -36,7 +36,7 @@ from .table import PANEL
 _V = 4 * LANES
 _TILE = TOKENS * _V
 #: tokens that are multiplied with a block while it is in registers; of more, it is unpacked to scratch
-FEW = 6
+FEW = 6 if TOKENS == 8 else 3
 _ROOM = 3 * FEW * _V
 
 
@@ -166,23 +166,23 @@ def define_products(name, block, n_bytes, unpacked, part, one_token, few_tokens,
         for first in range(0, n_cols, PANEL):
             stop = min(first + PANEL, n_cols)
             unpack(w, row_bytes, first, stop, scratch, following)
+            ends = stop == n_cols
             t = 0
             while t < n:
-                here = TOKENS
+                here, at = TOKENS, sums + _V * t
+                to = tail if ends else at
                 if n - t > TOKENS - part:
                     f = tile_f32(TOKENS)
                     if first:
-                        f = load_tile_f32(sums + _V * t, _V, TOKENS)
-                    store(tail, tokens(f, scratch, n_cols, first, stop, x + t * x_stride, x_stride))
+                        f = load_tile_f32(at, _V, TOKENS)
+                    store(to, tokens(f, scratch, n_cols, first, stop, x + t * x_stride, x_stride))
                 else:  # the last few; a tile for them all would cost more
                     here = part
                     f = tile_f32(part)
                     if first:
-                        f = load_tile_f32(sums + _V * t, _V, part)
-                    store(tail, part_tokens(f, scratch, n_cols, first, stop, x + t * x_stride, x_stride))
-                if stop < n_cols:
-                    copy_bytes(sums + _V * t, tail, _V * here)
-                else:
+                        f = load_tile_f32(at, _V, part)
+                    store(to, part_tokens(f, scratch, n_cols, first, stop, x + t * x_stride, x_stride))
+                if ends:
                     _store_tokens(tail, t, min(here, n - t), out, out_stride, more, order, n_rows)
                 t += here
 
