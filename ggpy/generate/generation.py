@@ -66,14 +66,18 @@ class Generation:
             raise request.error
         return None
 
-    def advance(self) -> bool:
-        """Takes the text that is there, or the next piece if none is; True if that was the last. For those who look after
-        many."""
+    def wait(self) -> None:
+        """Goes on until there is text to take, or the end; for those who look after many, as `take` is."""
+        if not self._request.cancelled:
+            self._scheduler.advance(self._request)
+
+    def take(self) -> bool:
+        """Takes the text that is there already; True if that was the last."""
         request = self._request
-        self._next()
-        while request.pieces:
+        done = request.done  # first: what is there then is all
+        while request.pieces or (done and request.error is not None):
             self._next()
-        return request.done
+        return done
 
     def run(self) -> "Generation":
         """Goes on to the end; returns the generation itself, whose `text` is whole then."""

@@ -331,6 +331,8 @@ class Model:
                     generation.index = index
                     active.append(generation)
                     index += 1
-            ended = [g for g in active if g.advance()]
+            if active:
+                active[0].wait()
+            ended = [g for g in active if g.take()]
             active = [g for g in active if g not in ended]
             yield from ended

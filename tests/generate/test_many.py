@@ -423,6 +423,18 @@ def test_nothing_of_a_model_can_be_pickled_or_copied(model):
             copy.deepcopy(thing)
 
 
+def test_sequences_are_extended_together(model):
+    tokens = [ids(n, seed=n) for n in (1, 70, 5, 1, 130)]
+    alone = [model.new_sequence().extend(t) for t in tokens]
+    sequences = [model.new_sequence() for _ in tokens]
+    together = sequences[0].extend_together(sequences, tokens)
+    for a, b in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [s.ids for s in sequences] == tokens
+    with pytest.raises(ggpy.Error, match="token 99999"):
+        sequences[0].extend_together(sequences, [[99999]] * 5)
+
+
 def test_a_saved_sequence_goes_on_with_the_same_bits(dense, tmp_path):
     tokens = ids(200)
     with ggpy.load(dense, n_ctx=256, n_threads=2) as model, model.new_sequence() as sequence:
