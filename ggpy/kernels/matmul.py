@@ -6,9 +6,9 @@ threads nor on the number of tokens. Two kernels for each type of weights:
 - `mul_mat_one_T`, one token: each block is unpacked in registers and multiplied at once. Reads every weight once: bound by
   memory bandwidth.
 - `mul_mat_T`, any number of tokens. Up to FEW are multiplied, one after the other, with each block while it is in
-  registers: bound by bandwidth, too. For more, PANEL columns of LANES rows are unpacked into scratch, where they stay in the
-  first-level cache, and multiplied by TOKENS tokens at a time, whose accumulators stay in registers, then by smaller tiles:
-  bound by the rate of the dot products. Buffers hold a multiple of 8 tokens; surplus rows are meaningless.
+  registers: bound by bandwidth, too. For more, PANEL columns of LANES rows are unpacked into scratch, where they stay in
+  the first-level cache, and multiplied by TOKENS tokens at a time, whose accumulators stay in registers, then by smaller
+  tiles: bound by the rate of the dot products. Buffers hold a multiple of 8 tokens; surplus rows are meaningless.
 
 Both take `n_slots` products at once, `*_slot_stride` bytes apart, of matrices `w_stride` bytes apart: the heads of an
 attention, or the experts of a mixture. Experts are named by `ids`, the router's pairs of (expert, weight): for one token,
