@@ -1,18 +1,19 @@
 """Weights × activations: out[t, r] = sum over k of w[r, k] x[t, k] (+ residual[t, r]), for one matrix or several alike.
 
-One weight row sits in each lane, so nothing is summed across lanes, and the order of the additions never depends on the
-threads. Two kernels for each type of weights:
+One weight row sits in each lane, so nothing is summed across lanes, and the order of the additions depends neither on the
+threads nor on the number of tokens. Two kernels for each type of weights:
 
 - `mul_mat_one_T`, one token: each block is unpacked in registers and multiplied at once. Reads every weight once: bound by
   memory bandwidth.
-- `mul_mat_T`, many tokens: PANEL columns of LANES rows are unpacked into scratch, where they stay in the first-level
-  cache, and multiplied by all tokens, TOKENS at a time, whose accumulators stay in registers. Bound by the rate of the dot
-  products. Buffers hold a multiple of TOKENS tokens; what stands in the surplus rows is meaningless.
+- `mul_mat_T`, any number of tokens. Up to FEW are multiplied, one after the other, with each block while it is in
+  registers: bound by bandwidth, too. For more, PANEL columns of LANES rows are unpacked into scratch, where they stay in
+  the first-level cache, and multiplied by TOKENS tokens at a time, whose accumulators stay in registers, then by smaller
+  tiles: bound by the rate of the dot products. Buffers hold a multiple of 8 tokens; surplus rows are meaningless.
 
 Both take `n_slots` products at once, `*_slot_stride` bytes apart, of matrices `w_stride` bytes apart: the heads of an
 attention, or the experts of a mixture. Experts are named by `ids`, the router's pairs of (expert, weight): for one token,
-slot s is multiplied with matrix ids[s]. For many tokens `groups` (see `moe`) says which rows of x go to which matrix, and
-where the results belong.
+slot s is multiplied with matrix ids[s]. For several tokens `groups` (see `moe`) says which matrices there are, which rows
+of x go to each, and where the results belong; n_slots is then the room for matrices in it.
 """
 
 from ..simd.vector import (
@@ -224,7 +225,7 @@ def define_products(name, block, n_bytes, unpacked, part, one_token, few_tokens,
         # Few tokens: as one, in chunks taken one ahead. Many: a tile of rows takes long, so that none is taken ahead.
         ahead, chunk = n_mean <= FEW, 1
         if ahead:
-            chunk = max(1, n_items // (16 * nth))
+            chunk = min(max(1, n_items // (16 * nth)), 16)  # experts' tiles may differ much
             first = ith * chunk
         else:
             first = next_item(counter)
