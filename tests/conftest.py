@@ -23,7 +23,7 @@ def _forget():
 _SLOW = ("IQ", "MXFP4", "TQ")
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=["amx", "avx512", "avx2", "portable"])
 def simd_form(request, monkeypatch):
     """Runs the test in each SIMD form that this machine has.
 

@@ -503,7 +503,7 @@ def _id_lower(p: "Plan", node: "Tensor") -> None:
         per_row = n_used if shared else 1
         p.step("gather_rows", x, x=source, groups=groups, out=out, n_expert=n_expert, per_row=per_row, row_bytes=stride)
 
-    rows = p.once(("gathered", source, given), stride * (n_sorted + 8), gather)  # tiles read surplus rows
+    rows = p.once(("gathered", source, given), stride * (n_sorted + 16), gather)  # tiles read surplus rows
     slots = {"n_slots": n_expert, "x_slot_stride": 0, "out_slot_stride": 0}
     p.product(w, node, False, n_sorted, x=rows, out=node, groups=groups, **slots, **sizes)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .tensor import Graph, Tensor
 
 _ALIGN = 64
-_PAD_TOKENS = 8  # matrix kernels take tokens in groups of up to 8
+_PAD_TOKENS = 16  # matrix kernels take tokens in groups of up to 16
 
 
 @dataclass(eq=False)

@@ -17,7 +17,9 @@ of x go to each, and where the results belong; n_slots is then the room for matr
 """
 
 from ..simd.vector import (
+    HAS_TILES,
     LANES,
+    TILE_TOKENS,
     TOKENS,
     copy_bytes,
     keep_order,
@@ -35,7 +37,7 @@ from .source import function, inlined, kernel
 from .table import PANEL
 
 _V = 4 * LANES
-_TILE = TOKENS * _V
+_TILE = max(TOKENS, TILE_TOKENS if HAS_TILES else 0) * _V
 #: tokens that are multiplied with a block while it is in registers; of more, it is unpacked to scratch
 FEW = 6 if TOKENS == 8 else 3
 _ROOM = 3 * FEW * _V
@@ -99,8 +101,16 @@ def _store_tokens(at, first, n, out, out_stride, residual, order, n_rows):
         _store_rows(at + _V * k, out + t * out_stride, more, n_rows)
 
 
-def define_products(name, block, n_bytes, unpacked, part, one_token, few_tokens, unpack, tokens, part_tokens):
+@function
+def nothing():
+    """What there is to do before and after products without AMX's tiles."""
+
+
+def define_products(name, block, n_bytes, unpacked, sizes, products, start=nothing, end=nothing):
     """Defines the two kernels of a type whose blocks hold `block` values in `n_bytes`.
+
+    `sizes` are the numbers of tokens that are multiplied at once, of which the second is for the last few, `products`
+    these functions:
 
     one_token(w, row_bytes, n_cols, x, following) -> vector
         LANES rows times one token; prefetches those at `following`.
@@ -109,9 +119,15 @@ def define_products(name, block, n_bytes, unpacked, part, one_token, few_tokens,
     unpack(w, row_bytes, first, stop, scratch, following)
         Columns first … stop - 1 of LANES rows into scratch, `unpacked` bytes for 32 columns; prefetches the same columns of
         the rows at `following`.
-    tokens(sums, scratch, n_cols, first, stop, x, x_stride) -> tile
-        sums + these columns of LANES unpacked rows times TOKENS tokens; `part_tokens` the same for `part` tokens.
+    tokens(sums, scratch, n_cols, first, stop, x, x_stride, room) -> tile
+        sums + these columns of LANES unpacked rows times sizes[0] tokens; `room` is for a vector a token.
+    last_tokens
+        The same for sizes[1] tokens.
+
+    start() and end() are what threads do before and after.
     """
+    one_token, few_tokens, unpack, tokens, last_tokens = products
+    most, part = sizes
 
     @kernel(f"mul_mat_one_{name}")
     def mul_mat_one(
@@ -163,26 +179,26 @@ def define_products(name, block, n_bytes, unpacked, part, one_token, few_tokens,
     @function
     def many_tokens(w, row_bytes, n_cols, x, x_stride, n, scratch, sums, following, out, out_stride, more, order, n_rows):
         """LANES rows times n tokens, panel by panel; stores the results."""
-        tail = stack(_TILE)
+        tail, room = stack(_TILE), stack(_TILE)
         for first in range(0, n_cols, PANEL):
             stop = min(first + PANEL, n_cols)
             unpack(w, row_bytes, first, stop, scratch, following)
             ends = stop == n_cols
             t = 0
             while t < n:
-                here, at = TOKENS, sums + _V * t
+                here, at = most, sums + _V * t
                 to = tail if ends else at
-                if n - t > TOKENS - part:
-                    f = tile_f32(TOKENS)
+                if n - t > most - part:
+                    f = tile_f32(most)
                     if first:
-                        f = load_tile_f32(at, _V, TOKENS)
-                    store(to, tokens(f, scratch, n_cols, first, stop, x + t * x_stride, x_stride))
+                        f = load_tile_f32(at, _V, most)
+                    store(to, tokens(f, scratch, n_cols, first, stop, x + t * x_stride, x_stride, room))
                 else:  # the last few; a tile for them all would cost more
                     here = part
                     f = tile_f32(part)
                     if first:
                         f = load_tile_f32(at, _V, part)
-                    store(to, part_tokens(f, scratch, n_cols, first, stop, x + t * x_stride, x_stride))
+                    store(to, last_tokens(f, scratch, n_cols, first, stop, x + t * x_stride, x_stride, room))
                 if ends:
                     _store_tokens(tail, t, min(here, n - t), out, out_stride, more, order, n_rows)
                 t += here
@@ -224,6 +240,7 @@ def define_products(name, block, n_bytes, unpacked, part, one_token, few_tokens,
         n_items = n_matrices * n_tiles
         # Few tokens: as one, in chunks taken one ahead. Many: a tile of rows takes long, so that none is taken ahead.
         ahead, chunk = n_mean <= FEW, 1
+        start()
         if ahead:
             chunk = min(max(1, n_items // (16 * nth)), 16)  # experts' tiles may differ much
             first = ith * chunk
@@ -261,3 +278,4 @@ def define_products(name, block, n_bytes, unpacked, part, one_token, few_tokens,
                         to, out_stride, more, order, left,
                     )  # fmt: skip
             first = then if ahead else next_item(counter)
+        end()

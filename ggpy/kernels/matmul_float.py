@@ -88,7 +88,7 @@ def _define(name, size, convert):
         """The product of a panel with n tokens."""
 
         @function
-        def tokens(f, weights, n_cols, first, stop, x, stride):
+        def tokens(f, weights, n_cols, first, stop, x, stride, room):
             even, odd = tile_f32(n), tile_f32(n)
             for k in range(first, stop, 2):
                 w = weights + (k - first) * _V
@@ -100,7 +100,7 @@ def _define(name, size, convert):
 
     # Fewer than half a tile would wait for sums: an addition begins when the one before it in its chain has ended.
     products = (one_token, few_tokens, unpack, for_tokens(TOKENS), for_tokens(TOKENS // 2))
-    define_products(name, 32, 32 * size, 32 * _V, TOKENS // 2, *products)
+    define_products(name, 32, 32 * size, 32 * _V, (TOKENS, TOKENS // 2), products)
 
 
 @function

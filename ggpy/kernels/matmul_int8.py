@@ -2,11 +2,14 @@
 
 from ..simd.vector import (
     HAS_FMA,
+    HAS_TILES,
     LANES,
+    TILE_TOKENS,
     TOKENS,
     as_f32,
     broadcast_f32,
     broadcast_i32,
+    configure_tiles,
     dot_tile,
     dot_tile_signed,
     dots,
@@ -14,14 +17,19 @@ from ..simd.vector import (
     fma,
     get_range,
     hidden,
+    join,
     ld_f32,
     ld_i32,
     load_f32,
+    load_tile_i32,
     prefetch,
     prefetch_once,
+    release_tiles,
     splat_f32,
     splat_i32,
     store,
+    tile_dots,
+    tile_dots_signed,
     tile_f32,
     tile_i32,
     to_f32,
@@ -37,6 +45,21 @@ _UNPACKED = 12 * _V  # of 32 values of LANES rows: 8 vectors of weights, 2 of sc
 #: the bits, as an int32, of the float32 1.5 * 2^23, whose last bit is worth 1. A sum of integers that begins with them is,
 #: read as float32, _MAGIC plus that sum, without a conversion, as long as the sum is less than 2^22.
 _MAGIC_BITS, _MAGIC = i32(0x4B400000), f32(1.5 * 2**23)
+
+
+@inlined
+def first_of(x, y):
+    return x
+
+
+@function
+def start_tiles():
+    configure_tiles()
+
+
+@function
+def end_tiles():
+    release_tiles()
 
 
 def _define(name):
@@ -174,7 +197,7 @@ def _define(name):
         """The product of a panel with n tokens."""
 
         @inlined
-        def by_32_(f, weights, n_cols, first, stop, x, stride):
+        def by_32_(f, weights, n_cols, first, stop, x, stride, room):
             d = x + n_cols
             for b in range(first // 32, stop // 32):
                 s0, xb, db = load_f32(weights + 8 * _V), hidden(x + 32 * b), hidden(d + 4 * b)
@@ -191,7 +214,7 @@ def _define(name):
             return f
 
         @inlined
-        def by_256_(f, weights, n_cols, first, stop, x, stride):
+        def by_256_(f, weights, n_cols, first, stop, x, stride, room):
             d, sums = x + n_cols, x + n_cols + n_cols // d_bytes
             negated = sums + n_cols // 8
             for b in range(first // 256, stop // 256):
@@ -226,8 +249,74 @@ def _define(name):
 
         return by_32_ if by_32 else by_256_
 
-    products = (one_token, few_tokens, unpack, for_tokens(TOKENS), for_tokens(2))
-    define_products(name, block, n_bytes, _UNPACKED, 2, *products)
+    # The same by AMX's tiles: the sums of 32 columns of TILE_TOKENS tokens, or of half as many, go to `room` first. With a
+    # scale for every 16 columns tiles would be half empty, and lose.
+    tile_dot = tile_dots_signed if layout.signed else tile_dots
+    half = TILE_TOKENS // 2
+
+    @inlined
+    def add_32(f, room, weights, n_cols, d, stride):
+        """f + 32 columns of half a tile's tokens, whose sums are at `room` and whose scales at d."""
+        f = fma(to_f32(load_tile_i32(room, _V, half)) * load_f32(weights + 8 * _V), broadcast_f32(d, stride, half), f)
+        if has_min or has_bias:
+            f = fma(broadcast_f32(d + n_cols // 8, stride, half), load_f32(weights + 10 * _V), f)
+        return f
+
+    @inlined
+    def add_256(g, room, weights, sums, negated, stride):
+        """g + 32 columns likewise."""
+        a = load_tile_i32(room, _V, half)
+        if has_bias:
+            a = a + (
+                (broadcast_i32(negated, stride, half) + broadcast_i32(negated + 4, stride, half)) << splat_i32(i32(shift))
+            )
+        g = fma(to_f32(a), load_f32(weights + 8 * _V), g)
+        if has_min:
+            g = fma(broadcast_f32(sums, stride, half), load_f32(weights + 10 * _V), g)
+        return g
+
+    def for_tiles(n):
+        """The product of a panel with n tokens."""
+        joined, last = join if n > half else first_of, n - half
+
+        @inlined
+        def by_32_(f, weights, n_cols, first, stop, x, stride, room):
+            f0, f1 = get_range(f, 0, half), get_range(f, last, half)
+            for b in range(first // 32, stop // 32):
+                d = hidden(x + n_cols + 4 * b)
+                tile_dot(room, weights, x + 32 * b, stride, n)
+                f0 = add_32(f0, room, weights, n_cols, d, stride)
+                if n > half:
+                    f1 = add_32(f1, room + half * _V, weights, n_cols, d + half * stride, stride)
+                weights += _UNPACKED
+            return joined(f0, f1)
+
+        @inlined
+        def by_256_(f, weights, n_cols, first, stop, x, stride, room):
+            d, sums, later = x + n_cols, x + n_cols + n_cols // d_bytes, half * stride
+            f0, f1 = get_range(f, 0, half), get_range(f, last, half)
+            for b in range(first // 256, stop // 256):
+                g0, g1 = tile_f32(half), tile_f32(half)
+                for j in range(8 * b, 8 * b + 8):
+                    sj, nj = hidden(sums + 4 * j), hidden(sums + n_cols // 8 + 8 * j)
+                    tile_dot(room, weights, x + 32 * j, stride, n)
+                    g0 = add_256(g0, room, weights, sj, nj, stride)
+                    if n > half:
+                        g1 = add_256(g1, room + half * _V, weights, sj + later, nj + later, stride)
+                    weights += _UNPACKED
+                f0 = fma(g0, broadcast_f32(hidden(d + 4 * b), stride, half), f0)
+                if n > half:
+                    f1 = fma(g1, broadcast_f32(hidden(d + 4 * b + later), stride, half), f1)
+            return joined(f0, f1)
+
+        return by_32_ if by_32 else by_256_
+
+    if HAS_TILES and group == 32:
+        products = (one_token, few_tokens, unpack, for_tiles(TILE_TOKENS), for_tiles(half))
+        define_products(name, block, n_bytes, _UNPACKED, (TILE_TOKENS, half), products, start_tiles, end_tiles)
+    else:
+        products = (one_token, few_tokens, unpack, for_tokens(TOKENS), for_tokens(2))
+        define_products(name, block, n_bytes, _UNPACKED, (TOKENS, 2), products)
 
 
 for _name in QUANTIZED:

@@ -80,7 +80,7 @@ PANEL = 512
 
 def scratch_bytes(type_name: str, n_tokens: int, row_bytes: int, lanes: int) -> int:
     """Bytes that each thread of a matrix product needs beside its operands: PANEL columns of LANES rows unpacked, a copy of
-    the last rows where n_rows isn't a multiple of LANES, and sums of n_tokens tokens (a multiple of 8)."""
+    the last rows where n_rows isn't a multiple of LANES, and sums of n_tokens tokens (a multiple of 16)."""
     vectors = 12 if type_name in QUANTIZED else 32  # for 32 columns
     unpacked = vectors * 4 * lanes * (PANEL // 32)
     return unpacked + (lanes * row_bytes + 63) // 64 * 64 + 4 * lanes * n_tokens

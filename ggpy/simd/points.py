@@ -39,7 +39,7 @@ from .vector import (
     intrinsic,
 )
 
-_PICKS_BYTES = TARGET.form == "avx512" and TARGET.has("avx512vbmi")
+_PICKS_BYTES = LANES == 16 and TARGET.has("avx512vbmi")
 _V = 4 * LANES  # bytes of a vector
 _LEAF = 128  # bytes that one instruction picks from
 

@@ -1,8 +1,9 @@
 """Which instruction set the kernels are compiled for.
 
-Three forms exist. `avx512` needs AVX-512 with VNNI, `avx2` needs AVX2, FMA and F16C (and uses AVX-VNNI where the CPU has
-it), `portable` is plain LLVM vectors of 128 bits and runs on any CPU that LLVM knows; on ARM with the dot-product
-extension it uses `sdot`. `GGPY_SIMD` forces a form, so that all of them can be tested on one machine.
+Four forms exist. `avx512` needs AVX-512 with VNNI, `amx` also AMX's tiles of int8, for which the system must give leave;
+`avx2` needs AVX2, FMA and F16C (and uses AVX-VNNI where the CPU has it), `portable` is plain LLVM vectors of 128 bits and
+runs on any CPU that LLVM knows; on ARM with the dot-product extension it uses `sdot`. `GGPY_SIMD` forces a form, so that
+all of them can be tested on one machine.
 
 This module imports llvmlite only: the running process never needs numba.
 """
@@ -13,8 +14,10 @@ from functools import lru_cache
 
 from ..errors import UnsupportedError
 
+_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
 _NEEDS = {
-    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"),
+    "amx": (*_AVX512, "amx-tile", "amx-int8"),
+    "avx512": _AVX512,
     "avx2": ("avx2", "fma", "f16c"),
     "portable": (),
 }
@@ -31,12 +34,12 @@ class Target:
     @property
     def lanes(self) -> int:
         """float32 values in a vector; also the number of weight rows that a matrix kernel works on at once."""
-        return {"avx512": 16, "avx2": 8, "portable": 4}[self.form]
+        return {"amx": 16, "avx512": 16, "avx2": 8, "portable": 4}[self.form]
 
     @property
     def tokens(self) -> int:
         """Tokens that a matrix kernel multiplies at once: as many as registers are left for accumulators."""
-        return 8 if self.form == "avx512" else 4
+        return 8 if self.lanes == 16 else 4
 
     def has(self, feature: str) -> bool:
         """Whether LLVM may use `feature` (an LLVM feature name) in this form."""
@@ -51,7 +54,20 @@ def _host() -> tuple[str, dict[str, bool]]:
         features = dict(llvm.get_host_cpu_features())
     except RuntimeError:  # LLVM can't tell on this platform
         features = {}
+    if features.get("amx-tile") and not _may_use_tiles():
+        features = {f: on and not f.startswith("amx") for f, on in features.items()}
     return llvm.get_host_cpu_name(), features
+
+
+def _may_use_tiles() -> bool:
+    """Whether Linux lets this process use AMX's tiles, for which it must be asked (arch_prctl(2), ARCH_REQ_XCOMP_PERM)."""
+    import ctypes
+    import sys
+
+    if sys.platform != "linux":
+        return False
+    arch_prctl, ask_for_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, ask_for_permission, tile_data) == 0
 
 
 def target() -> Target:
@@ -67,7 +83,9 @@ def target() -> Target:
     form = os.environ.get("GGPY_SIMD") or runs[0]
     if form not in runs:
         raise UnsupportedError(f"GGPY_SIMD={form}: this CPU runs {', '.join(runs)}")
-    if form == "avx2":
+    if form == "avx512":
+        features = {f: on and not f.startswith("amx") for f, on in features.items()}
+    elif form == "avx2":
         # A forced avx2 stands for a CPU without AVX-512: LLVM must not use it either.
         features = {f: on and not f.startswith(("avx512", "avx10", "amx")) for f, on in features.items()}
         cpu = "x86-64-v3" if any(_host()[1].get(f) for f in ("avx512f",)) else cpu

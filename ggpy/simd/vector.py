@@ -445,6 +445,21 @@ load_tile_f16 = _tile_loader(_I16, _f16_to_f32)
 load_tile_i8 = _tile_loader(_I8, lambda b, v: b.sitofp(v, F32.ir_type))
 
 
+@intrinsic
+def load_tile_i32(tyctx, address, stride, n):
+    """A tile whose vector t is the LANES int32 at `address + t * stride`."""
+    ty = Tile(I32, n.literal_value)
+
+    def codegen(ctx, b, sig, a):
+        at, out = a[0], []
+        for _ in range(ty.n):
+            out.append(_load(b, at, I32.ir_type))
+            at = b.add(at, a[1])
+        return _join(b, ty, out)
+
+    return ty(ADDRESS, ADDRESS, n), codegen
+
+
 # A *grid* is a tile of rows × n vectors, row after row.
 
 
@@ -883,7 +898,7 @@ def load_transposed(tyctx, address, stride, n):
 
 _BYTES = ir.VectorType(_I8, 4 * LANES)
 _HAS_ARM_DOT = not cpu_is_x86() and TARGET.has("dotprod")
-HAS_VNNI = TARGET.form == "avx512" or (TARGET.form == "avx2" and TARGET.has("avxvnni"))
+HAS_VNNI = LANES == 16 or (TARGET.form == "avx2" and TARGET.has("avxvnni"))
 # What 8-bit weights are biased by to be unsigned: `vpdpbusd` wants one unsigned side; other forms multiply signed bytes.
 BIAS_8BIT = 128 if HAS_VNNI else 0
 TOKENS = TARGET.tokens
@@ -962,13 +977,85 @@ dot_tile, dots = _dotter(False)
 dot_tile_signed, dots_signed = _dotter(True)
 
 
+# --- AMX: products of bytes by tiles ----------------------------------------------------------------------------------
+
+#: Whether there are tiles: registers of 16 rows of 64 bytes, and products of two of them.
+HAS_TILES = TARGET.form == "amx"
+#: tokens of the largest product of tiles
+TILE_TOKENS = 16
+# The registers' uses: results and activations by the number of tokens, weights.
+_RESULTS, _ACTIVATIONS, _WEIGHTS = {16: 0, 8: 1}, {16: 2, 8: 3}, 4
+
+
+def _call_tiles(b, name, *args):
+    """Calls an intrinsic of AMX's; Python's ints are its immediates."""
+    values = [ir.Constant(_I8, a) if isinstance(a, int) else a for a in args]
+    kind = ir.FunctionType(ir.VoidType(), [v.type for v in values])
+    b.call(b.module.declare_intrinsic(f"llvm.x86.{name}", fnty=kind), values)
+
+
+@intrinsic
+def configure_tiles(tyctx):
+    """Makes this thread's tiles ready for `tile_dots`."""
+    widths, rows = [0] * 16, [0] * 16
+    for n in (16, 8):
+        widths[_RESULTS[n]], rows[_RESULTS[n]] = 64, n
+        widths[_ACTIVATIONS[n]], rows[_ACTIVATIONS[n]] = 32, n
+    widths[_WEIGHTS], rows[_WEIGHTS] = 64, 8
+    palette = bytes([1]) + bytes(15)
+    config = palette + b"".join(w.to_bytes(2, "little") for w in widths) + bytes(rows)
+
+    def codegen(ctx, b, sig, a):
+        _call_tiles(b, "ldtilecfg", b.inttoptr(_constant(b, config), _I8.as_pointer()))
+        return ctx.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def release_tiles(tyctx):
+    """Gives the tiles back, so that nothing of them need be saved when another thread has its turn."""
+
+    def codegen(ctx, b, sig, a):
+        _call_tiles(b, "tilerelease")
+        return ctx.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def _tile_dotter(product):
+    @intrinsic
+    def tile_dots(tyctx, to, weights, x, stride, n):
+        """For each of n tokens (16 or 8) the sums w[g] · x[t][g] for g < 8, a vector of int32 each, to `to`; operands as
+        those of `dots`."""
+        c, rows = _RESULTS[n.literal_value], _ACTIVATIONS[n.literal_value]
+
+        def codegen(ctx, b, sig, a):
+            to, weights, x = (b.inttoptr(p, _I8.as_pointer()) for p in a[:3])
+            line = ir.Constant(_I64, 64)
+            _call_tiles(b, "tilezero", c)
+            _call_tiles(b, "tileloadd64", rows, x, a[3])
+            _call_tiles(b, "tileloadd64", _WEIGHTS, weights, line)
+            _call_tiles(b, product, c, rows, _WEIGHTS)
+            _call_tiles(b, "tilestored64", c, to, line)
+            return ctx.get_dummy_value()
+
+        return types.void(ADDRESS, ADDRESS, ADDRESS, ADDRESS, n), codegen
+
+    return tile_dots
+
+
+# Activations, signed, come first; weights are unsigned or signed.
+tile_dots, tile_dots_signed = _tile_dotter("tdpbsud"), _tile_dotter("tdpbssd")
+
+
 def lookup_16(values):
     """A function of a tile whose bytes are 0 … 15: values[i] (-128 … 255) for each byte i."""
     values = [v % 256 for v in values]
 
     def by_instruction(b, v):
         table = ir.Constant(_BYTES, values * (LANES // 4))
-        name = {"avx512": "avx512.pshuf.b.512", "avx2": "avx2.pshuf.b"}[TARGET.form]
+        name = {16: "avx512.pshuf.b.512", 8: "avx2.pshuf.b"}[LANES]
         return _call(b, f"llvm.x86.{name}", _BYTES, [table, v])
 
     def by_halving(b, v):

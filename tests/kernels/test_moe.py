@@ -6,8 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ggpy.errors import GraphError
-from ggpy.graph import Caches, Graph, Program, Team
+from ggpy.graph import Graph, Pages, Program, Team
 
+from ..graph.runs import alone
 from ..graph.weights import FakeWeight, random_weight
 
 SETTINGS = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -44,7 +45,8 @@ def test_experts_of_a_token_are_distinct_whatever_the_scores(
     logits = rng.standard_normal((n_tokens, n_expert)).astype(np.float32)
     logits[0] = data.draw(odd)
     team = Team(2)
-    got = Program(g, Caches(n_tokens), team).run({"logits": logits, "x": np.ones((n_tokens, 64), np.float32)}, 0)
+    inputs = {"logits": logits, "x": np.ones((n_tokens, 64), np.float32)}
+    got = Program(g, Pages(1), team).run(inputs, alone(n_tokens))
     team.close()
     experts = got["route"][..., 0]
     for chosen in experts:
@@ -61,7 +63,7 @@ def test_scores_that_are_no_numbers_come_last(simd_form):
     extra = g.weight(FakeWeight("bias", "F32", (8,), bias.view(np.uint8)))
     g.output(g.op("ROUTE", g.input("logits", (8,)), extra, n_used=8, gating="sigmoid"), "route")
     team = Team(1)
-    got = Program(g, Caches(2), team).run({"logits": np.zeros((2, 8), np.float32)}, 0)["route"][..., 0]
+    got = Program(g, Pages(1), team).run({"logits": np.zeros((2, 8), np.float32)}, alone(2))["route"][..., 0]
     team.close()
     assert got.tolist() == 2 * [[7, 3, 1, 5, 6, 2, 0, 4]]
 
@@ -81,7 +83,7 @@ def test_more_groups_used_than_there_are_is_all_of_them(simd_form):
         how = {"n_used": 6, "gating": "softmax", "n_group": 4, "n_group_used": n_group_used}
         g.output(g.op("ROUTE", g.input("logits", (8,)), **how), "route")
         team = Team(1)
-        results.append(Program(g, Caches(3), team).run({"logits": logits}, 0)["route"].copy())
+        results.append(Program(g, Pages(1), team).run({"logits": logits}, alone(3))["route"].copy())
         team.close()
     for other in results[1:]:
         np.testing.assert_array_equal(results[0], other)

@@ -21,7 +21,7 @@ def test_reading_reads_all_of_every_part(simd_form):
     memory, out = np.arange(64 * 1024, dtype=np.int32), aligned(64 * 3)
     values = np.array([memory.ctypes.data, memory.nbytes, out.ctypes.data], np.int64)
     team = Team(3)
-    team.run(np.array([(kernel, values.ctypes.data, 0)], np.int64), 0)
+    team.run(np.array([(kernel, values.ctypes.data, 0)], np.int64))
     team.close()
     sums = out.view(np.int32).reshape(3, 16)[:, : target().lanes]
     assert sums.astype(np.uint32).sum(dtype=np.uint32) == memory.astype(np.uint32).sum(dtype=np.uint32)
