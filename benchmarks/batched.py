@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+from engines import ENGINES, read_once
 
 
 def ids(n: int, n_vocab: int, seed: int = 0) -> list[int]:
@@ -28,8 +29,6 @@ def ids(n: int, n_vocab: int, seed: int = 0) -> list[int]:
 
 def measure(engine: str, a: argparse.Namespace) -> dict[str, float]:
     """One engine in this process: tokens per second by number of sequences; or seconds and memory."""
-    from engines import ENGINES
-
     counts = [int(n) for n in a.n.split(",")]
     if a.system:
         (n,) = counts
@@ -57,8 +56,9 @@ def measure(engine: str, a: argparse.Namespace) -> dict[str, float]:
     return rates
 
 
-def child(engine: str, args: list[str]) -> dict[str, float]:
+def child(engine: str, args: list[str], model: str) -> dict[str, float]:
     """This script in a process of its own, for one engine."""
+    read_once(model)
     command = [sys.executable, str(Path(__file__).resolve()), *args, "--work", engine]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -86,7 +86,7 @@ def main() -> None:
     results: dict[str, list[dict[str, float]]] = {e: [] for e in engines}
     for i in range(a.rounds):
         for engine in engines[i % len(engines) :] + engines[: i % len(engines)]:
-            results[engine].append(child(engine, args))
+            results[engine].append(child(engine, args, a.model))
     medians = {e: {k: statistics.median(r[k] for r in rounds) for k in rounds[0]} for e, rounds in results.items()}
     print(f"{a.model}: {a.threads} threads, prompts of {a.system + a.prompt}, {a.generate} tokens each, {a.rounds} rounds")
     print(f"{'':<10}" + "".join(f"{e:>30}" for e in engines) + "".join(f"{'ggpy / ' + e:>26}" for e in engines[1:]))

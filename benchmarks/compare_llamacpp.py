@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+from engines import ENGINES, available, read_once
 
 MEASURES = {
     "load": ("s", False),
@@ -37,8 +38,6 @@ def _ids(n: int, n_vocab: int) -> list[int]:
 
 def _work_direct(engine: str, a: argparse.Namespace) -> dict[str, float]:
     """Measures one engine in this process, through its own calls."""
-    from engines import ENGINES
-
     started = time.perf_counter()
     model = ENGINES[engine](a.model, a.depth + max(a.prompt, a.decode) + 8, a.threads)
     load = time.perf_counter() - started
@@ -86,23 +85,13 @@ def _work_xllamacpp(a: argparse.Namespace) -> dict[str, float]:
 
 
 def _work_first(engine: str, a: argparse.Namespace) -> None:
-    from engines import ENGINES
-
     model = ENGINES[engine](a.model, 64, a.threads)
     int(model.extend(_ids(5, model.n_vocab)).argmax())
 
 
-def _read_once(path: str) -> None:
-    """Brings the file into the page cache, which an engine that copies its weights may have driven it out of."""
-    room = bytearray(1 << 24)
-    with open(path, "rb", buffering=0) as file:
-        while file.readinto(room):
-            pass
-
-
 def child(mode: str, engine: str, a: argparse.Namespace) -> tuple[dict[str, float], float]:
     """Runs this script for one measurement; its result and its seconds."""
-    _read_once(a.model)
+    read_once(a.model)
     sizes = ["-t", a.threads, "-p", a.prompt, "-n", a.decode, "-d", a.depth]
     command = [sys.executable, str(Path(__file__).resolve()), a.model, "--work", f"{mode}:{engine}", *map(str, sizes)]
     started = time.perf_counter()
@@ -157,8 +146,6 @@ def main() -> None:
         result["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps(result), flush=True)
         return
-    from engines import available
-
     engines = [e for e in a.engines.split(",") if e] or available()
     if not a.engines and importlib.util.find_spec("xllamacpp"):
         engines.append("xllamacpp")

@@ -232,6 +232,14 @@ ENGINES = {
 }
 
 
+def read_once(path: str) -> None:
+    """Brings a file into the page cache, which an engine that copies its weights may have driven it out of."""
+    room = bytearray(1 << 24)
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(room):
+            pass
+
+
 def available() -> list[str]:
     """The engines that are installed, but for those that are slow or noisy and must be asked for."""
     return [name for name in ("ggpy", "llama-cpp-python") if importlib.util.find_spec(ENGINES[name].needs)]
