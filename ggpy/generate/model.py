@@ -300,8 +300,8 @@ class Model:
             raise Error(f"give a sampler or sampling options, not both: {', '.join(sampling)}")
         elif not callable(getattr(sampler, "sample", None)):
             raise Error(f"a sampler has a method sample(logits, ids), {type(sampler).__name__} has none")
-        if not all(map(callable, processors)):
-            raise Error("processors are functions, called as f(ids, logits)")
+        if callable(processors) or not all(map(callable, processors := tuple(processors))):
+            raise Error("processors are a list of functions, each called as f(ids, logits)")
         ids = self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else _token_ids(prompt)
         if not ids:
             raise Error("the prompt is empty")

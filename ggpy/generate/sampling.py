@@ -33,8 +33,9 @@ Processor: TypeAlias = Callable[[Sequence[int], Logits], Logits]
 #: DRY's sequence breakers: by the token that begins one, the tokens that may go on.
 Breakers: TypeAlias = Mapping[int, Sequence[tuple[int, ...]]]
 
-# How many neighbouring logits share one maximum when the highest are looked for.
-_CHUNK = 256
+# How many groups of logits have one maximum each when the highest are looked for. Groups are interleaved: maxima of columns
+# are several times as fast as those of rows.
+_GROUPS = 1024
 # How many of the most likely tokens are ranked first when only a share of the probability bounds them, and how many times
 # as many after that.
 _FIRST_RANKED, _MORE_RANKED = 256, 8
@@ -85,9 +86,9 @@ class Candidates(NamedTuple):
         return Candidates(self.ids[which], self.logits[which], self.ranked)
 
     def best(self, places: Ids, n: int | None = None) -> Candidates:
-        """The n most likely of those at some rising places, ranked."""
+        """The n most likely of those at some rising places, ranked; for candidates that aren't."""
         logits = self.logits[places]
-        order = slice(n) if self.ranked else np.argsort(-logits, kind="stable")[:n]
+        order = np.argsort(-logits, kind="stable")[:n]
         return Candidates(self.ids[places[order]], logits[order], True)
 
 
@@ -128,7 +129,7 @@ def dry_penalized(
     breaker, and what is a breaker by itself loses nothing.
     """
     tokens = np.asarray(recent, np.intp)
-    _inside(np.unique(tokens), logits)
+    _inside(tokens, logits)
     n = len(tokens)
     # Beyond this the penalty is higher than any float32.
     longest_told_apart = allowed_length + (math.log(_HIGHEST) / math.log(base) if base > 1 else 0)
@@ -146,7 +147,7 @@ def dry_penalized(
     ends = np.flatnonzero(lengths >= allowed_length)
     ends = ends[np.argsort(lengths[ends], kind="stable")]
     longest = dict(zip(tokens[ends + 1].tolist(), lengths[ends].tolist(), strict=True))  # the last, longest one counts
-    longest = {i: n for i, n in longest.items() if () not in breakers.get(i, ())}
+    longest = {token: length for token, length in longest.items() if () not in breakers.get(token, ())}
     ids = np.fromiter(longest, np.intp, len(longest))
     more = np.fromiter(longest.values(), np.float64, len(longest)) - allowed_length
     penalties = np.exp(np.minimum(math.log(multiplier) + more * math.log(base), math.log(_HIGHEST)))
@@ -222,17 +223,19 @@ def top_k(candidates: Candidates, k: int) -> Candidates:
         return candidates.taken(slice(k))
     logits = candidates.logits
     n = len(logits)
-    n_chunks = n // _CHUNK
-    if n_chunks > k:
-        # The k-th highest of the chunks' maxima is no higher than the k-th highest logit: few logits reach it, and one
+    groups = max(_GROUPS, 4 * k)
+    if n >= 4 * groups:
+        # The k-th highest of the groups' maxima is no higher than the k-th highest logit: few logits reach it, and one
         # cheap pass finds them.
-        maxima = logits[: n_chunks * _CHUNK].reshape(n_chunks, _CHUNK).max(axis=1)
-        bound = np.partition(maxima, n_chunks - k)[n_chunks - k]
+        maxima = logits[: n // groups * groups].reshape(-1, groups).max(axis=0)
+        bound = np.partition(maxima, groups - k)[groups - k]
     elif n > k:
         bound = np.partition(logits, n - k)[n - k]
     else:
         return ranked(candidates)
-    return candidates.best(np.flatnonzero(logits >= bound), k)
+    # Where nearly all are ruled out, those aren't worth ranking.
+    places = np.flatnonzero(logits >= bound if bound > -np.inf else logits > bound)
+    return candidates.best(places, k)
 
 
 def typical_p(candidates: Candidates, p: float) -> Candidates:
@@ -273,7 +276,8 @@ def min_p(candidates: Candidates, p: float) -> Candidates:
     if p > 1:
         return top_k(candidates, 1)
     bound = np.float32(max(_LOWEST, candidates.highest + math.log(p)))
-    return candidates.best(np.flatnonzero(candidates.logits >= bound))
+    kept = candidates.logits >= bound
+    return candidates.taken(slice(np.count_nonzero(kept))) if candidates.ranked else candidates.best(np.flatnonzero(kept))
 
 
 def xtc(candidates: Candidates, threshold: float) -> Candidates:

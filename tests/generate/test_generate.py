@@ -104,7 +104,8 @@ def test_a_sampler_that_chooses_no_token_is_told(model, token):
     [
         ({"sampler": Stays(), "top_k": 3}, "a sampler or sampling options, not both: top_k"),
         ({"sampler": "greedy"}, "has a method sample"),
-        ({"processors": [3]}, "processors are functions"),
+        ({"processors": [3]}, "processors are a list of functions"),
+        ({"processors": lambda ids, logits: logits}, "processors are a list of functions"),
         ({"max_tokens": -2}, "max_tokens must be"),
         ({"max_tokens": 1.5}, "max_tokens must be"),
         ({"max_tokens": True}, "max_tokens must be"),

@@ -155,6 +155,18 @@ def test_top_k_takes_lower_ids_of_equal_logits(logits, k):
     assert sorted(ids.tolist()) == sorted(expected.tolist())
 
 
+@pytest.mark.parametrize("k", [1, 40, 700, 2000])
+@pytest.mark.parametrize("n", [4096, 5000, 20_001])
+def test_top_k_of_large_vocabularies_takes_the_highest_in_order(n, k):
+    rng = np.random.default_rng(n + k)
+    for values in (rng.normal(0, 3, n), rng.integers(0, 5, n), np.where(rng.random(n) < 10 / n, 1.0, -np.inf)):
+        logits = values.astype(np.float32)
+        logits[-1] = max(logits[-1], 2)  # the remainder behind the last whole row of groups counts
+        expected = np.argsort(-logits, kind="stable")[:k]
+        left = sampling.top_k(Candidates(np.arange(n), logits), k)
+        np.testing.assert_array_equal(left.ids, expected[logits[expected] > -np.inf])
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_no_numbers_are_refused(value, temperature):
