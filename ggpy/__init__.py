@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .file import GGUFFile
     from .generate.generation import Generation
     from .generate.model import Model
+    from .generate.options import SamplingOptions
+    from .generate.sampling import Sampler, StandardSampler
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,12 +38,22 @@ __all__ = [
     "Generation",
     "GraphError",
     "Model",
+    "Sampler",
+    "SamplingOptions",
+    "StandardSampler",
     "TokenizerError",
     "UnsupportedError",
     "load",
 ]
 
-_LAZY = {"GGUFFile": "file", "Model": "generate.model", "Generation": "generate.generation"}
+_LAZY = {
+    "GGUFFile": "file",
+    "Generation": "generate.generation",
+    "Model": "generate.model",
+    "Sampler": "generate.sampling",
+    "SamplingOptions": "generate.options",
+    "StandardSampler": "generate.sampling",
+}
 
 
 def __getattr__(name: str) -> Any:

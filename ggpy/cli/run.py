@@ -1,16 +1,18 @@
 """`ggpy run`: continue a prompt, or talk."""
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .common import KVType, byte_count, open_model
+from .sampling import sampling_values, with_sampling_flags
 
 if TYPE_CHECKING:
     from ..generate.model import Generation, Model
 
 
+@with_sampling_flags
 def run(
     model: Annotated[str, typer.Argument(help="A .gguf file, a checkpoint folder or a hub id.", metavar="MODEL")],
     prompt: Annotated[
@@ -20,13 +22,9 @@ def run(
         bool, typer.Option("--chat", help="Take the prompt as a user's message, by the chat template.")
     ] = False,
     system: Annotated[str | None, typer.Option("--system", help="The system message of a chat.")] = None,
-    max_tokens: Annotated[int | None, typer.Option("-n", "--max-tokens", min=1, help="Tokens at most.")] = None,
-    temp: Annotated[float, typer.Option("--temp", min=0, help="Temperature; 0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Candidates at most; 0: all.")] = 40,
-    top_p: Annotated[float, typer.Option("--top-p", min=0, max=1, help="Probability of the candidates.")] = 0.95,
-    min_p: Annotated[float, typer.Option("--min-p", min=0, max=1, help="Least share of the likeliest.")] = 0.05,
-    repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", min=0.01)] = 1.0,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="The same seed gives the same text.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("-n", "--max-tokens", min=-1, help="Tokens at most; -1: no limit.")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="A text that ends the answer; may be repeated.")] = None,
     ctx: Annotated[int | None, typer.Option("-c", "--ctx", min=1, help="Tokens of context.")] = None,
     threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Default: physical cores.")] = None,
@@ -39,6 +37,7 @@ def run(
         str | None, typer.Option("--ram-budget", help="Memory for a bigger mixture of experts: 6G, 512M.")
     ] = None,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print timings at the end.")] = False,
+    **sampling: Any,
 ) -> None:
     """Continue a prompt, streaming the text. In a terminal without -p: talk to the model."""
     talk = prompt is None and sys.stdin.isatty()
@@ -47,16 +46,7 @@ def run(
     budget = None if ram_budget is None else byte_count(ram_budget)
     how = {"kv_type": kv_type, "mla": mla, "n_expert_used": n_expert_used, "ram_budget": budget}
     with open_model(model, ctx, threads, **how) as opened:
-        options = {
-            "max_tokens": max_tokens,
-            "temperature": temp,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-            "stop": stop or [],
-        }
+        options = {"max_tokens": max_tokens, "stop": stop, **sampling_values(sampling)}
         first = [{"role": "system", "content": system}] if system else []
         if talk:
             _talk(opened, first, options, verbose)

@@ -1,9 +1,11 @@
 """A model, ready to use: text in, text out."""
 
+import reprlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,16 +17,21 @@ from ..graph import Graph, Team, default_threads
 from ..models import read_architecture
 from .chat import ChatTemplate
 from .generation import Generation
+from .options import checked_option, with_sampling_options
 from .runner import Runner
-from .sampling import Sampler
+from .sampling import StandardSampler
 from .scheduler import Request, Scheduler
 from .sequence import TokenSequence
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from ..graph import Batch, Hook
     from ..kernels.build import Progress
     from .expert_memory import ExpertMemory
+    from .options import SamplingOptions
+    from .sampling import Processor, Sampler
 
 DEFAULT_CONTEXT = 8192
 DEFAULT_BATCH = 512
@@ -239,18 +246,16 @@ class Model:
         see `ggpy.graph`."""
         return self._runner.graph(n_tokens, n_outputs)
 
+    @with_sampling_options
     def generate(
         self,
         prompt: str | Sequence[int],
         *,
         max_tokens: int | None = None,
-        temperature: float = 0.8,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.05,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
+        sampler: "Sampler | None" = None,
+        processors: "Sequence[Processor]" = (),
+        **sampling: "Unpack[SamplingOptions]",
     ) -> "Generation":
         """Continues a prompt.
 
@@ -261,15 +266,16 @@ class Model:
         prompt : str or sequence of int
             Text or token ids. What it shares with sequences before it isn't computed again.
         max_tokens : int, optional
-            Tokens at most; by default until the model ends or the context is full.
-        temperature : float
-            0 takes the likeliest token each time.
-        top_k, top_p, min_p, repetition_penalty : int, float, float, float
-            See `sampling.Sampler`; 0, 1, 0 and 1 switch them off.
-        seed : int, optional
-            The same seed gives the same text.
-        stop : sequence of str
+            Tokens at most; None or -1: until the model ends or the context is full.
+        stop : str or sequence of str, optional
             Texts that end the generation; they are not part of it.
+        sampler : Sampler, optional
+            Chooses the tokens, by its `sample(logits, ids)`, instead of the options below. One that keeps a state is for
+            one generation.
+        processors : sequence of callable
+            Called before the sampler, in turn, as f(ids, logits) with the ids so far, the prompt's among them, and float32
+            logits (n_vocab,), a copy; each returns logits of the same shape. -inf rules a token out.
+        **sampling
 
         Returns
         -------
@@ -281,26 +287,40 @@ class Model:
         ------
         ContextFullError
             The prompt doesn't fit into the context.
+        Error
+            The prompt is empty or neither text nor token ids, or an option is out of its range.
         """
         self._runner.check()
-        sampler = Sampler(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        )
-        ids = self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        if sampler is None:
+            tokenizer = self.tokenizer if sampling.get("dry_multiplier") else None
+            standard = StandardSampler(tokenizer=tokenizer, **sampling)
+            self._runner.check_ids(standard.options["logit_bias"])
+            sampler = standard
+        elif sampling:
+            raise Error(f"give a sampler or sampling options, not both: {', '.join(sampling)}")
+        elif not callable(getattr(sampler, "sample", None)):
+            raise Error(f"a sampler has a method sample(logits, ids), {type(sampler).__name__} has none")
+        if callable(processors) or not all(map(callable, processors := tuple(processors))):
+            raise Error("processors are a list of functions, each called as f(ids, logits)")
+        ids = self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else _token_ids(prompt)
         if not ids:
             raise Error("the prompt is empty")
         if len(ids) > self.n_ctx:
             raise ContextFullError(f"the prompt has {len(ids)} tokens, the context holds {self.n_ctx}")
         self._runner.check_ids(ids)
-        return Generation(self._scheduler, Request(self.tokenizer, ids, sampler, max_tokens, stop))
+        request = Request(self.tokenizer, ids, sampler, _limit(max_tokens), () if stop is None else stop, processors)
+        return Generation(self._scheduler, request)
 
+    @with_sampling_options
     def generate_batch(
-        self, prompts: Iterable[str | Sequence[int]], *, seed: int | None = None, **options: Any
+        self,
+        prompts: Iterable[str | Sequence[int]],
+        *,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] | None = (),
+        sampler: "Callable[[int], Sampler] | None" = None,
+        processors: "Sequence[Processor]" = (),
+        **sampling: "Unpack[SamplingOptions]",
     ) -> Iterator[Generation]:
         """Continues many prompts, as many at once as is good.
 
@@ -309,17 +329,24 @@ class Model:
         Parameters
         ----------
         prompts : iterable of (str or sequence of int)
-            Read as there is room for more.
-        seed : int, optional
-            The prompt at place i is sampled with seed + i.
-        **options
+            Read as there is room for more. The prompt at place i is sampled with seed + i, if a seed is given.
+        max_tokens, stop, processors
             As for `generate`.
+        sampler : callable, optional
+            Called with each prompt's place, gives its sampler.
+        **sampling
 
         Yields
         ------
         Generation
             Each as it ends: `index` is its place among the prompts, `text` what was generated.
+
+        Raises
+        ------
+        Error
+            As for `generate`.
         """
+        seed = checked_option("seed", sampling.pop("seed", None))
         todo, active, index = iter(prompts), [], 0  # type: ignore[var-annotated]
         more = True
         while more or active:
@@ -327,7 +354,16 @@ class Model:
                 prompt = next(todo, None)
                 more = prompt is not None
                 if prompt is not None:
-                    generation = self.generate(prompt, seed=None if seed is None else seed + index, **options)
+                    if seed is not None:
+                        sampling["seed"] = seed + index
+                    generation = self.generate(
+                        prompt,
+                        max_tokens=max_tokens,
+                        stop=stop,
+                        sampler=None if sampler is None else sampler(index),
+                        processors=processors,
+                        **sampling,
+                    )
                     generation.index = index
                     active.append(generation)
                     index += 1
@@ -336,3 +372,23 @@ class Model:
             ended = [g for g in active if g.take()]
             active = [g for g in active if g not in ended]
             yield from ended
+
+
+def _token_ids(prompt: Sequence[int]) -> list[int]:
+    ids = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
+    if not isinstance(ids, (bytes, bytearray)) and isinstance(ids, Iterable):
+        ids = list(ids)
+        wrong = [i for i in ids if not isinstance(i, Integral) or isinstance(i, bool)]
+        if not wrong:
+            return [int(i) for i in ids]
+        raise Error(f"a prompt is text or token ids; among these is {reprlib.repr(wrong[0])}")
+    raise Error(f"a prompt is text or token ids, not {type(prompt).__name__}")
+
+
+def _limit(max_tokens: int | None) -> int | None:
+    """How many tokens at most; None if there is no limit."""
+    if max_tokens is None:
+        return None
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, Integral) or max_tokens < -1:
+        raise Error(f"max_tokens must be a whole number, 0 or more, or None or -1 for no limit; got {max_tokens!r}")
+    return None if max_tokens == -1 else int(max_tokens)

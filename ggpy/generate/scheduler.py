@@ -12,7 +12,7 @@ from ..graph import pages_of
 from ..kernels.table import SLAB
 from .prefixes import Prefix, common
 from .runner import Runner
-from .sampling import Sampler
+from .sampling import Processor, Sampler, next_token
 from .sequence import TokenSequence
 from .streaming import StopMatcher, StreamDecoder
 from .tokenizer import Tokenizer
@@ -52,7 +52,8 @@ class Request:
         prompt_ids: list[int],
         sampler: Sampler,
         max_tokens: int | None,
-        stop: Sequence[str],
+        stop: str | Sequence[str],
+        processors: Sequence[Processor] = (),
     ):
         self.tokens = list(prompt_ids)
         self.n_prompt = len(prompt_ids)
@@ -65,7 +66,7 @@ class Request:
         self.sequence: TokenSequence | None = None
         self.prefix: Prefix | None = None
         self.n_known = 0
-        self._sampler, self._max_tokens = sampler, max_tokens
+        self._sampler, self._processors, self._max_tokens = sampler, tuple(processors), max_tokens
         self._end_tokens = tokenizer.end_tokens
         self._decoder, self._stops = StreamDecoder(tokenizer, prompt_ids), StopMatcher(stop)
         self._started = self._first = 0.0
@@ -89,7 +90,7 @@ class Request:
         else:
             self.decode_seconds = now - self._first
         try:
-            token = self._sampler.sample(logits, self.tokens)
+            token = next_token(self._sampler, self._processors, logits, self.tokens)
         except Exception as error:  # the others go on
             self.error = error
             return

@@ -66,13 +66,15 @@ class StopMatcher:
     Raises
     ------
     Error
-        A stop string is empty.
+        A stop string is empty, or none.
     """
 
     def __init__(self, stops: Iterable[str]):
         self._stops = [stops] if isinstance(stops, str) else list(stops)
         if not all(self._stops):
             raise Error("a stop string must not be empty")
+        if not all(isinstance(stop, str) for stop in self._stops):
+            raise Error("stop must be texts")
         self._held = ""
         self.stopped = False
 

@@ -38,6 +38,53 @@ def test_run_streams_the_text_that_the_api_gives(folder, capsys):
     assert "decode" in err and "tok/s" in err
 
 
+def test_run_has_a_flag_for_each_sampling_option(folder, capsys):
+    import ggpy
+    from ggpy.generate.options import option_table
+
+    flags = {
+        "logit-bias": ["3=-inf", "5=2.5"],
+        "dry-sequence-breakers": ["x", "\n"],
+        "mirostat": [0],
+        "seed": [5],
+        "temperature": [1.5],
+        "top-p": [0.9],
+    }
+    arguments, options = [], {"logit_bias": {3: -float("inf"), 5: 2.5}, "dry_sequence_breakers": ["x", "\n"]}
+    for name, (kind, option) in option_table().items():
+        flag = name.replace("_", "-")
+        given = flags.get(flag) or [2 if kind is int else 0.75 if option.allowed(0.75) else 1.25]
+        for value in given:
+            arguments += [f"--{flag}", value]
+        options.setdefault(name, given[0])
+    code, out, _ = call(capsys, "run", folder / "f32.gguf", "-p", "the hand", "-n", 8, *arguments)
+    assert code == 0
+    with ggpy.load(folder / "f32.gguf") as model:
+        assert out == "".join(model.generate("the hand", max_tokens=8, **options)) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--top-p", 1.5], "'--top-p': top_p must be a number from 0 to 1; got 1.5"),
+        (["--temp", "nan"], "temperature must be a number, 0 or more; got nan"),
+        (["--mirostat", 1], "mirostat must be 0 (off) or 2; got 1"),
+        (["--logit-bias", "5:1"], "is written as ID=NUMBER"),
+        (["--logit-bias", "5=nan"], "logit_bias must be token ids"),
+        (["-n", -2], "equal to -1"),
+    ],
+)
+def test_run_names_a_sampling_option_out_of_range_before_it_loads(flags, words, capsys):
+    code, _, err = call(capsys, "run", "no.gguf", "-p", "x", *flags)
+    assert code == 2 and words in " ".join(err.replace("│", " ").split())
+
+
+def test_run_takes_none_for_no_sequence_breakers_and_zero_for_top_p(folder, capsys):
+    flags = ["--dry-multiplier", 1, "--dry-sequence-breakers", "none", "--top-p", 0]
+    code, out, _ = call(capsys, "run", folder / "f32.gguf", "-p", "the hand", "-n", 8, *flags)
+    assert code == 0 and out
+
+
 def test_run_takes_a_checkpoint_converts_it_once_and_caches_it(folder, capsys, monkeypatch, tmp_path):
     from ggpy.kernels import build
 

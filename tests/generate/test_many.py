@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import ggpy
 from ggpy.generate.generation import Generation
-from ggpy.generate.sampling import Sampler
+from ggpy.generate.sampling import StandardSampler
 from ggpy.generate.scheduler import Request
 from tests.models.checkpoints import converted, ids
 from tests.models.test_moe import made
@@ -49,7 +49,7 @@ def model(dense):
         yield model
 
 
-class Recorder(Sampler):
+class Recorder(StandardSampler):
     """Keeps the bytes of all logits."""
 
     def __init__(self, **options):
@@ -261,7 +261,7 @@ def test_cancelling_from_another_thread_ends_at_once(model):
 
 
 def test_a_sampler_that_fails_ends_its_generation_alone(model):
-    class Fails(Sampler):
+    class Fails(StandardSampler):
         def sample(self, logits, recent=()):
             raise ValueError("no choice")
 
@@ -279,7 +279,7 @@ def test_an_interrupt_within_a_run_loses_nothing(model):
     generation = model.generate(ids(100), max_tokens=20, temperature=1, seed=2)
     others = [model.generate(ids(10, seed=i), max_tokens=9, temperature=1, seed=i) for i in range(3)]
 
-    class Interrupts(Sampler):
+    class Interrupts(StandardSampler):
         def sample(self, logits, recent=()):
             if next(calls) % 2:
                 raise KeyboardInterrupt

@@ -1,0 +1,239 @@
+"""The options of sampling: one table of names, defaults, ranges and words, for the API, the command line and servers.
+
+The table is `SamplingOptions` itself: each field's type stands in its annotation, the rest in the `Option` beside it. The
+order is that in which `sampling.StandardSampler` takes its steps, which is llama.cpp's.
+"""
+
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from inspect import Parameter, signature
+from math import inf, isfinite
+from numbers import Integral, Real
+from textwrap import TextWrapper
+from typing import Annotated, Any, TypedDict, TypeVar, get_args, get_type_hints
+
+from ..errors import Error
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is to know of an option.
+
+    Attributes
+    ----------
+    default, off
+        Its value if not given, and the one that switches its step off. None: nothing to switch off.
+    allowed : callable
+        Whether a value of the right kind is in range.
+    words : str
+        What it may be; goes on after "must be".
+    help : str
+        What it does, a sentence.
+    """
+
+    default: Any
+    off: Any
+    allowed: Callable[[Any], bool]
+    words: str
+    help: str
+
+
+_SHARE = (lambda x: 0 <= x <= 1, "a number from 0 to 1")
+_NOT_NEGATIVE = (lambda x: x >= 0, "a number, 0 or more")
+_ANY = (lambda x: True, "a number")
+_COUNT = (lambda x: x >= 0, "a whole number, 0 or more")
+_WINDOW = (lambda x: x >= -1, "a whole number, 0 or more, or -1 for all")
+
+
+class SamplingOptions(TypedDict, total=False):
+    """How the next token is chosen; all of it may be left out."""
+
+    logit_bias: Annotated[
+        Mapping[int, float],
+        Option(
+            {},
+            {},
+            lambda x: all(i >= 0 and (isfinite(v) or v == -inf) for i, v in x.items()),
+            "token ids with what is added to their logits: numbers, or -inf",
+            "Adds to logits, by token id; -inf rules a token out.",
+        ),
+    ]
+    repetition_penalty: Annotated[
+        float,
+        Option(
+            1.0,
+            1.0,
+            lambda x: x > 0,
+            "a number above 0",
+            "Divides positive logits of recent tokens and multiplies negative ones.",
+        ),
+    ]
+    frequency_penalty: Annotated[
+        float, Option(0.0, 0.0, *_ANY, "Taken from a recent token's logit, for each time that it stands there.")
+    ]
+    presence_penalty: Annotated[float, Option(0.0, 0.0, *_ANY, "Taken from a recent token's logit, once.")]
+    penalty_window: Annotated[int, Option(64, 0, *_WINDOW, "How many tokens are recent; -1: all.")]
+    dry_multiplier: Annotated[
+        float,
+        Option(0.0, 0.0, *_NOT_NEGATIVE, "DRY: what a token loses that would make a repeated sequence too long."),
+    ]
+    dry_base: Annotated[
+        float,
+        Option(1.75, None, lambda x: x >= 1, "a number, 1 or more", "DRY: times this for each token more than allowed."),
+    ]
+    dry_allowed_length: Annotated[int, Option(2, None, *_COUNT, "DRY: how long a sequence may be repeated.")]
+    dry_window: Annotated[int, Option(-1, 0, *_WINDOW, "DRY: tokens in which repetitions are looked for; -1: all.")]
+    dry_sequence_breakers: Annotated[
+        Sequence[str],
+        Option(("\n", ":", '"', "*"), None, all, "a list of texts, none empty", "DRY: texts that end a sequence."),
+    ]
+    top_n_sigma: Annotated[
+        float,
+        Option(0.0, 0.0, *_NOT_NEGATIVE, "Leaves logits up to this many standard deviations below the highest; 0: all."),
+    ]
+    top_k: Annotated[int, Option(40, 0, *_COUNT, "Leaves this many of the likeliest tokens; 0: all.")]
+    typical_p: Annotated[
+        float,
+        Option(1.0, 1.0, *_SHARE, "Leaves the most typical tokens that hold this share of the probability; 1: all."),
+    ]
+    top_p: Annotated[
+        float, Option(0.95, 1.0, *_SHARE, "Leaves the likeliest tokens that hold this share of the probability; 1: all.")
+    ]
+    min_p: Annotated[
+        float, Option(0.05, 0.0, *_NOT_NEGATIVE, "Leaves tokens at least this times as likely as the likeliest; 0: all.")
+    ]
+    xtc_probability: Annotated[
+        float, Option(0.0, 0.0, *_SHARE, "XTC: how often all but the least likely of the likely tokens are left out.")
+    ]
+    xtc_threshold: Annotated[
+        float, Option(0.1, None, *_SHARE, "XTC: the probability from which a token is likely; above 0.5: never.")
+    ]
+    temperature: Annotated[
+        float, Option(0.8, 1.0, *_NOT_NEGATIVE, "Divides the logits of the tokens left; 0 takes the likeliest.")
+    ]
+    dynatemp_range: Annotated[
+        float, Option(0.0, 0.0, *_NOT_NEGATIVE, "How far the temperature goes down and up with the tokens' entropy.")
+    ]
+    dynatemp_exponent: Annotated[
+        float, Option(1.0, None, *_NOT_NEGATIVE, "Power of the entropy's share in the temperature's range.")
+    ]
+    mirostat: Annotated[
+        int,
+        Option(0, 0, lambda x: x in (0, 2), "0 (off) or 2", "2: Mirostat 2.0 in place of all from top-n-sigma to XTC."),
+    ]
+    mirostat_tau: Annotated[float, Option(5.0, None, *_NOT_NEGATIVE, "Mirostat: the surprise aimed at, in bits.")]
+    mirostat_eta: Annotated[float, Option(0.1, None, *_SHARE, "Mirostat: how fast it adapts.")]
+    seed: Annotated[
+        int | None,
+        Option(None, None, lambda x: x >= 0, "a whole number, 0 or more, or None", "The same seed gives the same text."),
+    ]
+
+
+@cache
+def option_table() -> dict[str, tuple[Any, Option]]:
+    """Each option's type and what else is to know of it, by name and in order."""
+    hints = get_type_hints(SamplingOptions, include_extras=True)
+    return {name: (get_args(hint)[0], get_args(hint)[1]) for name, hint in hints.items()}
+
+
+def checked_option(name: str, value: object) -> Any:
+    """The value of an option, as its type.
+
+    Raises
+    ------
+    Error
+        The value is of another kind, or out of range.
+    """
+    kind, option = option_table()[name]
+    try:
+        value = _KINDS[kind](value)
+        if value is None or option.allowed(value):
+            return value
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise Error(f"{name} must be {option.words}; got {reprlib.repr(value)}")
+
+
+def checked_options(options: Mapping[str, object]) -> dict[str, Any]:
+    """All options, those left out by their defaults.
+
+    Raises
+    ------
+    Error
+        A value is of another kind, or out of range.
+    TypeError
+        There is no such option.
+    """
+    table = option_table()
+    unknown = [name for name in options if name not in table]
+    if unknown:
+        raise TypeError(f"no option {unknown[0]!r}; there are {', '.join(table)}")
+    return {name: checked_option(name, options.get(name, option.default)) for name, (_, option) in table.items()}
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError
+    return int(value)
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not isfinite(value):
+        raise TypeError
+    return float(value)
+
+
+def _bias(value: object) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise TypeError
+    return {_whole(i): -inf if v == -inf else _number(v) for i, v in value.items()}
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError
+    texts = tuple(value)
+    if not all(isinstance(t, str) for t in texts):
+        raise TypeError
+    return texts
+
+
+# What makes a value of an option's type of what was given.
+_KINDS: dict[Any, Callable[[object], Any]] = {
+    int: _whole,
+    float: _number,
+    int | None: lambda x: None if x is None else _whole(x),
+    Mapping[int, float]: _bias,
+    Sequence[str]: _texts,
+}
+
+
+def with_sampling_options(function: F) -> F:
+    """Writes the options into the docstring and signature of a function or class that takes them as `**sampling`.
+
+    The docstring has a line "**sampling" where they go.
+    """
+    there = signature(function).parameters
+    table = option_table()
+    added = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=kind)
+        for name, (kind, option) in table.items()
+        if name not in there
+    ]
+    kept = [p for p in there.values() if p.kind is not Parameter.VAR_KEYWORD]
+    function.__signature__ = signature(function).replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
+    before, mark, after = (function.__doc__ or "").partition("**sampling\n")
+    if mark:
+        indent = before[before.rfind("\n") + 1 :]
+        text = TextWrapper(120, initial_indent=f"{indent}    ", subsequent_indent=f"{indent}    ")
+        lines = []
+        for p in added:
+            kind = p.annotation.__name__ if p.annotation in (int, float) else str(p.annotation)
+            lines.append(f"{indent}{p.name} : {kind.replace('collections.abc.', '')}, default {p.default!r}")
+            lines += text.wrap(table[p.name][1].help)
+        function.__doc__ = before + "\n".join(lines).lstrip() + "\n" + after
+    return function
