@@ -89,10 +89,12 @@ class Request:
         else:
             self.decode_seconds = now - self._first
         try:
-            token = self._sampler.sample(logits, self.tokens)
+            self._choose(logits, n_ctx)
         except Exception as error:  # the others go on
             self.error = error
-            return
+
+    def _choose(self, logits: np.ndarray, n_ctx: int) -> None:
+        token = self._sampler.sample(logits, self.tokens)
         self.tokens.append(token)
         n = len(self.tokens) - self.n_prompt
         text, stopped = "", False
@@ -125,6 +127,7 @@ class Scheduler:
     def __init__(self, runner: Runner):
         self._runner = runner
         self._lock = threading.Lock()  # of the step: those who wait for it find, mostly, that their text is there
+        self._submitted: deque[Request] = deque()  # by any thread; all else is touched by whoever holds the lock
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # by age
         self._most = min(_MOST_RUNNING, runner.n_batch, runner.n_outputs)
@@ -138,7 +141,7 @@ class Scheduler:
 
     def submit(self, request: Request) -> None:
         """Adds a generation; it joins the next step that has room."""
-        self._waiting.append(request)
+        self._submitted.append(request)
 
     def advance(self, request: Request) -> None:
         """Steps until a generation has text or has ended."""
@@ -150,11 +153,11 @@ class Scheduler:
 
     def reap(self) -> None:
         """Gives back what cancelled generations hold, unless a step is under way, which the next one follows."""
-        if self._lock.acquire(blocking=False):
+        if not self._runner.is_elsewhere and self._lock.acquire(blocking=False):
             try:
                 if not self._runner.closed:
                     with self._runner.lock:
-                        self._drop_cancelled()
+                        self._drop_ended()
             finally:
                 self._lock.release()
 
@@ -165,7 +168,8 @@ class Scheduler:
         with runner.lock:
             runner.check()
             self._check_hooks()
-            self._drop_cancelled()
+            self._drop_ended()
+            self._find(wanted)
             self._admit()
             single, prompts = self._ready(wanted)
             work = [(r, r.tokens[-1:]) for r in single if self._make_room(r, 1)]
@@ -186,13 +190,12 @@ class Scheduler:
                 self._rate = n_tokens / (time.perf_counter() - started)
             for r, ids in work:
                 _sequence(r).ids.extend(ids)
+            self._check_hooks()  # another thread may have set some before the run
             for (r, _), logits in zip(work, results, strict=True):
                 self._share(r)
                 if len(logits):
                     r.take(logits[0], runner.n_ctx)
-                    if r.done:
-                        self._running.remove(r)
-                        self._release(r)
+            self._drop_ended()
 
     def _check_hooks(self) -> None:
         """Under other hooks, other values: nothing that was computed before is shared."""
@@ -203,12 +206,21 @@ class Scheduler:
             for r in self._running:
                 r.prefix = None
 
-    def _drop_cancelled(self) -> None:
-        for r in [r for r in self._running if r.cancelled]:
-            self._running.remove(r)
+    def _drop_ended(self) -> None:
+        """Lets go of those that are done or cancelled."""
+        while self._submitted:
+            self._waiting.append(self._submitted.popleft())
+        for r in [r for r in self._running if r.done or r.cancelled]:
             self._release(r)
+            self._running.remove(r)
         if any(r.cancelled for r in self._waiting):
             self._waiting = deque(r for r in self._waiting if not r.cancelled)
+
+    def _find(self, wanted: Request) -> None:
+        """An interrupt may have come while a request went from one queue to another: then it is in none."""
+        if wanted not in self._running and wanted not in self._waiting:
+            self._release(wanted)
+            self._waiting.appendleft(wanted)
 
     def _admit(self) -> None:
         runner = self._runner
@@ -279,15 +291,17 @@ class Scheduler:
         prefixes, sequence = self._runner.prefixes, _sequence(r)
         if r.prefix is None:
             return False
+        known = r.prefix
         while (past := len(sequence.ids)) % SLAB == 0 and _n_left(r) > SLAB:
             ids = tuple(r.tokens[past : past + SLAB])
             child = r.prefix.children.get(ids)
             if child is None:
                 break
             sequence.adopt([child.page], ids)
-            prefixes.touch(child)
             r.prefix, r.n_known = child, r.n_known + 1
             self._count_reused(r, SLAB)
+        if r.prefix is not known:
+            prefixes.touch(r.prefix)
         workers = pages.setdefault(r.prefix, [])
         if past % SLAB == 0:
             ids = tuple(r.tokens[past : min(past + SLAB, len(r.tokens) - 1)])
@@ -348,10 +362,14 @@ class Scheduler:
 
     def _release(self, r: Request) -> None:
         """Gives a request's pages back; what is in them stays known until others need the room."""
-        sequence = _sequence(r)
+        sequence = r.sequence
+        if sequence is None:
+            return
         rest = tuple(sequence.ids[r.n_known * SLAB :])
         if r.prefix is not None and rest and len(rest) < SLAB:
-            self._runner.prefixes.add(r.prefix, rest, sequence.pages[r.n_known])
+            page = sequence.pages[r.n_known]
+            if self._runner.pages.holders(page) == 1:  # a page of two prefixes would never be free again
+                self._runner.prefixes.add(r.prefix, rest, page)
         sequence.close()
         r.sequence = r.prefix = None
 
@@ -359,11 +377,12 @@ class Scheduler:
         """Ends all generations. Waits for a step of another thread."""
         self._runner.check()
         with self._lock, self._runner.lock:
-            for r in [*self._running, *self._waiting]:
+            for r in [*self._running, *self._waiting, *self._submitted]:
                 r.error = Error(f"{self._runner.file.path}: the model is closed")
                 r.sequence = r.prefix = None
             self._running.clear()
             self._waiting.clear()
+            self._submitted.clear()
 
 
 def _n_left(r: Request) -> int:
