@@ -136,14 +136,19 @@ class Model:
 
     @contextmanager
     def hooked(self, hooks: "Mapping[str, Hook]") -> Iterator[None]:
-        """Adds hooks while the block runs; those of before come back at its end."""
-        saved = dict(self.hooks)
-        self.hooks.update(hooks)
+        """Adds hooks while the block runs; those that they replace come back at its end. Other threads' runs see them."""
+        added = dict(hooks)
+        with self._runner.lock:
+            replaced = {name: self.hooks[name] for name in added if name in self.hooks}
+            self.hooks.update(added)
         try:
             yield
         finally:
-            self.hooks.clear()
-            self.hooks.update(saved)
+            with self._runner.lock:
+                for name in added:
+                    if self.hooks.get(name) is added[name]:  # another thread may have set one since
+                        del self.hooks[name]
+                        self.hooks.update({name: replaced[name]} if name in replaced else {})
 
     @property
     def batch(self) -> "Batch | None":

@@ -107,11 +107,13 @@ class Runner:
         return build_graph(self.file, self.arch, n_tokens, n_outputs, derived=self._derived)
 
     def _program(self, n_tokens: int) -> Program:
-        key = (n_tokens, *self.hooks.items())
+        hooks = dict(self.hooks)  # as they are now: another thread may change them
+        key = (n_tokens, *hooks.items())
         program = self._programs.get(key)
         if program is None:
             graph = self.graph(n_tokens, min(n_tokens, self.n_outputs))
-            hooks = self.hooks if self.expert_memory is None else self.expert_memory.beside(dict(self.hooks))
+            if self.expert_memory is not None:
+                hooks = self.expert_memory.beside(hooks)
             program = self._programs[key] = Program(graph, self.pages, self._team, hooks)
             if len(self._programs) > _PROGRAMS:
                 self._programs.popitem(last=False)
