@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -288,6 +289,8 @@ class Model:
             The prompt doesn't fit into the context.
         """
         self._runner.check()
+        if max_tokens is not None and not isinstance(max_tokens, (int, np.integer)):
+            raise Error(f"max_tokens must be a whole number or None; got {max_tokens!r}")
         sampler = Sampler(
             temperature=temperature,
             top_k=top_k,
@@ -323,19 +326,24 @@ class Model:
         Yields
         ------
         Generation
-            Each as it ends: `index` is its place among the prompts, `text` what was generated.
+            Each as it ends: `index` is its place among the prompts, `text` what was generated. Leaving the loop cancels
+            those that haven't ended.
+
+        Raises
+        ------
+        ContextFullError
+            A prompt doesn't fit into the context, or all pages are in use. An error of one generation ends all.
         """
-        todo, active, index = iter(prompts), [], 0  # type: ignore[var-annotated]
-        more = True
+        todo, more = enumerate(prompts), True
+        active: list[Generation] = []
         while more or active:
-            while more and len(active) < self._scheduler.room:
-                prompt = next(todo, None)
-                more = prompt is not None
-                if prompt is not None:
-                    generation = self.generate(prompt, seed=None if seed is None else seed + index, **options)
-                    generation.index = index
-                    active.append(generation)
-                    index += 1
+            room = self._scheduler.room - len(active)
+            new = list(islice(todo, room))
+            more = len(new) == room
+            for index, prompt in new:
+                generation = self.generate(prompt, seed=None if seed is None else seed + index, **options)
+                generation.index = index
+                active.append(generation)
             if active:
                 active[0].wait()
             ended = [g for g in active if g.take()]

@@ -93,14 +93,18 @@ class Runner:
         graph = self.graph(1)
         page_bytes = Pages(0, kv_type).page_bytes(graph)
         contexts = _CONTEXTS if ram_budget is None else 1
-        n_pages = _page_count(page_bytes, pages_of(n_ctx), contexts, kv_memory)
+        n_pages = _page_count(page_bytes, pages_of(n_ctx), contexts, None if kv_memory is None else int(kv_memory))
         self.pages = Pages(n_pages, kv_type, pages_of(n_ctx) * SLAB)
         self.prefixes = Prefixes(self.pages)
         self.expert_memory: ExpertMemory | None = None
         if ram_budget is not None:
             self.expert_memory = ExpertMemory(file, graph, ram_budget, n_pages * page_bytes)
         # One token, and a prompt: both are sure to be needed, so their kernels are compiled together.
-        load([name for n in {1, n_batch} for name in self._program(n).plan.names], progress)
+        try:
+            names = [name for n in {1, n_batch} for name in self._program(n).plan.names]
+        except MemoryError:
+            raise Error(f"no memory for {n_pages * page_bytes:,} bytes of keys and values; kv_memory takes less") from None
+        load(names, progress)
 
     def graph(self, n_tokens: int, n_outputs: int | None = None) -> "Graph":
         """The compute graph for up to n_tokens tokens; see `build_graph`."""
@@ -209,7 +213,7 @@ class Runner:
 
 def _page_count(page_bytes: int, pages_per_context: int, contexts: int, kv_memory: int | None) -> int:
     if kv_memory is not None:
-        n = kv_memory // page_bytes if page_bytes else pages_per_context
+        n = min(kv_memory, _memory()) // page_bytes if page_bytes else pages_per_context
         if n < pages_per_context:
             need = pages_per_context * page_bytes
             raise Error(f"kv_memory of {kv_memory:,} bytes; {need:,} hold one context, less with a smaller n_ctx")

@@ -509,7 +509,7 @@ def test_a_generation_may_be_submitted_while_another_thread_steps(model):
 
         @property
         def cancelled(self):
-            if not others and self in model._scheduler._waiting:
+            if not others and model._runner.lock._is_owned() and self in model._scheduler._waiting:
                 others.append(model.generate(ids(9), max_tokens=3, temperature=0))
             return False
 
@@ -696,6 +696,26 @@ def test_a_fork_during_a_run_waits_for_no_lock(model):
     end.set()
     thread.join()
     assert not alive
+
+
+def test_odd_sizes_are_refused_or_do_their_best(dense, monkeypatch):
+    with ggpy.load(dense, n_ctx=70, n_batch=3, n_threads=1, kv_memory=1 << 62) as model:
+        assert model.generate(ids(69), max_tokens=9, temperature=0).run().finish_reason == "context"
+        for wrong in (2.5, "3"):
+            with pytest.raises(ggpy.Error, match="max_tokens"):
+                model.generate([1], max_tokens=wrong)
+        with pytest.raises(TypeError):  # not the end of the batch
+            list(model.generate_batch([[1], None, [2]], max_tokens=1))
+        prompts = iter([[i] for i in range(500)])
+        next(model.generate_batch(prompts, max_tokens=1))
+        assert next(prompts)[0] <= model._scheduler.room, "prompts are read as there is room"
+
+    def no_memory(n):
+        raise MemoryError
+
+    monkeypatch.setattr("ggpy.graph.pages.aligned", no_memory)
+    with pytest.raises(ggpy.Error, match="no memory for"):
+        ggpy.load(dense, n_ctx=70, n_threads=1)
 
 
 def test_memory_for_less_than_a_context_is_refused(dense):
