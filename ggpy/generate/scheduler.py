@@ -127,6 +127,7 @@ class Scheduler:
     def __init__(self, runner: Runner):
         self._runner = runner
         self._lock = threading.Lock()  # of the step: those who wait for it find, mostly, that their text is there
+        self._stepping = 0  # the thread that holds it
         self._submitted: deque[Request] = deque()  # by any thread; all else is touched by whoever holds the lock
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # by age
@@ -146,10 +147,20 @@ class Scheduler:
     def advance(self, request: Request) -> None:
         """Steps until a generation has text or has ended."""
         while not (request.pieces or request.done or request.cancelled):
-            self._runner.check()
+            self._check()
             with self._lock:
-                if not (request.pieces or request.done or request.cancelled):
-                    self._step(request)
+                self._stepping = threading.get_ident()
+                try:
+                    if not (request.pieces or request.done or request.cancelled):
+                        self._step(request)
+                finally:
+                    self._stepping = 0
+
+    def _check(self) -> None:
+        """Raises Error where waiting for the lock would never end, too: in the handler of a signal that came in a step."""
+        self._runner.check()
+        if self._stepping == threading.get_ident() and self._lock.locked():
+            raise Error(f"{self._runner.file.path}: a signal's handler can't use the model that it interrupts")
 
     def reap(self) -> None:
         """Gives back what cancelled generations hold, unless a step is under way, which the next one follows."""
@@ -375,7 +386,7 @@ class Scheduler:
 
     def close(self) -> None:
         """Ends all generations. Waits for a step of another thread."""
-        self._runner.check()
+        self._check()
         with self._lock, self._runner.lock:
             for r in [*self._running, *self._waiting, *self._submitted]:
                 r.error = Error(f"{self._runner.file.path}: the model is closed")

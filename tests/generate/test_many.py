@@ -539,6 +539,23 @@ def test_a_token_without_text_ends_its_generation_alone(model):
         bad.run()
 
 
+def test_a_handler_of_a_signal_cannot_use_the_model_that_it_interrupts(model):
+    """Such a handler runs anywhere in the main thread, as this sampler does."""
+
+    class Interrupted(Sampler):
+        def sample(self, logits, recent=()):
+            for use in (model.close, lambda: model.generate(ids(3), max_tokens=2).run()):
+                with pytest.raises(ggpy.Error, match="handler can't use"):
+                    use()
+            other.cancel()
+            return super().sample(logits, recent)
+
+    other = model.generate(ids(9), max_tokens=9)
+    generation = Generation(model._scheduler, Request(model.tokenizer, ids(5), Interrupted(temperature=0), 5, ()))
+    assert generation.run().ids == model.generate(ids(5), max_tokens=5, temperature=0).run().ids
+    assert other.finish_reason == "cancelled"
+
+
 @pytest.mark.parametrize("place", ["_share", "_drop_ended", "_release", "TokenSequence", "make_room", "_reuse"])
 def test_an_interrupt_between_runs_loses_nothing(dense, monkeypatch, place):
     prompts = [ids(70)[:65] + ids(40, seed=i) for i in range(4)]
