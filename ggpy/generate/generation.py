@@ -43,7 +43,11 @@ class Generation:
     async def __anext__(self) -> str:
         import asyncio  # takes 30 ms and 5 MB, which most starts need not pay
 
-        piece = await asyncio.to_thread(self._next)
+        # The thread only waits, and doesn't refer to the generation: a task that is cancelled here loses no text, and
+        # cancels the generation if nothing else refers to it.
+        if not self._request.cancelled:
+            await asyncio.to_thread(self._scheduler.advance, self._request)
+        piece = self._next()
         if piece is None:
             raise StopAsyncIteration
         return piece

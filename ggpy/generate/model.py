@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import islice
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -143,14 +144,19 @@ class Model:
 
     @contextmanager
     def hooked(self, hooks: "Mapping[str, Hook]") -> Iterator[None]:
-        """Adds hooks while the block runs; those of before come back at its end."""
-        saved = dict(self.hooks)
-        self.hooks.update(hooks)
+        """Adds hooks while the block runs; those that they replace come back at its end. Other threads' runs see them."""
+        added = dict(hooks)
+        with self._runner.lock:
+            replaced = {name: self.hooks[name] for name in added if name in self.hooks}
+            self.hooks.update(added)
         try:
             yield
         finally:
-            self.hooks.clear()
-            self.hooks.update(saved)
+            with self._runner.lock:
+                for name in added:
+                    if self.hooks.get(name) is added[name]:  # another thread may have set one since
+                        del self.hooks[name]
+                        self.hooks.update({name: replaced[name]} if name in replaced else {})
 
     @property
     def batch(self) -> "Batch | None":
@@ -339,34 +345,36 @@ class Model:
         Yields
         ------
         Generation
-            Each as it ends: `index` is its place among the prompts, `text` what was generated.
+            Each as it ends: `index` is its place among the prompts, `text` what was generated. Leaving the loop cancels
+            those that haven't ended.
 
         Raises
         ------
+        ContextFullError
+            A prompt doesn't fit into the context, or all pages are in use. An error of one generation ends all.
         Error
             As for `generate`.
         """
         seed = checked_option("seed", sampling.pop("seed", None))
-        todo, active, index = iter(prompts), [], 0  # type: ignore[var-annotated]
-        more = True
+        todo, more = enumerate(prompts), True
+        active: list[Generation] = []
         while more or active:
-            while more and len(active) < self._scheduler.room:
-                prompt = next(todo, None)
-                more = prompt is not None
-                if prompt is not None:
-                    if seed is not None:
-                        sampling["seed"] = seed + index
-                    generation = self.generate(
-                        prompt,
-                        max_tokens=max_tokens,
-                        stop=stop,
-                        sampler=None if sampler is None else sampler(index),
-                        processors=processors,
-                        **sampling,
-                    )
-                    generation.index = index
-                    active.append(generation)
-                    index += 1
+            room = self._scheduler.room - len(active)
+            new = list(islice(todo, room))
+            more = len(new) == room
+            for index, prompt in new:
+                if seed is not None:
+                    sampling["seed"] = seed + index
+                generation = self.generate(
+                    prompt,
+                    max_tokens=max_tokens,
+                    stop=stop,
+                    sampler=None if sampler is None else sampler(index),
+                    processors=processors,
+                    **sampling,
+                )
+                generation.index = index
+                active.append(generation)
             if active:
                 active[0].wait()
             ended = [g for g in active if g.take()]

@@ -1,5 +1,6 @@
 """Keys and values of token sequences that have been computed, to be shared with those that begin alike."""
 
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -17,13 +18,16 @@ class Prefix:
     parent : Prefix or None
     children : dict of tuple of int to Prefix
         Pages that come after, by their ids.
+    in_order : list of tuple of int
+        Their ids in rising order: those that begin most alike are neighbours.
     """
 
-    __slots__ = ("children", "ids", "page", "parent")
+    __slots__ = ("children", "ids", "in_order", "page", "parent")
 
     def __init__(self, page: int, ids: tuple[int, ...], parent: "Prefix | None"):
         self.page, self.ids, self.parent = page, ids, parent
         self.children: dict[tuple[int, ...], Prefix] = {}
+        self.in_order: list[tuple[int, ...]] = []
 
 
 class Prefixes:
@@ -46,8 +50,9 @@ class Prefixes:
         """The page that holds `ids` after `parent`: the one given, or the one that was there before."""
         found = parent.children.get(ids)
         if found is None:
-            found = parent.children[ids] = Prefix(page, ids, parent)
             self._pages.share(page)
+            insort(parent.in_order, ids)
+            found = parent.children[ids] = Prefix(page, ids, parent)
         self.touch(found)
         return found
 
@@ -59,13 +64,14 @@ class Prefixes:
             self._recent.move_to_end(at)
             at = at.parent
 
-    def nearest(self, parent: Prefix, ids: Sequence[int]) -> tuple[int, int]:
+    def nearest(self, parent: Prefix, ids: tuple[int, ...]) -> tuple[int, int]:
         """Of the pages after `parent` one that begins with most of `ids`, and with how many; (-1, 0) if none does."""
         best, most = -1, 0
-        for child in parent.children.values():
-            n = common(child.ids, ids)
+        at = bisect_left(parent.in_order, ids)
+        for other in parent.in_order[max(0, at - 1) : at + 1]:
+            n = common(other, ids)
             if n > most:
-                best, most = child.page, n
+                best, most = parent.children[other].page, n
         return best, most
 
     def n_unused(self) -> int:
@@ -82,6 +88,8 @@ class Prefixes:
 
     def _remove(self, prefix: Prefix) -> None:
         assert prefix.parent is not None
+        siblings = prefix.parent.in_order
+        del siblings[bisect_left(siblings, prefix.ids)]
         del prefix.parent.children[prefix.ids]
         del self._recent[prefix]
         self._pages.give(prefix.page)

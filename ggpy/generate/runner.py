@@ -93,25 +93,31 @@ class Runner:
         graph = self.graph(1)
         page_bytes = Pages(0, kv_type).page_bytes(graph)
         contexts = _CONTEXTS if ram_budget is None else 1
-        n_pages = _page_count(page_bytes, pages_of(n_ctx), contexts, kv_memory)
+        n_pages = _page_count(page_bytes, pages_of(n_ctx), contexts, None if kv_memory is None else int(kv_memory))
         self.pages = Pages(n_pages, kv_type, pages_of(n_ctx) * SLAB)
         self.prefixes = Prefixes(self.pages)
         self.expert_memory: ExpertMemory | None = None
         if ram_budget is not None:
             self.expert_memory = ExpertMemory(file, graph, ram_budget, n_pages * page_bytes)
         # One token, and a prompt: both are sure to be needed, so their kernels are compiled together.
-        load([name for n in {1, n_batch} for name in self._program(n).plan.names], progress)
+        try:
+            names = [name for n in {1, n_batch} for name in self._program(n).plan.names]
+        except MemoryError:
+            raise Error(f"no memory for {n_pages * page_bytes:,} bytes of keys and values; kv_memory takes less") from None
+        load(names, progress)
 
     def graph(self, n_tokens: int, n_outputs: int | None = None) -> "Graph":
         """The compute graph for up to n_tokens tokens; see `build_graph`."""
         return build_graph(self.file, self.arch, n_tokens, n_outputs, derived=self._derived)
 
     def _program(self, n_tokens: int) -> Program:
-        key = (n_tokens, *self.hooks.items())
+        hooks = dict(self.hooks)  # as they are now: another thread may change them
+        key = (n_tokens, *hooks.items())
         program = self._programs.get(key)
         if program is None:
             graph = self.graph(n_tokens, min(n_tokens, self.n_outputs))
-            hooks = self.hooks if self.expert_memory is None else self.expert_memory.beside(dict(self.hooks))
+            if self.expert_memory is not None:
+                hooks = self.expert_memory.beside(hooks)
             program = self._programs[key] = Program(graph, self.pages, self._team, hooks)
             if len(self._programs) > _PROGRAMS:
                 self._programs.popitem(last=False)
@@ -207,7 +213,7 @@ class Runner:
 
 def _page_count(page_bytes: int, pages_per_context: int, contexts: int, kv_memory: int | None) -> int:
     if kv_memory is not None:
-        n = kv_memory // page_bytes if page_bytes else pages_per_context
+        n = min(kv_memory, _memory()) // page_bytes if page_bytes else pages_per_context
         if n < pages_per_context:
             need = pages_per_context * page_bytes
             raise Error(f"kv_memory of {kv_memory:,} bytes; {need:,} hold one context, less with a smaller n_ctx")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import Error
+from ..errors import ContextFullError, Error
 from ..file.aside import writing_aside
 from ..graph import pages_of
 from ..kernels.table import SLAB
@@ -54,6 +54,8 @@ def load_sequence(sequence: "TokenSequence", runner: "Runner", path: Path) -> No
     from safetensors import SafetensorError, safe_open
 
     runner.check()
+    if path.exists() and not path.is_file():
+        raise Error(f"{path}: not a file")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -61,15 +63,28 @@ def load_sequence(sequence: "TokenSequence", runner: "Runner", path: Path) -> No
                 raise Error(f"{path}: no saved sequence")
             if metadata.get("model") != digest(runner):
                 raise Error(f"{path}: a sequence of another model, or of this one with other options")
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+            # What the file says of itself is compared before anything is read.
+            found = {}
+            for name in file.keys():  # noqa: SIM118
+                stored = file.get_slice(name)
+                found[name] = (stored.get_dtype(), tuple(stored.get_shape()))
+            n = _n_ids(found.pop("ids", ("", ())))
+            if found != {name: ("U8", (pages_of(n), a.shape[1])) for name, a in runner.pages.read([]).items()}:
+                raise Error(f"{path}: damaged: its arrays have other shapes than a sequence of {n} tokens")
+            if n > runner.n_ctx:
+                raise ContextFullError(f"{path}: {n} tokens don't fit into a context of {runner.n_ctx}")
+            ids = file.get_tensor("ids").tolist() if n else []
+            arrays = {name: file.get_tensor(name) for name in found}
+    except (SafetensorError, OSError, ValueError) as error:
         raise Error(f"{path}: {error}") from None
-    ids = arrays.get("ids", np.empty(0)).tolist()
     with runner.lock:
         runner.check_ids(ids)
-        sequence.make_room(len(ids))
-        expected = {name: a.shape for name, a in runner.pages.read(sequence.pages).items()}
-        if {name: a.shape for name, a in arrays.items() if name != "ids"} != expected:
-            raise Error(f"{path}: damaged: its arrays have other shapes than its {len(ids)} tokens need")
+        sequence.make_room(n)
         runner.pages.write(sequence.pages, arrays)
         sequence.ids.extend(ids)
+
+
+def _n_ids(stored: tuple[str, tuple[int, ...]]) -> int:
+    """How many token ids an array of this type and shape has; none if it isn't one of token ids."""
+    dtype, shape = stored
+    return shape[0] if dtype == "I32" and len(shape) == 1 else 0

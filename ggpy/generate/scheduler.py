@@ -90,10 +90,12 @@ class Request:
         else:
             self.decode_seconds = now - self._first
         try:
-            token = next_token(self._sampler, self._processors, logits, self.tokens)
+            self._choose(logits, n_ctx)
         except Exception as error:  # the others go on
             self.error = error
-            return
+
+    def _choose(self, logits: np.ndarray, n_ctx: int) -> None:
+        token = next_token(self._sampler, self._processors, logits, self.tokens)
         self.tokens.append(token)
         n = len(self.tokens) - self.n_prompt
         text, stopped = "", False
@@ -126,6 +128,8 @@ class Scheduler:
     def __init__(self, runner: Runner):
         self._runner = runner
         self._lock = threading.Lock()  # of the step: those who wait for it find, mostly, that their text is there
+        self._stepping = 0  # the thread that holds it
+        self._submitted: deque[Request] = deque()  # by any thread; all else is touched by whoever holds the lock
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # by age
         self._most = min(_MOST_RUNNING, runner.n_batch, runner.n_outputs)
@@ -139,23 +143,33 @@ class Scheduler:
 
     def submit(self, request: Request) -> None:
         """Adds a generation; it joins the next step that has room."""
-        self._waiting.append(request)
+        self._submitted.append(request)
 
     def advance(self, request: Request) -> None:
         """Steps until a generation has text or has ended."""
         while not (request.pieces or request.done or request.cancelled):
-            self._runner.check()
+            self._check()
             with self._lock:
-                if not (request.pieces or request.done or request.cancelled):
-                    self._step(request)
+                self._stepping = threading.get_ident()
+                try:
+                    if not (request.pieces or request.done or request.cancelled):
+                        self._step(request)
+                finally:
+                    self._stepping = 0
+
+    def _check(self) -> None:
+        """Raises Error where waiting for the lock would never end, too: in the handler of a signal that came in a step."""
+        self._runner.check()
+        if self._stepping == threading.get_ident() and self._lock.locked():
+            raise Error(f"{self._runner.file.path}: a signal's handler can't use the model that it interrupts")
 
     def reap(self) -> None:
         """Gives back what cancelled generations hold, unless a step is under way, which the next one follows."""
-        if self._lock.acquire(blocking=False):
+        if not self._runner.is_elsewhere and self._lock.acquire(blocking=False):
             try:
                 if not self._runner.closed:
                     with self._runner.lock:
-                        self._drop_cancelled()
+                        self._drop_ended()
             finally:
                 self._lock.release()
 
@@ -166,7 +180,8 @@ class Scheduler:
         with runner.lock:
             runner.check()
             self._check_hooks()
-            self._drop_cancelled()
+            self._drop_ended()
+            self._find(wanted)
             self._admit()
             single, prompts = self._ready(wanted)
             work = [(r, r.tokens[-1:]) for r in single if self._make_room(r, 1)]
@@ -187,13 +202,12 @@ class Scheduler:
                 self._rate = n_tokens / (time.perf_counter() - started)
             for r, ids in work:
                 _sequence(r).ids.extend(ids)
+            self._check_hooks()  # another thread may have set some before the run
             for (r, _), logits in zip(work, results, strict=True):
                 self._share(r)
                 if len(logits):
                     r.take(logits[0], runner.n_ctx)
-                    if r.done:
-                        self._running.remove(r)
-                        self._release(r)
+            self._drop_ended()
 
     def _check_hooks(self) -> None:
         """Under other hooks, other values: nothing that was computed before is shared."""
@@ -204,12 +218,21 @@ class Scheduler:
             for r in self._running:
                 r.prefix = None
 
-    def _drop_cancelled(self) -> None:
-        for r in [r for r in self._running if r.cancelled]:
-            self._running.remove(r)
+    def _drop_ended(self) -> None:
+        """Lets go of those that are done or cancelled."""
+        while self._submitted:
+            self._waiting.append(self._submitted.popleft())
+        for r in [r for r in self._running if r.done or r.cancelled]:
             self._release(r)
+            self._running.remove(r)
         if any(r.cancelled for r in self._waiting):
             self._waiting = deque(r for r in self._waiting if not r.cancelled)
+
+    def _find(self, wanted: Request) -> None:
+        """An interrupt may have come while a request went from one queue to another: then it is in none."""
+        if wanted not in self._running and wanted not in self._waiting:
+            self._release(wanted)
+            self._waiting.appendleft(wanted)
 
     def _admit(self) -> None:
         runner = self._runner
@@ -280,15 +303,17 @@ class Scheduler:
         prefixes, sequence = self._runner.prefixes, _sequence(r)
         if r.prefix is None:
             return False
+        known = r.prefix
         while (past := len(sequence.ids)) % SLAB == 0 and _n_left(r) > SLAB:
             ids = tuple(r.tokens[past : past + SLAB])
             child = r.prefix.children.get(ids)
             if child is None:
                 break
             sequence.adopt([child.page], ids)
-            prefixes.touch(child)
             r.prefix, r.n_known = child, r.n_known + 1
             self._count_reused(r, SLAB)
+        if r.prefix is not known:
+            prefixes.touch(r.prefix)
         workers = pages.setdefault(r.prefix, [])
         if past % SLAB == 0:
             ids = tuple(r.tokens[past : min(past + SLAB, len(r.tokens) - 1)])
@@ -349,22 +374,27 @@ class Scheduler:
 
     def _release(self, r: Request) -> None:
         """Gives a request's pages back; what is in them stays known until others need the room."""
-        sequence = _sequence(r)
+        sequence = r.sequence
+        if sequence is None:
+            return
         rest = tuple(sequence.ids[r.n_known * SLAB :])
         if r.prefix is not None and rest and len(rest) < SLAB:
-            self._runner.prefixes.add(r.prefix, rest, sequence.pages[r.n_known])
+            page = sequence.pages[r.n_known]
+            if self._runner.pages.holders(page) == 1:  # a page of two prefixes would never be free again
+                self._runner.prefixes.add(r.prefix, rest, page)
         sequence.close()
         r.sequence = r.prefix = None
 
     def close(self) -> None:
         """Ends all generations. Waits for a step of another thread."""
-        self._runner.check()
+        self._check()
         with self._lock, self._runner.lock:
-            for r in [*self._running, *self._waiting]:
+            for r in [*self._running, *self._waiting, *self._submitted]:
                 r.error = Error(f"{self._runner.file.path}: the model is closed")
                 r.sequence = r.prefix = None
             self._running.clear()
             self._waiting.clear()
+            self._submitted.clear()
 
 
 def _n_left(r: Request) -> int:

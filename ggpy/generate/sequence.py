@@ -61,21 +61,29 @@ class TokenSequence:
 
     def keep(self, n: int) -> None:
         """Forgets all but the first n tokens."""
+        if self._runner.is_elsewhere:  # where the lock may be held for ever
+            return
         with self._runner.lock:
             del self.ids[n:]
-            used = pages_of(len(self.ids))
-            while len(self.pages) > used:
-                self._runner.pages.give(self.pages.pop())
+            self._trim()
+
+    def _trim(self) -> None:
+        """Gives back pages beyond its tokens: runs that failed leave some."""
+        used = pages_of(len(self.ids))
+        while len(self.pages) > used:
+            self._runner.pages.give(self.pages.pop())
 
     def fork(self) -> "TokenSequence":
         """Another sequence of the same tokens. Pages are shared until one of the two writes."""
         other = TokenSequence(self._runner)
         with self._runner.lock:
+            self._trim()
             other.adopt(self.pages, self.ids)
         return other
 
     def adopt(self, pages: Sequence[int], ids: Sequence[int]) -> None:
         """Goes on with `ids`, whose keys and values others have computed in `pages`."""
+        self._trim()
         for page in pages:
             self._runner.pages.share(page)
             self.pages.append(page)
@@ -92,10 +100,14 @@ class TokenSequence:
         past = len(self.ids)
         if past + n > self.n_ctx:
             raise ContextFullError(f"{past} + {n} tokens don't fit into a context of {self.n_ctx}")
-        if past % SLAB:
-            self.pages[past // SLAB] = self._runner.own_page(self.pages[past // SLAB])
-        while len(self.pages) * SLAB < past + n:
-            self.pages.append(self._runner.take_page())
+        try:
+            if past % SLAB:
+                self.pages[past // SLAB] = self._runner.own_page(self.pages[past // SLAB])
+            while len(self.pages) * SLAB < past + n:
+                self.pages.append(self._runner.take_page())
+        except ContextFullError:
+            self._trim()
+            raise
 
     def span(self, ids: Sequence[int], n_outputs: int) -> Span:
         """These tokens as the sequence's next."""
@@ -160,13 +172,21 @@ class TokenSequence:
         Raises
         ------
         ContextFullError
-            They don't fit; some sequences may hold pages for them all the same.
+            They don't fit.
+        Error
+            A sequence that stands twice among them or is another model's; one without more tokens; more tokens than a run
+            takes.
         """
+        if not sequences or len(sequences) != len(ids):
+            raise Error(f"{len(sequences)} sequences and {len(ids)} lists of tokens")
         runner = sequences[0]._runner
+        if len({id(s) for s in sequences}) < len(sequences) or any(s._runner is not runner for s in sequences):
+            raise Error("sequences that are extended together are different ones, of one model")
         runner.check()
         with runner.lock:
-            for sequence, more in zip(sequences, ids, strict=True):
+            for more in ids:
                 runner.check_ids(more)
+            for sequence, more in zip(sequences, ids, strict=True):
                 sequence.make_room(len(more))
             logits = runner.run([s.span(more, 1) for s, more in zip(sequences, ids, strict=True)])
             for sequence, more in zip(sequences, ids, strict=True):

@@ -74,7 +74,7 @@ def pack(spans: Sequence[Span]) -> tuple[Batch, list[slice]]:
     Raises
     ------
     GraphError
-        A span without tokens, or with fewer pages than its tokens take.
+        A span without tokens, after less than none, or with fewer pages than its tokens take.
     """
     n_spans = len(spans)
     order = range(n_spans) if n_spans == 1 else sorted(range(n_spans), key=lambda i: len(spans[i].ids) > 1)
@@ -85,7 +85,7 @@ def pack(spans: Sequence[Span]) -> tuple[Batch, list[slice]]:
         span = spans[i]
         n, n_past = len(span.ids), span.n_past
         used = (n_past + n + SLAB - 1) // SLAB
-        if not 0 <= span.n_outputs <= n or not n or used > len(span.pages):
+        if not 0 <= span.n_outputs <= n or not n or n_past < 0 or used > len(span.pages):
             raise GraphError(f"a span of {n} tokens after {n_past}, {span.n_outputs} outputs, in {len(span.pages)} pages")
         table.append((n_tokens, n, n_past, n_pages))
         ids.append(np.asarray(span.ids, np.int32))

@@ -44,7 +44,7 @@ class Program:
     """
 
     def __init__(self, graph: "Graph", pages: "Pages", team: "Team", hooks: Mapping[str, Hook] = MappingProxyType({})):
-        self.graph, self._team = graph, team
+        self.graph, self._team, self._pages = graph, team, pages
         for name in hooks:
             if name not in graph or graph[name].op not in OPS:
                 raise GraphError(f"hook on {name!r}, which is no computed node of the graph")
@@ -107,7 +107,8 @@ class Program:
         Raises
         ------
         GraphError
-            An input is missing or has another shape; more tokens or outputs than the graph takes.
+            An input is missing or has another shape; more tokens or outputs than the graph takes; a page that doesn't
+            exist, a position beyond n_ctx.
         """
         if self._tape is None:
             self.prepare()
@@ -116,6 +117,9 @@ class Program:
         if not 0 < counts["token"] <= self.graph.n_tokens or counts["output"] > self.graph.n_outputs:
             at_most = f"{self.graph.n_tokens} and {self.graph.n_outputs} are possible"
             raise GraphError(f"{counts['token']} tokens and {counts['output']} outputs in a run; {at_most}")
+        if _most(batch.pages) >= self._pages.n_pages or _most(batch.positions) >= self._pages.n_ctx:
+            at_most = f"{self._pages.n_pages} pages and {self._pages.n_ctx} positions of a sequence"
+            raise GraphError(f"page {_most(batch.pages)}, position {_most(batch.positions)}; there are {at_most}")
         for name, per, place in self._inputs:
             if name not in inputs:
                 raise GraphError(f"input {name} is missing")
@@ -145,6 +149,11 @@ class Program:
                 value[...] = new
         self._run(first, len(self._tape), profile)
         return {name: value[: counts[per]] for name, per, value in self._outputs}
+
+
+def _most(array: np.ndarray) -> int:
+    """The highest of int32 values, of which those below 0 count as highest."""
+    return int(array.view(np.uint32).max()) if len(array) else 0
 
 
 def _address(array: np.ndarray) -> int:

@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import ggpy
 from ggpy.generate.generation import Generation
 from ggpy.generate.sampling import StandardSampler
-from ggpy.generate.scheduler import Request
+from ggpy.generate.scheduler import Request, Scheduler
+from ggpy.generate.sequence import TokenSequence
+from tests.converters.conftest import N_VOCAB
 from tests.models.checkpoints import converted, ids
 from tests.models.test_moe import made
 
@@ -466,8 +470,269 @@ def test_damaged_sequences_are_refused_in_a_line(dense, tmp_path):
             (tmp_path / "damaged").write_bytes(damaged)
             with pytest.raises(ggpy.Error, match="damaged"):
                 model.load_sequence(tmp_path / "damaged")
-        with pytest.raises(ggpy.Error, match="missing"):
-            model.load_sequence(tmp_path / "missing")
+        for missing in (tmp_path / "missing", tmp_path):
+            with pytest.raises(ggpy.Error):
+                model.load_sequence(missing)
+
+
+def test_sequences_from_strangers_are_refused_in_a_line(dense, tmp_path):
+    path = tmp_path / "saved"
+    with ggpy.load(dense, n_ctx=256, n_threads=1) as model:
+        with model.new_sequence() as sequence:
+            sequence.extend(ids(100))
+            sequence.save(path)
+        with safe_open(path, "numpy") as file:
+            metadata, whole = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        page = next(name for name in whole if name != "ids")
+        n = 10**6
+        for changed in (
+            {page: whole[page].astype(np.float32)},
+            {page: whole[page].view(np.int8)},
+            {page: whole[page][:, :-1].copy()},
+            {"more": whole[page]},
+            *({"ids": np.full(100, x, t)} for x, t in ((1.5, "f4"), (1, "?"), (1, "i8"), (-1, "i4"), (N_VOCAB, "i4"))),
+            *({"ids": np.zeros(shape, np.int32)} for shape in ((), (100, 2), (200,), (n,))),
+            {name: np.zeros((n // 64, a.shape[-1]) if name != "ids" else n, a.dtype) for name, a in whole.items()},
+        ):
+            save_file({**whole, **changed}, path, metadata)
+            with pytest.raises(ggpy.Error, match=r"damaged|context|vocabulary"):
+                model.load_sequence(path)
+        save_file(whole, path, metadata)
+        assert len(model.load_sequence(path)) == 100
+
+
+def test_a_generation_may_be_submitted_while_another_thread_steps(model):
+    """Nothing is lost, and no queue changes while it is walked."""
+
+    class Sly(Request):
+        """Asked whether it is cancelled, it adds another generation, as another thread may at that moment."""
+
+        @property
+        def cancelled(self):
+            if not others and model._runner.lock._is_owned() and self in model._scheduler._waiting:
+                others.append(model.generate(ids(9), max_tokens=3, temperature=0))
+            return False
+
+        @cancelled.setter
+        def cancelled(self, value):
+            pass
+
+    others = []
+    sampler = StandardSampler(temperature=0)
+    sly = [Generation(model._scheduler, Sly(model.tokenizer, ids(5), sampler, 3, ())) for _ in range(2)]
+    for g in sly:
+        g.run()
+    assert len(others) == 1 and len(others[0].run().ids) == 3
+
+
+def test_a_token_without_text_ends_its_generation_alone(model):
+    """Models may have more tokens than their tokenizer."""
+
+    class Beyond(StandardSampler):
+        def sample(self, logits, recent=()):
+            return 10**6
+
+    bad = Generation(model._scheduler, Request(model.tokenizer, ids(5), Beyond(), 5, ()))
+    good = model.generate(ids(6), max_tokens=5, temperature=0).run()
+    assert good.finish_reason
+    with pytest.raises(ggpy.Error, match="1000000"):
+        bad.run()
+
+
+def test_a_handler_of_a_signal_cannot_use_the_model_that_it_interrupts(model):
+    """Such a handler runs anywhere in the main thread, as this sampler does."""
+
+    class Interrupted(StandardSampler):
+        def sample(self, logits, recent=()):
+            for use in (model.close, lambda: model.generate(ids(3), max_tokens=2).run()):
+                with pytest.raises(ggpy.Error, match="handler can't use"):
+                    use()
+            other.cancel()
+            return super().sample(logits, recent)
+
+    other = model.generate(ids(9), max_tokens=9)
+    generation = Generation(model._scheduler, Request(model.tokenizer, ids(5), Interrupted(temperature=0), 5, ()))
+    assert generation.run().ids == model.generate(ids(5), max_tokens=5, temperature=0).run().ids
+    assert other.finish_reason == "cancelled"
+
+
+@pytest.mark.parametrize("place", ["_share", "_drop_ended", "_release", "TokenSequence", "make_room", "_reuse"])
+def test_an_interrupt_between_runs_loses_nothing(dense, monkeypatch, place):
+    prompts = [ids(70)[:65] + ids(40, seed=i) for i in range(4)]
+    with ggpy.load(dense, n_ctx=256, n_threads=1, kv_memory=5 * page_bytes(dense, "f16")) as model:
+        alone = [model.generate(p, max_tokens=40, temperature=1, seed=i).run().ids for i, p in enumerate(prompts)]
+        generations = [model.generate(p, max_tokens=40, temperature=1, seed=i) for i, p in enumerate(prompts)]
+        owner = next(
+            o for o in (Scheduler, ggpy.generate.scheduler, ggpy.generate.scheduler.TokenSequence) if hasattr(o, place)
+        )
+        original, calls = getattr(owner, place), iter(range(10**9))
+
+        def interrupted(*args):
+            if next(calls) % 5 == 4:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        monkeypatch.setattr(owner, place, interrupted)
+        for g in generations:
+            for _ in range(300):
+                try:
+                    g.run()
+                    break
+                except KeyboardInterrupt:
+                    pass
+        assert next(calls) > 5
+        assert [g.ids for g in generations] == alone
+
+
+def test_pages_that_were_shared_come_back(dense):
+    """Also of a generation that took another's page and was sent away before it ran."""
+    with ggpy.load(dense, n_ctx=320, n_threads=1, kv_memory=5 * page_bytes(dense, "f16")) as model:
+        prompts = [SYSTEM[:x] + ids(1 + x % 40, seed=x) for x in (0, 4, 4, 126, 0, 4, 126)]
+        for g in [start(model, p, seed=i)[0] for i, p in enumerate(prompts)]:
+            g.run()
+        assert model._runner.prefixes.n_unused() + model._runner.pages.n_free == 5
+        model.logits(ids(320))
+
+
+def test_a_fork_after_a_run_that_failed_shares_no_page_that_is_written(model):
+    def fail(name, value):
+        raise ValueError("of a hook")
+
+    alone = model.new_sequence()
+    alone.extend(ids(64))
+    alone.extend(ids(30, seed=4))
+    expected = alone.extend([5])
+    sequence = model.new_sequence()
+    sequence.extend(ids(64))
+    with model.hooked({"blk.0.out": fail}), pytest.raises(ValueError, match="of a hook"):
+        sequence.extend(ids(100, seed=2))
+    fork = sequence.fork()
+    sequence.extend(ids(30, seed=4))
+    fork.extend(ids(30, seed=9))
+    np.testing.assert_array_equal(sequence.extend([5]), expected)
+
+
+def test_a_sequence_without_room_keeps_no_pages(dense):
+    with ggpy.load(dense, n_ctx=256, n_threads=1, kv_memory=5 * page_bytes(dense, "f16")) as model:
+        first, second = model.new_sequence(), model.new_sequence()
+        first.extend(ids(130))
+        with pytest.raises(ggpy.ContextFullError):
+            second.extend(ids(200))
+        first.extend(ids(120))
+        assert len(first) == 250 and second.pages == []
+
+
+def test_only_different_sequences_of_a_model_are_extended_together(model, dense):
+    sequences = [model.new_sequence() for _ in range(2)]
+    with ggpy.load(dense, n_ctx=64, n_threads=1) as other:
+        for wrong, tokens in (
+            ([sequences[0]] * 2, [[1], [2]]),
+            ([sequences[0], other.new_sequence()], [[1], [2]]),
+            (sequences, [[1]]),
+            ([], []),
+        ):
+            with pytest.raises(ggpy.Error, match="sequences"):
+                TokenSequence.extend_together(wrong, tokens)
+    assert all(s.ids == [] and s.pages == [] for s in sequences)
+
+
+def test_a_cancelled_task_loses_no_text(model):
+    expected = model.generate(ids(9), max_tokens=30, temperature=1, seed=3).run()
+
+    async def main():
+        generation, pieces = model.generate(ids(9), max_tokens=30, temperature=1, seed=3), []
+
+        async def some():
+            async for piece in generation:
+                pieces.append(piece)
+
+        for pause in (0, 0.001, 0.002, 0.005):
+            task = asyncio.create_task(some())
+            await asyncio.sleep(pause)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        await some()
+        return generation, pieces
+
+    generation, pieces = asyncio.run(main())
+    assert "".join(pieces) == generation.text == expected.text and generation.ids == expected.ids
+
+
+def test_hooks_of_two_threads_leave_each_others(model):
+    first, second = (model.hooked({f"blk.{i}.out": lambda name, value: None}) for i in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert list(model.hooks) == ["blk.1.out"]
+    second.__exit__(None, None, None)
+    assert model.hooks == {}
+
+
+def test_values_of_hooks_that_come_just_before_a_run_are_not_shared(model, monkeypatch):
+    """As another thread may set them while a run is prepared."""
+    expected = model.generate(ids(150), max_tokens=5, temperature=0).run().ids
+    model._runner.prefixes.clear()
+    original = Scheduler._admit
+
+    def admit(self):
+        original(self)
+        model.hooks["blk.0.out"] = lambda name, value: -value
+
+    monkeypatch.setattr(Scheduler, "_admit", admit)
+    model.generate(ids(150), max_tokens=1, temperature=0).run()
+    monkeypatch.undo()
+    model.hooks.clear()
+    again = model.generate(ids(150), max_tokens=5, temperature=0).run()
+    assert again.n_reused == 0 and again.ids == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks are POSIX's")
+def test_a_fork_during_a_run_waits_for_no_lock(model):
+    """Locks that another thread held at the fork are held in it for ever."""
+    generation, sequence = model.generate(ids(5), max_tokens=20), model.new_sequence()
+    held, end = threading.Event(), threading.Event()
+
+    def hold():
+        with model._runner.lock:
+            held.set()
+            end.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(60)
+
+    def use():
+        generation.cancel()
+        sequence.close()
+
+    process = multiprocessing.get_context("fork").Process(target=use)
+    process.start()
+    process.join(20)
+    alive = process.is_alive()
+    process.kill()
+    end.set()
+    thread.join()
+    assert not alive
+
+
+def test_odd_sizes_are_refused_or_do_their_best(dense, monkeypatch):
+    with ggpy.load(dense, n_ctx=70, n_batch=3, n_threads=1, kv_memory=1 << 62) as model:
+        assert model.generate(ids(69), max_tokens=9, temperature=0).run().finish_reason == "context"
+        for wrong in (2.5, "3"):
+            with pytest.raises(ggpy.Error, match="max_tokens"):
+                model.generate([1], max_tokens=wrong)
+        with pytest.raises(ggpy.Error, match="NoneType"):  # not the end of the batch
+            list(model.generate_batch([[1], None, [2]], max_tokens=1))
+        prompts = iter([[i] for i in range(500)])
+        next(model.generate_batch(prompts, max_tokens=1))
+        assert next(prompts)[0] <= model._scheduler.room, "prompts are read as there is room"
+
+    def no_memory(n):
+        raise MemoryError
+
+    monkeypatch.setattr("ggpy.graph.pages.aligned", no_memory)
+    with pytest.raises(ggpy.Error, match="no memory for"):
+        ggpy.load(dense, n_ctx=70, n_threads=1)
 
 
 def test_memory_for_less_than_a_context_is_refused(dense):

@@ -130,6 +130,13 @@ def test_spans_are_packed_with_single_tokens_first():
 
 
 def test_spans_without_room_or_tokens_are_refused():
-    for span in (Span([1, 2], 63, [0]), Span([], 0, [0]), Span([1], 0, [0], 2)):
+    for span in (Span([1, 2], 63, [0]), Span([], 0, [0]), Span([1], 0, [0], 2), Span([1], -1, [0])):
         with pytest.raises(GraphError, match="a span of"):
             pack([span])
+
+
+def test_pages_that_do_not_exist_and_positions_beyond_the_context_are_refused(teams):
+    model = Model(teams(1), "F16", (3, 1, 32, 32), n_pages=8, n_ctx=2 * SLAB)
+    for wrong in (Span([1], 0, [8]), Span([1], 0, [-1]), Span([1] * 70, 0, [0, 9]), Span([1], 2 * SLAB, [0, 1, 2])):
+        with pytest.raises(GraphError, match="there are 8 pages and 128 positions"):
+            model.run([wrong])
