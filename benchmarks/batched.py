@@ -43,8 +43,8 @@ def measure(engine: str, a: argparse.Namespace) -> dict[str, float]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         return {"seconds": seconds, "tokens": sum(map(len, answers)), "peak_mb": peak, "more_mb": peak - before}
     rates = {}
+    model = ENGINES[engine](a.model, a.prompt + a.generate + 8, a.threads, max(counts))
     for n in counts:
-        model = ENGINES[engine](a.model, a.prompt + a.generate + 8, a.threads, n)
         model.start([ids(a.prompt, model.n_vocab, i) for i in range(n)])
         for i in range(2):  # warms up
             model.step(ids(n, model.n_vocab, 70 + i))
@@ -52,7 +52,6 @@ def measure(engine: str, a: argparse.Namespace) -> dict[str, float]:
         for i in range(a.generate):
             model.step(ids(n, model.n_vocab, 100 + i))
         rates[str(n)] = n * a.generate / (time.perf_counter() - started)
-        del model
     return rates
 
 
