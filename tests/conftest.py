@@ -5,6 +5,7 @@ import os
 import pytest
 
 from ggpy.errors import UnsupportedError
+from ggpy.graph import Team
 from ggpy.kernels import build
 from ggpy.kernels.table import KERNELS
 from ggpy.simd.target import target
@@ -48,3 +49,12 @@ def simd_form(request, monkeypatch):
     yield request.param
     monkeypatch.undo()
     _forget()
+
+
+@pytest.fixture
+def teams(simd_form):
+    """Teams by their number of threads, in the form of the test."""
+    made = {}
+    yield lambda n: made.setdefault(n, Team(n))
+    for team in made.values():
+        team.close()

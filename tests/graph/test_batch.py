@@ -6,19 +6,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ggpy.errors import GraphError
-from ggpy.graph import Graph, Pages, Program, Reference, Span, Team, pack, pages_of
+from ggpy.graph import Graph, Pages, Program, Reference, Span, pack, pages_of
 from ggpy.kernels.table import KV_TYPES, SLAB
 
 SETTINGS = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture
-def teams(simd_form):
-    """Teams by their number of threads, in the form of the test."""
-    made = {}
-    yield lambda n: made.setdefault(n, Team(n))
-    for team in made.values():
-        team.close()
 
 
 class Model:

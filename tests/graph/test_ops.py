@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ggpy.errors import GraphError
-from ggpy.graph import Graph, Pages, Program, Reference, Team
+from ggpy.graph import Graph, Pages, Program, Reference
 from ggpy.kernels.table import FLOAT, KV_TYPES, QUANTIZED
 
 from .runs import alone
@@ -16,15 +16,6 @@ SETTINGS = settings(max_examples=8, deadline=None, suppress_health_check=[Health
 TYPES = (*QUANTIZED, *FLOAT)
 n_threads = st.integers(1, 3)
 seeds = st.integers(0, 2**32 - 1)
-
-
-@pytest.fixture
-def teams(simd_form):
-    """Teams by their number of threads, in the form of the test."""
-    made = {}
-    yield lambda n: made.setdefault(n, Team(n))
-    for team in made.values():
-        team.close()
 
 
 def both(graph, inputs, team, n_past=0, pages=None):

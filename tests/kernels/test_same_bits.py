@@ -5,7 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ggpy.graph import Graph, Pages, Program, Team
+from ggpy.graph import Graph, Pages, Program
 from ggpy.kernels.table import FLOAT, QUANTIZED
 
 from ..graph.runs import alone
@@ -15,15 +15,6 @@ SETTINGS = settings(max_examples=10, deadline=None, suppress_health_check=[Healt
 TYPES = (*QUANTIZED, *FLOAT)
 n_threads = st.integers(1, 3)
 seeds = st.integers(0, 2**32 - 1)
-
-
-@pytest.fixture
-def teams(simd_form):
-    """Teams by their number of threads, in the form of the test."""
-    made = {}
-    yield lambda n: made.setdefault(n, Team(n))
-    for team in made.values():
-        team.close()
 
 
 def outputs(build, n_tokens, inputs, team):
