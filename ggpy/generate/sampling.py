@@ -115,6 +115,7 @@ def penalized(logits: Logits, recent: Sequence[int], repetition: float, frequenc
     values = logits[_inside(ids, logits)].astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
         values = np.where(values > 0, values / repetition, values * repetition)
+        values = np.clip(values, -_HIGHEST, _HIGHEST)  # infinite, they would be no numbers where the rest is, too
         return _changed(logits, ids, values - counts * frequency - presence)
 
 

@@ -475,3 +475,8 @@ def test_whatever_the_options_a_possible_token_is_chosen(logits, recent, options
     ids, probabilities = sampler.distribution(logits, recent)
     assert len(set(ids.tolist())) == len(ids) > 0
     assert probabilities.sum() == pytest.approx(1) and probabilities.min() >= 0
+
+
+def test_penalties_beyond_all_numbers_leave_numbers():
+    sampler = StandardSampler(repetition_penalty=5e-324, frequency_penalty=5.992310449541053e307, seed=1)
+    assert 0 <= sampler.sample(np.ones(5, np.float32), [4, 4, 4, 4]) < 5
