@@ -45,8 +45,7 @@ class Generation:
 
         # The thread only waits, and doesn't refer to the generation: a task that is cancelled here loses no text, and
         # cancels the generation if nothing else refers to it.
-        if not self._request.cancelled:
-            await asyncio.to_thread(self._scheduler.advance, self._request)
+        await asyncio.to_thread(self._scheduler.advance, self._request)
         piece = self._next()
         if piece is None:
             raise StopAsyncIteration
@@ -60,8 +59,7 @@ class Generation:
 
     def _next(self) -> str | None:
         request = self._request
-        if not request.cancelled:
-            self._scheduler.advance(request)
+        self.wait()
         if request.cancelled:
             return None
         if request.pieces:
@@ -73,8 +71,7 @@ class Generation:
 
     def wait(self) -> None:
         """Goes on until there is text to take, or the end; for those who look after many, as `take` is."""
-        if not self._request.cancelled:
-            self._scheduler.advance(self._request)
+        self._scheduler.advance(self._request)
 
     def take(self) -> bool:
         """Takes the text that is there already; True if that was the last."""

@@ -146,7 +146,7 @@ class Scheduler:
         self._submitted.append(request)
 
     def advance(self, request: Request) -> None:
-        """Steps until a generation has text or has ended."""
+        """Steps until a generation has text or has ended; one that is cancelled has."""
         while not (request.pieces or request.done or request.cancelled):
             self._check()
             with self._lock:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import GraphError
 from ..kernels.table import SLAB
+from .pages import pages_of
 
 
 class Span(NamedTuple):
@@ -84,7 +85,7 @@ def pack(spans: Sequence[Span]) -> tuple[Batch, list[slice]]:
     for i in order:
         span = spans[i]
         n, n_past = len(span.ids), span.n_past
-        used = (n_past + n + SLAB - 1) // SLAB
+        used = pages_of(n_past + n)
         if not 0 <= span.n_outputs <= n or not n or n_past < 0 or used > len(span.pages):
             raise GraphError(f"a span of {n} tokens after {n_past}, {span.n_outputs} outputs, in {len(span.pages)} pages")
         table.append((n_tokens, n, n_past, n_pages))
