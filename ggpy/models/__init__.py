@@ -1,7 +1,7 @@
 """The architectures: hyperparameters read from a file, and the graph that they make."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -43,7 +43,8 @@ class Architecture(Protocol):
 
     def embed(self, g: "Graph", w: Weights, ids: "Tensor") -> "Tensor": ...
     def layer(self, g: "Graph", w: Weights, x: "Tensor", i: int) -> "Tensor": ...
-    def head(self, g: "Graph", w: Weights, x: "Tensor") -> "Tensor": ...
+    def norm(self, g: "Graph", w: Weights, x: "Tensor") -> "Tensor": ...
+    def logits(self, g: "Graph", w: Weights, x: "Tensor") -> "Tensor": ...
 
 
 #: forms of latent attention
@@ -82,7 +83,7 @@ def build_graph(
     n_outputs: int | None = None,
     layers: range | None = None,
     embed: bool = True,
-    head: bool = True,
+    output: Literal["logits", "embeddings", "x"] = "logits",
     derived: dict[str, DerivedWeight] | None = None,
 ) -> "Graph":
     """The graph of a model, or of some of its layers.
@@ -95,13 +96,14 @@ def build_graph(
     n_tokens : int
         The most tokens that a run may have.
     n_outputs : int, optional
-        For how many of them, at most, the head is computed; by default for all.
+        Of how many of them, at most, logits or embeddings are computed; by default of all.
     layers : range, optional
         Which layers; all by default.
     embed : bool
         Whether it begins with token ids (input "ids"), or else with activations (input "x", (n_tokens, n_embd)).
-    head : bool
-        Whether it ends with logits (output "logits"), or else with activations (output "x").
+    output : {"logits", "embeddings", "x"}
+        What it ends with, which is the output's name, too: logits (n_outputs, n_vocab); what they are made of, the last
+        layer's activations after the final norm (n_outputs, n_embd); activations as they are (n_tokens, n_embd).
     derived : dict of str to DerivedWeight, optional
         Weights made at loading; graphs of a model that are given the same dict share them.
 
@@ -119,12 +121,11 @@ def build_graph(
     x = arch.embed(g, w, g.input("ids", (), "I32")) if embed else g.input("x", (arch.n_embd,))
     for i in layers if layers is not None else range(arch.n_layer):
         x = arch.layer(g, w, x, i)
-    if not head:
-        g.output(x, "x")
-        return g
-    if n_tokens > 1:
-        x = g.op("ROWS", x, g.input("outputs", (), "I32", per="output"), name="rows")
-    g.output(arch.head(g, w, x), "logits")
+    if output != "x":
+        if n_tokens > 1:
+            x = g.op("ROWS", x, g.input("outputs", (), "I32", per="output"), name="rows")
+        x = arch.norm(g, w, x)
+    g.output(arch.logits(g, w, x) if output == "logits" else x, output)
     return g
 
 

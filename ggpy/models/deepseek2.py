@@ -104,9 +104,13 @@ class DeepSeek2:
         y = w.swiglu(p, self.n_ff, y) if i < self.n_dense else self.experts.build(g, w, y, p)
         return g.op("ADD", x, y, name=f"{p}.out")
 
-    def head(self, g: "Graph", w: "Weights", x: "Tensor") -> "Tensor":
-        """(n_tokens, n_embd) to logits (n_tokens, n_vocab)."""
-        return w.head(w.norm("output_norm", x, self.rms_eps), self.n_vocab)
+    def norm(self, g: "Graph", w: "Weights", x: "Tensor") -> "Tensor":
+        """The last layer's (n_tokens, n_embd) normalized: what logits are made of, and embeddings."""
+        return w.norm("output_norm", x, self.rms_eps)
+
+    def logits(self, g: "Graph", w: "Weights", x: "Tensor") -> "Tensor":
+        """(n_tokens, n_embd), normalized, to logits (n_tokens, n_vocab)."""
+        return w.logits(x, self.n_vocab)
 
     def _attention(self, g: "Graph", w: "Weights", x: "Tensor", p: str) -> "Tensor":
         n_rot, n_latent, n_head = self.rope.n_rot, self.n_latent, self.n_head

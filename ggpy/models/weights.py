@@ -118,7 +118,7 @@ class Weights:
         act = self._graph.op("SWIGLU", gate, up, name=f"{p}.ffn_act")
         return self.linear(f"{p}.ffn_down", x.shape[1], act)
 
-    def head(self, x: "Tensor", n_vocab: int) -> "Tensor":
+    def logits(self, x: "Tensor", n_vocab: int) -> "Tensor":
         """Logits (n_tokens, n_vocab). Without `output.weight` the embedding serves."""
         name = "output.weight" if "output.weight" in self._file.tensors else "token_embd.weight"
         return self._graph.op("MUL_MAT", self(name, n_vocab, x.shape[1]), x, name="logits")

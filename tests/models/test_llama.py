@@ -96,7 +96,7 @@ def test_a_model_cut_between_layers_gives_the_same_bits(tiny):
         batch = of_ids(tokens)
         inputs = run_inputs(arch, batch)
         whole = model.new_sequence().extend(tokens)
-        first = build_graph(file, arch, 20, layers=range(1), head=False)
+        first = build_graph(file, arch, 20, layers=range(1), output="x")
         second = build_graph(file, arch, 20, layers=range(1, arch.n_layer), embed=False)
         x = Program(first, Pages(1), team).run(inputs, batch)["x"]
         logits = Program(second, Pages(1), team).run({"x": x, **inputs}, batch)["logits"]
