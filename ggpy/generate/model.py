@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import islice
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from ..file import GGUFFile
 from ..graph import Graph, Team, default_threads
 from ..models import read_architecture
 from .chat import ChatTemplate
+from .embedding import POOLINGS, embed, hidden_states, pooling_of
 from .generation import Generation
 from .options import checked_option, with_sampling_options
 from .runner import Runner
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from ..graph import Batch, Hook
     from ..kernels.build import Progress
+    from .embedding import Pooling
     from .expert_memory import ExpertMemory
     from .options import SamplingOptions
     from .sampling import Processor, Sampler
@@ -228,6 +230,94 @@ class Model:
         with self.new_sequence() as sequence:
             pieces = [piece.copy() for piece in sequence.extend_all(ids)]
         return np.concatenate(pieces) if pieces else np.empty((0, self.architecture.n_vocab), np.float32)
+
+    def hidden_states(self, ids: Sequence[int], layers: Sequence[int] | None = None) -> np.ndarray:
+        """What goes from layer to layer for each of `ids`, as a sequence of its own.
+
+        Parameters
+        ----------
+        ids : sequence of int
+        layers : sequence of int, optional
+            0 is the embedding, which the first layer takes, i what layer i - 1 gives; the last, n_layer (or -1), after the
+            final norm, as in transformers. By default all.
+
+        Returns
+        -------
+        float32 array (n_layers, n_tokens, n_embd)
+
+        Raises
+        ------
+        ContextFullError
+            More tokens than the context holds.
+        Error
+            A layer that the model doesn't have, or what isn't a token.
+        """
+        n = self.architecture.n_layer + 1
+        wanted = range(n) if layers is None else [int(i) for i in layers]
+        for i in wanted:
+            if not -n <= i < n:
+                raise Error(f"hidden states of layer {i}; there are 0 to {n - 1}")
+        return hidden_states(self._runner, _token_ids(ids), [i % n for i in wanted])
+
+    @overload
+    def embed(
+        self,
+        texts: "Iterable[str | Sequence[int]]",
+        *,
+        pooling: 'Literal["mean", "cls", "last"] | None' = None,
+        normalize: bool = True,
+    ) -> np.ndarray: ...
+    @overload
+    def embed(
+        self, texts: "Iterable[str | Sequence[int]]", *, pooling: 'Literal["none"]', normalize: bool = True
+    ) -> list[np.ndarray]: ...
+    def embed(
+        self,
+        texts: "Iterable[str | Sequence[int]]",
+        *,
+        pooling: "Pooling | None" = None,
+        normalize: bool = True,
+    ) -> "np.ndarray | list[np.ndarray]":
+        """Vectors of texts: what the last layer gives for their tokens, after the final norm, pooled.
+
+        As many texts as fit are computed together, beside generations that are at work; each text's vector is the same
+        bits whatever its company.
+
+        Parameters
+        ----------
+        texts : iterable of (str or sequence of int)
+            Texts, which get the tokens that the file puts around a text, or token ids, which are taken as they are. What
+            models for retrieval want in front of queries or documents is the caller's to add.
+        pooling : {"mean", "cls", "last", "none"}, optional
+            The mean of a text's tokens, its first or its last; "none" leaves one vector a token. By default as the file
+            says, or else as is usual for its architecture.
+        normalize : bool
+            Whether vectors are scaled to length 1, so that their products are cosines.
+
+        Returns
+        -------
+        float32 array (n_texts, n_embd)
+            With "none" a list instead: for each text, (n_tokens, n_embd).
+
+        Raises
+        ------
+        ContextFullError
+            A text is longer than the context: nothing is cut off.
+        Error
+            A text has no tokens, or is neither text nor token ids; pooling of another name.
+        """
+        if isinstance(texts, str):
+            raise Error("embed takes a list of texts; for one: embed([text])")
+        kind = pooling or pooling_of(self.file)
+        if kind not in POOLINGS:
+            raise Error(f"pooling {kind!r}; there are {', '.join(POOLINGS)}")
+        self._runner.check()
+        ids = [self.tokenizer.encode(t) if isinstance(t, str) else _token_ids(t) for t in texts]
+        vectors = dict(embed(self._runner, self._scheduler, ids, kind, normalize))
+        found = [vectors[i] for i in range(len(ids))]
+        if kind == "none":
+            return found
+        return np.concatenate([np.empty((0, self.architecture.n_embd), np.float32), *found])
 
     def new_sequence(self) -> TokenSequence:
         """A sequence of tokens, to be evaluated step by step. There may be many, in different threads too."""

@@ -12,7 +12,7 @@ from ..errors import ContextFullError, Error
 from ..graph import Batch, Hook, Pages, Program, Span, pack, pages_of
 from ..kernels.build import Progress, load
 from ..kernels.table import SLAB
-from ..models import Architecture, build_graph, run_inputs
+from ..models import Architecture, Output, build_graph, run_inputs
 from .expert_memory import ExpertMemory
 from .prefixes import Prefixes
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..models.weights import DerivedWeight
 
 _LOGITS_BYTES = 64 << 20  # that a run may take for its logits
-_PROGRAMS = 4  # that are kept: for one token and for many, without hooks and with those of now
+_PROGRAMS = 6  # that are kept: for one token, for many, for embeddings; without hooks and with those of now
 #: contexts that the pages of keys and values hold, if a quarter of the machine's memory is enough for them
 _CONTEXTS = 4
 
@@ -106,16 +106,20 @@ class Runner:
             raise Error(f"no memory for {n_pages * page_bytes:,} bytes of keys and values; kv_memory takes less") from None
         load(names, progress)
 
-    def graph(self, n_tokens: int, n_outputs: int | None = None) -> "Graph":
+    def graph(self, n_tokens: int, n_outputs: int | None = None, output: Output = "logits") -> "Graph":
         """The compute graph for up to n_tokens tokens; see `build_graph`."""
-        return build_graph(self.file, self.arch, n_tokens, n_outputs, derived=self._derived)
+        return build_graph(self.file, self.arch, n_tokens, n_outputs, output=output, derived=self._derived)
 
-    def _program(self, n_tokens: int) -> Program:
+    def _program(self, n_tokens: int, output: Output = "logits") -> Program:
         hooks = dict(self.hooks)  # as they are now: another thread may change them
-        key = (n_tokens, *hooks.items())
+        key = (n_tokens, output, *hooks.items())
         program = self._programs.get(key)
         if program is None:
-            graph = self.graph(n_tokens, min(n_tokens, self.n_outputs))
+            n_outputs = self.n_outputs if output == "logits" else n_tokens
+            graph = self.graph(n_tokens, min(n_tokens, n_outputs), output)
+            if output != "logits" and hooks:  # a hook on logits has nothing to see here
+                beyond = self.graph(1)
+                hooks = {name: hook for name, hook in hooks.items() if name in graph or name not in beyond}
             if self.expert_memory is not None:
                 hooks = self.expert_memory.beside(hooks)
             program = self._programs[key] = Program(graph, self.pages, self._team, hooks)
@@ -147,12 +151,13 @@ class Runner:
             if not 0 <= i < self.arch.n_vocab:
                 raise Error(f"token {i} is not one of the vocabulary's {self.arch.n_vocab}")
 
-    def program_of(self, n_tokens: int) -> Program:
-        """The program that runs n_tokens tokens."""
-        return self._program(1 if n_tokens == 1 else self.n_batch)
+    def program_of(self, n_tokens: int, output: Output = "logits") -> Program:
+        """The program that runs n_tokens tokens. Memory is taken for one when it is first used."""
+        return self._program(1 if n_tokens == 1 and output == "logits" else self.n_batch, output)
 
-    def run(self, spans: Sequence[Span], profile: np.ndarray | None = None) -> list[np.ndarray]:
-        """Evaluates tokens of some sequences; each one's logits as it wants them, float32 (n_outputs, n_vocab).
+    def run(self, spans: Sequence[Span], profile: np.ndarray | None = None, output: Output = "logits") -> list[np.ndarray]:
+        """Evaluates tokens of some sequences; each one's logits as it wants them, float32 (n_outputs, n_vocab), or its
+        embeddings, (n_outputs, n_embd).
 
         They are good until the next run: hold `lock` to read them where other threads may run. `profile`: see
         `Program.run`.
@@ -162,17 +167,29 @@ class Runner:
         Error
             See `check`.
         """
+        results, rows = self._run(spans, output, profile)
+        return [results[output][r] for r in rows]
+
+    def run_states(self, span: Span) -> list[np.ndarray]:
+        """Evaluates tokens of a sequence; what each layer takes, and at last what logits are made of: n_layer + 1 times
+        float32 (n_tokens, n_embd), good and raising as those of `run`."""
+        results, _ = self._run([span], "states", None)
+        return list(results.values())
+
+    def _run(
+        self, spans: Sequence[Span], output: Output, profile: np.ndarray | None
+    ) -> tuple[dict[str, np.ndarray], list[slice]]:
+        """The outputs of a graph, and which of their rows are each span's."""
         self.check()
         with self.lock:
             self.check()
             batch, rows = pack(spans)
-            program = self.program_of(len(batch.ids))
+            program = self.program_of(len(batch.ids), output)
             try:
                 self._thread, self.batch = threading.get_ident(), batch
-                logits = program.run(run_inputs(self.arch, batch), batch, profile)["logits"]
+                return program.run(run_inputs(self.arch, batch), batch, profile), rows
             finally:
                 self.batch = None
-            return [logits[r] for r in rows]
 
     # Pages
 

@@ -21,6 +21,7 @@ _MOST_RUNNING = 64  # generations at once; others wait
 _PIECE_SECONDS = 0.25  # that pieces of prompts may hold up those that generate
 _FIRST_PIECE = 2 * SLAB  # tokens of them before their rate is known
 _WORTH_COPYING = 4  # tokens of a page that others have computed
+_GIVEN_WAY = 0.001  # seconds in which a thread takes a lock that it waits for: else who released it has it again first
 _AHEAD = 256  # pieces of text that nobody takes, before their generation waits
 
 
@@ -140,6 +141,14 @@ class Scheduler:
     def room(self) -> int:
         """Generations that are worth having at once, those that wait included."""
         return 2 * self._most
+
+    def give_way(self) -> int:
+        """For other users of the runner, between two runs: lets those that generate go first; how many tokens the next run
+        may take without holding them up."""
+        generating = bool(self._running)
+        if generating:
+            time.sleep(_GIVEN_WAY)
+        return self._limit(generating)
 
     def submit(self, request: Request) -> None:
         """Adds a generation; it joins the next step that has room."""

@@ -124,7 +124,7 @@ class TokenSequence:
             They don't fit.
         """
         logits = None
-        for chunk, last in self._chunks(ids, self._runner.n_batch):
+        for chunk, last in self.chunks(ids, self._runner.n_batch):
             logits = self._run(chunk, int(last))
         if logits is None:
             raise Error("no tokens to evaluate")
@@ -140,7 +140,7 @@ class TokenSequence:
         """
         n = self._runner.n_outputs
         room = np.empty((min(n, len(ids)), self._runner.arch.n_vocab), np.float32)
-        for chunk, _ in self._chunks(ids, n):
+        for chunk, _ in self.chunks(ids, n):
             yield self._run(chunk, len(chunk), room)
 
     def profile(self, ids: Sequence[int]) -> "tuple[list[Step], np.ndarray]":
@@ -156,7 +156,7 @@ class TokenSequence:
         with self._runner.lock:
             steps = self._runner.program_of(len(ids)).plan.steps
             clock = np.zeros(len(steps) + 1, np.int64)
-            for chunk, _ in self._chunks(ids, self._runner.n_batch):
+            for chunk, _ in self.chunks(ids, self._runner.n_batch):
                 self._run(chunk, 1, profile=clock)
         return steps, clock
 
@@ -193,8 +193,8 @@ class TokenSequence:
                 sequence.ids.extend(more)
         return [rows[0] for rows in logits]
 
-    def _chunks(self, ids: Sequence[int], n: int) -> Iterator[tuple[Sequence[int], bool]]:
-        """Pieces of at most n, and whether each is the last."""
+    def chunks(self, ids: Sequence[int], n: int) -> Iterator[tuple[Sequence[int], bool]]:
+        """Pieces of at most n tokens, checked, and whether each is the last. Raises as `extend`."""
         if len(self.ids) + len(ids) > self.n_ctx:
             raise ContextFullError(f"{len(self.ids)} + {len(ids)} tokens don't fit into a context of {self.n_ctx}")
         self._runner.check_ids(ids)

@@ -47,6 +47,8 @@ class Architecture(Protocol):
     def logits(self, g: "Graph", w: Weights, x: "Tensor") -> "Tensor": ...
 
 
+#: what a graph can end with; see `build_graph`
+Output = Literal["logits", "embeddings", "states", "x"]
 #: forms of latent attention
 MLA_FORMS = ("absorbed", "naive")
 
@@ -83,7 +85,7 @@ def build_graph(
     n_outputs: int | None = None,
     layers: range | None = None,
     embed: bool = True,
-    output: Literal["logits", "embeddings", "x"] = "logits",
+    output: Output = "logits",
     derived: dict[str, DerivedWeight] | None = None,
 ) -> "Graph":
     """The graph of a model, or of some of its layers.
@@ -101,9 +103,10 @@ def build_graph(
         Which layers; all by default.
     embed : bool
         Whether it begins with token ids (input "ids"), or else with activations (input "x", (n_tokens, n_embd)).
-    output : {"logits", "embeddings", "x"}
-        What it ends with, which is the output's name, too: logits (n_outputs, n_vocab); what they are made of, the last
-        layer's activations after the final norm (n_outputs, n_embd); activations as they are (n_tokens, n_embd).
+    output : {"logits", "embeddings", "states", "x"}
+        What it ends with, mostly the output's name, too: logits (n_outputs, n_vocab); what they are made of, the last
+        layer's activations after the final norm (n_outputs, n_embd); activations as they are (n_tokens, n_embd). "states"
+        are outputs "0", "1", …: what each layer takes, and at last what logits are made of, all (n_tokens, n_embd).
     derived : dict of str to DerivedWeight, optional
         Weights made at loading; graphs of a model that are given the same dict share them.
 
@@ -119,8 +122,14 @@ def build_graph(
     g = Graph(n_tokens, n_outputs)
     w = Weights(file, g, {} if derived is None else derived)
     x = arch.embed(g, w, g.input("ids", (), "I32")) if embed else g.input("x", (arch.n_embd,))
-    for i in layers if layers is not None else range(arch.n_layer):
+    layers = range(arch.n_layer) if layers is None else layers
+    for i in layers:
+        if output == "states":
+            g.output(x, str(i))
         x = arch.layer(g, w, x, i)
+    if output == "states":
+        g.output(arch.norm(g, w, x), str(layers.stop))
+        return g
     if output != "x":
         if n_tokens > 1:
             x = g.op("ROWS", x, g.input("outputs", (), "I32", per="output"), name="rows")
@@ -134,4 +143,4 @@ def run_inputs(arch: Architecture, batch: "Batch") -> dict[str, np.ndarray]:
     return {"ids": batch.ids, "outputs": batch.outputs, "rope": arch.rope.table(batch.positions)}
 
 
-__all__ = ["ARCHITECTURES", "Architecture", "Rope", "Weights", "build_graph", "read_architecture", "run_inputs"]
+__all__ = ["ARCHITECTURES", "Architecture", "Output", "Rope", "Weights", "build_graph", "read_architecture", "run_inputs"]

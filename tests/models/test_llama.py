@@ -113,8 +113,8 @@ def test_threads_do_not_change_the_logits(tiny):
     np.testing.assert_array_equal(results[0], results[2])
 
 
-def rewritten(tiny, out, without=(), shapes=None, **metadata):
-    """The tiny model with changes."""
+def rewritten(tiny, out, without=(), shapes=None, add=None, **metadata):
+    """The tiny model with changes; `add` is called with the writer."""
     reader = gguf.GGUFReader(tiny)
     writer = gguf.GGUFWriter(out, metadata.pop("arch", "llama"))
     for field in reader.fields.values():
@@ -122,6 +122,8 @@ def rewritten(tiny, out, without=(), shapes=None, **metadata):
             continue
         sub = field.types[-1] if len(field.types) > 1 else None
         writer.add_key_value(field.name, metadata.get(field.name, field.contents()), field.types[0], sub_type=sub)
+    if add is not None:
+        add(writer)
     for t in reader.tensors:
         if t.name not in without:
             data = t.data
