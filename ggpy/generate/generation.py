@@ -1,14 +1,18 @@
 """A running generation, as its user sees it."""
 
 from collections.abc import AsyncIterator, Iterator
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ..errors import Error
+from .piece import Piece
 from .scheduler import Request, Scheduler
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Generation:
-    """A running generation: iterate for its text, with `for` or `async for`.
+    """A running generation: iterate for its pieces of text, one for each token, with `for` or `async for`.
 
     Generations of a model go on together: whichever is asked for its next piece moves the others on, too. Each gives what
     it would give alone. One generation is for one thread or task at a time; `cancel` may be called from any.
@@ -16,31 +20,33 @@ class Generation:
     Attributes
     ----------
     index : int
-        Its place among the prompts of `Model.generate_batch`; 0 otherwise.
+        Its prompt's place among the prompts of `Model.generate_batch`; 0 otherwise.
+    choice : int
+        Its place among the generations of its prompt, if there are several.
     prompt_ids : list of int
     """
 
-    def __init__(self, scheduler: Scheduler, request: Request, index: int = 0):
+    def __init__(self, scheduler: Scheduler, request: Request):
         self._scheduler, self._request = scheduler, request
-        self._taken: list[str] = []
-        self.index = index
+        self._taken: list[Piece] = []
+        self.index = self.choice = 0
         self.prompt_ids = request.tokens[: request.n_prompt]
         if not request.done:
             scheduler.submit(request)
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Piece]:
         return self
 
-    def __next__(self) -> str:
+    def __next__(self) -> Piece:
         piece = self._next()
         if piece is None:
             raise StopIteration
         return piece
 
-    def __aiter__(self) -> AsyncIterator[str]:
+    def __aiter__(self) -> AsyncIterator[Piece]:
         return self
 
-    async def __anext__(self) -> str:
+    async def __anext__(self) -> Piece:
         import asyncio  # takes 30 ms and 5 MB, which most starts need not pay
 
         # The thread only waits, and doesn't refer to the generation: a task that is cancelled here loses no text, and
@@ -57,7 +63,7 @@ class Generation:
     def __reduce__(self) -> NoReturn:
         raise Error("a generation can't be pickled")
 
-    def _next(self) -> str | None:
+    def _next(self) -> Piece | None:
         request = self._request
         self.wait()
         if request.cancelled:
@@ -70,18 +76,18 @@ class Generation:
         return None
 
     def wait(self) -> None:
-        """Goes on until there is text to take, or the end; for those who look after many, as `take` is."""
+        """Goes on until there is a piece to take, or the end; for those who look after many, as `take` is."""
         self._scheduler.advance(self._request)
 
     def take(self) -> bool:
-        """Takes the text that is there already; True if that was the last."""
+        """Takes the pieces that are there already; True if that was the last."""
         request = self._request
         done = request.done  # first: what is there then is all
         while request.pieces or (done and request.error is not None):
             self._next()
         return done
 
-    def run(self) -> "Generation":
+    def run(self) -> "Self":
         """Goes on to the end; returns the generation itself, whose `text` is whole then."""
         for _ in self:
             pass
@@ -103,6 +109,11 @@ class Generation:
     def text(self) -> str:
         """The text taken so far."""
         return "".join(self._taken)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """The pieces taken so far: after `run`, all."""
+        return list(self._taken)
 
     @property
     def finish_reason(self) -> str | None:

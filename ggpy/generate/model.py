@@ -5,25 +5,27 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import islice
+from itertools import count, islice
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import numpy as np
 
-from ..errors import ContextFullError, Error
+from ..errors import ContextFullError, Error, UnsupportedError
 from ..file import GGUFFile
 from ..graph import Graph, Team, default_threads
 from ..models import read_architecture
 from .chat import ChatTemplate
 from .embedding import POOLINGS, embed, hidden_states, pooling_of
 from .generation import Generation
-from .options import checked_option, with_sampling_options
+from .options import ChatOptions, GenerationOptions, Processor, Sampler, checked_option, with_options
 from .runner import Runner
 from .sampling import StandardSampler
 from .scheduler import Request, Scheduler
+from .score import Score
 from .sequence import TokenSequence
+from .session import Message, Reply, Session, checked_messages
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from .embedding import Pooling
     from .expert_memory import ExpertMemory
     from .options import SamplingOptions
-    from .sampling import Processor, Sampler
 
 DEFAULT_CONTEXT = 8192
 DEFAULT_BATCH = 512
@@ -342,17 +343,10 @@ class Model:
         see `ggpy.graph`."""
         return self._runner.graph(n_tokens, n_outputs)
 
-    @with_sampling_options
+    @with_options(GenerationOptions)
     def generate(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_tokens: int | None = None,
-        stop: str | Sequence[str] | None = (),
-        sampler: "Sampler | None" = None,
-        processors: "Sequence[Processor]" = (),
-        **sampling: "Unpack[SamplingOptions]",
-    ) -> "Generation":
+        self, prompt: str | Sequence[int], *, echo: bool = False, **options: "Unpack[GenerationOptions]"
+    ) -> Generation:
         """Continues a prompt.
 
         Several generations of a model go on together, in one thread or in many; each gives what it would give alone.
@@ -361,23 +355,15 @@ class Model:
         ----------
         prompt : str or sequence of int
             Text or token ids. What it shares with sequences before it isn't computed again.
-        max_tokens : int, optional
-            Tokens at most; None or -1: until the model ends or the context is full.
-        stop : str or sequence of str, optional
-            Texts that end the generation; they are not part of it.
-        sampler : Sampler, optional
-            Chooses the tokens, by its `sample(logits, ids)`, instead of the options below. One that keeps a state is for
-            one generation.
-        processors : sequence of callable
-            Called before the sampler, in turn, as f(ids, logits) with the ids so far, the prompt's among them, and float32
-            logits (n_vocab,), a copy; each returns logits of the same shape. -inf rules a token out.
-        **sampling
+        echo : bool
+            The prompt's own tokens come first, as pieces; with `logprobs`, they have theirs.
+        **options
 
         Returns
         -------
         Generation
-            An iterator over pieces of text, each of whole characters, for `for` and `async for`. Leaving the loop
-            cancels, once nothing refers to it.
+            An iterator over `Piece`, a `str` for each token, of whole characters, for `for` and `async for`. Leaving the
+            loop cancels, once nothing refers to it.
 
         Raises
         ------
@@ -387,6 +373,21 @@ class Model:
             The prompt is empty or neither text nor token ids, or an option is out of its range.
         """
         self._runner.check()
+        ids = self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else _token_ids(prompt)
+        return Generation(self._scheduler, self._request(ids, 0 if echo else None, **options))
+
+    def _request(
+        self,
+        ids: list[int],
+        echo_from: int | None = None,
+        *,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] | None = (),
+        logprobs: int | None = None,
+        sampler: Sampler | None = None,
+        processors: Sequence[Processor] = (),
+        **sampling: "Unpack[SamplingOptions]",
+    ) -> Request:
         if sampler is None:
             tokenizer = self.tokenizer if sampling.get("dry_multiplier") else None
             standard = StandardSampler(tokenizer=tokenizer, **sampling)
@@ -398,25 +399,26 @@ class Model:
             raise Error(f"a sampler has a method sample(logits, ids), {type(sampler).__name__} has none")
         if callable(processors) or not all(map(callable, processors := tuple(processors))):
             raise Error("processors are a list of functions, each called as f(ids, logits)")
-        ids = self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else _token_ids(prompt)
         if not ids:
             raise Error("the prompt is empty")
         if len(ids) > self.n_ctx:
             raise ContextFullError(f"the prompt has {len(ids)} tokens, the context holds {self.n_ctx}")
         self._runner.check_ids(ids)
-        request = Request(self.tokenizer, ids, sampler, _limit(max_tokens), () if stop is None else stop, processors)
-        return Generation(self._scheduler, request)
+        if logprobs is not None:
+            logprobs = _count("logprobs", logprobs, 0)
+        stop = () if stop is None else stop
+        return Request(self.tokenizer, ids, sampler, _limit(max_tokens), stop, processors, logprobs, echo_from)
 
-    @with_sampling_options
+    @with_options(GenerationOptions)
     def generate_batch(
         self,
         prompts: Iterable[str | Sequence[int]],
         *,
-        max_tokens: int | None = None,
-        stop: str | Sequence[str] | None = (),
-        sampler: "Callable[[int], Sampler] | None" = None,
-        processors: "Sequence[Processor]" = (),
-        **sampling: "Unpack[SamplingOptions]",
+        echo: bool = False,
+        n: int = 1,
+        best_of: int | None = None,
+        samplers: Callable[[int], Sampler] | None = None,
+        **options: "Unpack[GenerationOptions]",
     ) -> Iterator[Generation]:
         """Continues many prompts, as many at once as is good.
 
@@ -425,18 +427,24 @@ class Model:
         Parameters
         ----------
         prompts : iterable of (str or sequence of int)
-            Read as there is room for more. The prompt at place i is sampled with seed + i, if a seed is given.
-        max_tokens, stop, processors
+            Read as there is room for more. The first generation of all is sampled with the seed, if one is given, the next
+            with seed + 1, and so on; those of one prompt come one after the other.
+        echo : bool
             As for `generate`.
-        sampler : callable, optional
-            Called with each prompt's place, gives its sampler.
-        **sampling
+        n : int
+            Generations for each prompt.
+        best_of : int, optional
+            Makes this many for each prompt, n or more, and gives the n with the highest mean log-probability of their
+            tokens, the best first.
+        samplers : callable, optional
+            Called with each generation's place in that order, gives its sampler.
+        **options
 
         Yields
         ------
         Generation
-            Each as it ends: `index` is its place among the prompts, `text` what was generated. Leaving the loop cancels
-            those that haven't ended.
+            Each as it ends: `index` is its prompt's place among the prompts, `choice` its own among that prompt's, `text`
+            what was generated. Leaving the loop cancels those that haven't ended.
 
         Raises
         ------
@@ -445,31 +453,216 @@ class Model:
         Error
             As for `generate`.
         """
-        seed = checked_option("seed", sampling.pop("seed", None))
-        todo, more = enumerate(prompts), True
+        seed = checked_option("seed", options.pop("seed", None))
+        each = n = _count("n", n, 1)
+        if best_of is not None:
+            each = _count("best_of", best_of, n)
+            options.setdefault("logprobs", 0)
+
+        def generations() -> Iterator[Generation]:
+            places = count()
+            for index, prompt in enumerate(prompts):
+                for choice in range(each):
+                    place = next(places)
+                    if seed is not None:
+                        options["seed"] = seed + place
+                    if samplers is not None:
+                        options["sampler"] = samplers(place)
+                    generation = self.generate(prompt, echo=echo, **options)
+                    generation.index, generation.choice = index, choice
+                    yield generation
+
+        ended = self._ended(generations())
+        return ended if best_of is None else _best(ended, each, n)
+
+    def _ended(self, generations: Iterator[Generation]) -> Iterator[Generation]:
+        """The generations as they end, as many at once as is good."""
         active: list[Generation] = []
+        more = True
         while more or active:
             room = self._scheduler.room - len(active)
-            new = list(islice(todo, room))
+            new = list(islice(generations, room))
             more = len(new) == room
-            for index, prompt in new:
-                if seed is not None:
-                    sampling["seed"] = seed + index
-                generation = self.generate(
-                    prompt,
-                    max_tokens=max_tokens,
-                    stop=stop,
-                    sampler=None if sampler is None else sampler(index),
-                    processors=processors,
-                    **sampling,
-                )
-                generation.index = index
-                active.append(generation)
+            active += new
             if active:
                 active[0].wait()
             ended = [g for g in active if g.take()]
             active = [g for g in active if g not in ended]
             yield from ended
+
+    def score(self, prompt: str | Sequence[int], continuations: Sequence[str | Sequence[int]]) -> list[Score]:
+        """How probable continuations of a prompt are; the prompt is computed once for all.
+
+        Parameters
+        ----------
+        prompt : str or sequence of int
+            If it has no tokens, the beginning-of-sequence token stands for it, or the end-of-sequence token where there is
+            none.
+        continuations : sequence of (str or sequence of int)
+            Texts if the prompt is one; tokenized together with it, and white space at its end belongs to them. That is
+            what evaluation harnesses do.
+
+        Returns
+        -------
+        list of Score
+            In the continuations' order.
+
+        Raises
+        ------
+        ContextFullError
+            Prompt and continuation don't fit into the context.
+        Error
+            A continuation has no tokens, or it or the prompt is neither text nor token ids.
+        """
+        pairs = [self._pair(prompt, continuation) for continuation in continuations]
+        scores: list[Score | None] = [None] * len(pairs)
+
+        def generations() -> Iterator[Generation]:
+            for index, (start, rest) in enumerate(pairs):
+                request = self._request(start + rest, len(start), max_tokens=0, logprobs=1, temperature=0)
+                generation = Generation(self._scheduler, request)
+                generation.index = index
+                yield generation
+
+        for generation in self._ended(generations()):
+            scores[generation.index] = Score.of(generation.pieces)
+        return [score for score in scores if score is not None]
+
+    def _pair(self, prompt: str | Sequence[int], continuation: str | Sequence[int]) -> tuple[list[int], list[int]]:
+        """The tokens of a prompt and of what follows."""
+        if isinstance(prompt, str) != isinstance(continuation, str):
+            raise Error("a prompt and its continuations are either all texts or all token ids")
+        if isinstance(prompt, str) and isinstance(continuation, str):
+            text = prompt.rstrip()
+            continuation = prompt[len(text) :] + continuation
+            start = self.tokenizer.encode_prompt(text)
+            both = self.tokenizer.encode_prompt(text + continuation)
+            rest = both[len(start) :]
+        else:
+            start, rest = _token_ids(prompt), _token_ids(continuation)  # type: ignore[arg-type]
+        if not start:
+            first = self.tokenizer.bos if self.tokenizer.bos is not None else self.tokenizer.eos
+            if first is None:
+                raise Error("the prompt is empty, and the model has no token that begins a text")
+            start = [first]
+        if not rest:
+            raise Error(f"the continuation {reprlib.repr(continuation)} has no tokens")
+        return start, rest
+
+    # Conversations
+
+    def chat_prompt(
+        self,
+        messages: Iterable[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text that the model's chat template makes of a conversation, up to where the reply begins.
+
+        Parameters
+        ----------
+        messages : iterable of mappings
+            Each with `role` and `content`.
+        tools : sequence of mappings, optional
+            JSON schemas of functions that the model may ask for.
+        chat_template_kwargs : mapping, optional
+            Whatever else the model's template knows, such as enable_thinking=False.
+
+        Raises
+        ------
+        UnsupportedError
+            The file has no chat template.
+        TokenizerError
+            The template refuses the conversation, or fails.
+        """
+        template = self.chat_template
+        if template is None:
+            raise UnsupportedError(f"{self.file.path}: the file has no chat template")
+        return template.render(checked_messages(messages), tools=tools, **(chat_template_kwargs or {}))
+
+    @with_options(ChatOptions)
+    def chat(self, messages: Iterable[Message], *, stream: bool = False, **options: "Unpack[ChatOptions]") -> Reply:
+        """Replies to a conversation.
+
+        Parameters
+        ----------
+        messages : iterable of mappings
+            Each with `role` and `content`.
+        stream : bool
+            False: the reply is whole. True: iterate over it for its pieces.
+        **options
+
+        Returns
+        -------
+        Reply
+            A generation that also has `answer`, `thinking` and `message`.
+
+        Raises
+        ------
+        ContextFullError
+            The conversation doesn't fit into the context.
+        UnsupportedError
+            The file has no chat template.
+        TokenizerError
+            The template refuses the conversation, or fails.
+        Error
+            As for `generate`.
+        """
+        reply = self._reply(messages, 0, **options)
+        return reply if stream else reply.run()
+
+    def session(self, messages: Iterable[Message] = (), *, drop_oldest: bool = False) -> Session:
+        """A conversation that keeps its messages.
+
+        Parameters
+        ----------
+        messages : iterable of mappings
+            What it begins with, such as a system message.
+        drop_oldest : bool
+            When the context is full, drop the oldest messages after the system's instead of raising ContextFullError.
+        """
+        return Session(self, messages, drop_oldest)
+
+    def _reply(
+        self,
+        messages: Iterable[Message],
+        room: int,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: "Unpack[GenerationOptions]",
+    ) -> Reply:
+        """A reply; there must be room for so many of its tokens, if it may have them, or for a quarter of the context."""
+        self._runner.check()
+        prompt = self.chat_prompt(messages, tools=tools, chat_template_kwargs=chat_template_kwargs)
+        ids = self.tokenizer.encode_prompt(prompt)
+        most = _limit(options.get("max_tokens"))
+        room = min(room, self.n_ctx // 4, room if most is None else most)
+        if len(ids) + room > self.n_ctx:
+            left = f" and {room} for the reply" if room else ""
+            raise ContextFullError(f"the conversation has {len(ids)} tokens{left}; the context holds {self.n_ctx}")
+        return Reply(self._scheduler, self._request(ids, **options), prompt)
+
+
+def _best(generations: Iterator[Generation], each: int, n: int) -> Iterator[Generation]:
+    """Of each prompt's generations the n whose tokens are likeliest in the mean."""
+    ended: dict[int, list[Generation]] = {}
+    for generation in generations:
+        of_prompt = ended.setdefault(generation.index, [])
+        of_prompt.append(generation)
+        if len(of_prompt) == each:
+            del ended[generation.index]
+            of_prompt.sort(key=lambda g: (-_mean_logprob(g), g.choice))
+            for choice, best in enumerate(of_prompt[:n]):
+                best.choice = choice
+                yield best
+
+
+def _mean_logprob(generation: Generation) -> float:
+    generated = generation.pieces[-len(generation.ids) :] if generation.ids else []
+    known = [piece.logprob for piece in generated if piece.logprob is not None]
+    return sum(known) / len(known) if known else 0.0
 
 
 def _token_ids(prompt: Sequence[int]) -> list[int]:
@@ -481,6 +674,12 @@ def _token_ids(prompt: Sequence[int]) -> list[int]:
             return [int(i) for i in ids]
         raise Error(f"a prompt is text or token ids; among these is {reprlib.repr(wrong[0])}")
     raise Error(f"a prompt is text or token ids, not {type(prompt).__name__}")
+
+
+def _count(name: str, value: int, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise Error(f"{name} must be a whole number, {least} or more; got {reprlib.repr(value)}")
+    return int(value)
 
 
 def _limit(max_tokens: int | None) -> int | None:

@@ -12,7 +12,10 @@ from inspect import Parameter, signature
 from math import inf, isfinite
 from numbers import Integral, Real
 from textwrap import TextWrapper
-from typing import Annotated, Any, TypedDict, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Protocol, TypeAlias, TypedDict, TypeVar, get_args, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import Error
 
@@ -40,6 +43,36 @@ class Option:
     allowed: Callable[[Any], bool]
     words: str
     help: str
+
+
+@dataclass(frozen=True)
+class Other:
+    """What is to know of an option that isn't the standard sampler's: its default, and what it does."""
+
+    default: Any
+    help: str
+
+
+Logits: TypeAlias = NDArray[np.float32]
+
+#: Called with the ids so far, the prompt's among them, and a copy of the logits (n_vocab,); gives float32 logits of the
+#: same shape.
+Processor: TypeAlias = Callable[[Sequence[int], Logits], Logits]
+
+
+class Sampler(Protocol):
+    """What chooses tokens. A generation asks its own sampler for one after the other, so that it may keep a state."""
+
+    def sample(self, logits: Logits, ids: Sequence[int], /) -> int:
+        """Choose a token.
+
+        Parameters
+        ----------
+        logits : float32 array (n_vocab,)
+            -inf rules a token out.
+        ids : sequence of int
+            The ids so far, the prompt's among them.
+        """
 
 
 _SHARE = (lambda x: 0 <= x <= 1, "a number from 0 to 1")
@@ -133,6 +166,47 @@ class SamplingOptions(TypedDict, total=False):
     ]
 
 
+class GenerationOptions(SamplingOptions, total=False):
+    """What a generation takes beside its prompt; all of it may be left out."""
+
+    max_tokens: Annotated[
+        int | None, Other(None, "Tokens at most; None or -1: until the model ends or the context is full.")
+    ]
+    stop: Annotated[str | Sequence[str] | None, Other((), "Texts that end the generation; they are not part of it.")]
+    logprobs: Annotated[
+        int | None,
+        Other(None, "Pieces carry the log-probability of their token and of this many of the likeliest ones."),
+    ]
+    sampler: Annotated[
+        Sampler | None,
+        Other(
+            None,
+            "Chooses the tokens, by its `sample(logits, ids)`, instead of the sampling options. One that keeps a state is "
+            "for one generation.",
+        ),
+    ]
+    processors: Annotated[
+        Sequence[Processor],
+        Other(
+            (),
+            "Called before the sampler, in turn, as f(ids, logits) with the ids so far, the prompt's among them, and "
+            "float32 logits (n_vocab,), a copy; each returns logits of the same shape. -inf rules a token out.",
+        ),
+    ]
+
+
+class ChatOptions(GenerationOptions, total=False):
+    """What a reply takes beside its messages; all of it may be left out."""
+
+    tools: Annotated[
+        Sequence[Mapping[str, Any]] | None, Other(None, "JSON schemas of functions that the model may ask for.")
+    ]
+    chat_template_kwargs: Annotated[
+        Mapping[str, Any] | None,
+        Other(None, "Whatever else the model's chat template knows, such as {'enable_thinking': False}."),
+    ]
+
+
 @cache
 def option_table() -> dict[str, tuple[Any, Option]]:
     """Each option's type and what else is to know of it, by name and in order."""
@@ -212,28 +286,39 @@ _KINDS: dict[Any, Callable[[object], Any]] = {
 }
 
 
-def with_sampling_options(function: F) -> F:
-    """Writes the options into the docstring and signature of a function or class that takes them as `**sampling`.
+def with_options(options: type) -> Callable[[F], F]:
+    """Writes options into the docstring and signature of a function or class that takes them as its last parameter, a
+    `**` of one of the classes above.
 
-    The docstring has a line "**sampling" where they go.
+    The docstring has a line "**options" where they go.
     """
-    there = signature(function).parameters
-    table = option_table()
-    added = [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=kind)
-        for name, (kind, option) in table.items()
-        if name not in there
-    ]
-    kept = [p for p in there.values() if p.kind is not Parameter.VAR_KEYWORD]
-    function.__signature__ = signature(function).replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
-    before, mark, after = (function.__doc__ or "").partition("**sampling\n")
-    if mark:
-        indent = before[before.rfind("\n") + 1 :]
-        text = TextWrapper(120, initial_indent=f"{indent}    ", subsequent_indent=f"{indent}    ")
-        lines = []
-        for p in added:
-            kind = p.annotation.__name__ if p.annotation in (int, float) else str(p.annotation)
-            lines.append(f"{indent}{p.name} : {kind.replace('collections.abc.', '')}, default {p.default!r}")
-            lines += text.wrap(table[p.name][1].help)
-        function.__doc__ = before + "\n".join(lines).lstrip() + "\n" + after
-    return function
+
+    def written(function: F) -> F:
+        kept = [p for p in signature(function).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+        added, lines = [], []
+        for name, hint in get_type_hints(options, include_extras=True).items():
+            kind, option = get_args(hint)[0], get_args(hint)[1]
+            added.append(Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=kind))
+            lines.append((f"{name} : {_KIND_NAMES.get(name) or _kind_name(kind)}, default {option.default!r}", option.help))
+        # Those of the generation first, then how tokens are chosen.
+        own = [name for name in get_type_hints(options) if name not in option_table()]
+        order = sorted(range(len(added)), key=lambda i: added[i].name not in own)
+        function.__signature__ = signature(function).replace(parameters=[*kept, *(added[i] for i in order)])  # type: ignore[attr-defined]
+        before, mark, after = (function.__doc__ or "").partition("**options\n")
+        if mark:
+            indent = before[before.rfind("\n") + 1 :]
+            text = TextWrapper(120, initial_indent=f"{indent}    ", subsequent_indent=f"{indent}    ")
+            all_lines = [line for i in order for line in (indent + lines[i][0], *text.wrap(lines[i][1]))]
+            function.__doc__ = before + "\n".join(all_lines).lstrip() + "\n" + after
+        return function
+
+    return written
+
+
+#: where the type would be hard to read
+_KIND_NAMES = {"sampler": "Sampler", "processors": "sequence of callable"}
+
+
+def _kind_name(kind: Any) -> str:
+    name = kind.__name__ if kind in (int, float) else str(kind)
+    return name.replace("collections.abc.", "").replace("typing.", "")

@@ -9,26 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import Error
-from .options import SamplingOptions, checked_options, option_table, with_sampling_options
+from .options import Logits, Processor, Sampler, SamplingOptions, checked_options, option_table, with_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .tokenizer import Tokenizer
 
-Logits: TypeAlias = NDArray[np.float32]
 Ids: TypeAlias = NDArray[np.intp]
-
-#: Called with the ids so far, the prompt's among them, and a copy of the logits (n_vocab,); gives float32 logits of the
-#: same shape.
-Processor: TypeAlias = Callable[[Sequence[int], Logits], Logits]
 
 #: DRY's sequence breakers: by the token that begins one, the tokens that may go on.
 Breakers: TypeAlias = Mapping[int, Sequence[tuple[int, ...]]]
@@ -44,21 +39,6 @@ _SHARE_ROUNDING = 2.0**-24
 _LOWEST, _HIGHEST = float(np.finfo(np.float32).min), float(np.finfo(np.float32).max)
 # Temperatures beyond act as these: numbers stay finite.
 _COLDEST, _HOTTEST = 1e-30, 1e30
-
-
-class Sampler(Protocol):
-    """What chooses tokens. A generation asks its own sampler for one after the other, so that it may keep a state."""
-
-    def sample(self, logits: Logits, ids: Sequence[int], /) -> int:
-        """Choose a token.
-
-        Parameters
-        ----------
-        logits : float32 array (n_vocab,)
-            -inf rules a token out.
-        ids : sequence of int
-            The ids so far, the prompt's among them.
-        """
 
 
 class Candidates(NamedTuple):
@@ -326,6 +306,20 @@ def softmax(candidates: Candidates, temperature: float = 1.0) -> NDArray[np.floa
     return weights / weights.sum()
 
 
+def log_probabilities(logits: Logits, token: int, n: int) -> tuple[float, dict[int, float]]:
+    """The natural logarithm of a token's probability, and those of the n likeliest tokens by id, the likeliest first."""
+    highest = float(logits.max())
+    # float32 exponentials, each good to 1e-7, added up in float64.
+    log_sum = highest + math.log(float(np.exp(logits - np.float32(highest)).sum(dtype=np.float64)))
+    best = top_k(Candidates(_all_ids(len(logits)), logits), n) if n else None
+    top = (
+        {}
+        if best is None
+        else dict(zip(best.ids.tolist(), (best.logits.astype(np.float64) - log_sum).tolist(), strict=True))
+    )
+    return float(logits[token]) - log_sum, top
+
+
 def dynamic_temperature(candidates: Candidates, temperature: float, spread: float, exponent: float) -> float:
     """A temperature from max(0, temperature - spread) to temperature + spread, by how near the tokens' entropy comes to its
     maximum (Zhu et al. 2023, "Hot or Cold? Adaptive Temperature Sampling", in the form of llama.cpp)."""
@@ -351,7 +345,7 @@ _CUTS: dict[str, Callable[[Candidates, Any], Candidates]] = {
 }
 
 
-@with_sampling_options
+@with_options(SamplingOptions)
 class StandardSampler:
     """Chooses tokens by the usual options, in llama.cpp's order.
 
@@ -363,7 +357,7 @@ class StandardSampler:
     ----------
     tokenizer : Tokenizer, optional
         Finds the tokens of DRY's sequence breakers.
-    **sampling
+    **options
 
     Raises
     ------

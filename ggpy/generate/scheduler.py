@@ -10,9 +10,10 @@ import numpy as np
 from ..errors import ContextFullError, Error
 from ..graph import pages_of
 from ..kernels.table import SLAB
+from .piece import Piece
 from .prefixes import Prefix, common
 from .runner import Runner
-from .sampling import Processor, Sampler, next_token
+from .sampling import Processor, Sampler, log_probabilities, next_token
 from .sequence import TokenSequence
 from .streaming import StopMatcher, StreamDecoder
 from .tokenizer import Tokenizer
@@ -22,7 +23,7 @@ _PIECE_SECONDS = 0.25  # that pieces of prompts may hold up those that generate
 _FIRST_PIECE = 2 * SLAB  # tokens of them before their rate is known
 _WORTH_COPYING = 4  # tokens of a page that others have computed
 _GIVEN_WAY = 0.001  # seconds in which a thread takes a lock that it waits for: else who released it has it again first
-_AHEAD = 256  # pieces of text that nobody takes, before their generation waits
+_AHEAD = 256  # pieces that nobody takes, before their generation waits
 
 
 class Request:
@@ -33,8 +34,11 @@ class Request:
     tokens : list of int
         The prompt and what has been generated.
     n_prompt : int
-    pieces : deque of str
-        Text that nobody has taken yet.
+    pieces : deque of Piece
+        What nobody has taken yet.
+    n_scored : int
+        The token before which all log-probabilities that are wanted are known: the prompt's length, or less while some of
+        the prompt's own are to come.
     finish_reason, error
         How it ended: one of the two, or None while it goes on.
     cancelled : bool
@@ -45,6 +49,13 @@ class Request:
         The last of its pages that the tree of prefixes knows; None where its values aren't fit for others.
     n_known : int
         How many pages that are.
+
+    Parameters
+    ----------
+    logprobs : int, optional
+        Of how many of the likeliest tokens log-probabilities are wanted, beside the token's own; None: of none.
+    echo_from : int, optional
+        Pieces of the prompt are wanted, too, from this token on.
     """
 
     def __init__(
@@ -55,12 +66,14 @@ class Request:
         max_tokens: int | None,
         stop: str | Sequence[str],
         processors: Sequence[Processor] = (),
+        logprobs: int | None = None,
+        echo_from: int | None = None,
     ):
         self.tokens = list(prompt_ids)
         self.n_prompt = len(prompt_ids)
         self.n_reused = 0
         self.prompt_seconds = self.decode_seconds = 0.0
-        self.pieces: deque[str] = deque()
+        self.pieces: deque[Piece] = deque()
         self.finish_reason: str | None = None
         self.error: Exception | None = None
         self.cancelled = False
@@ -68,32 +81,74 @@ class Request:
         self.prefix: Prefix | None = None
         self.n_known = 0
         self._sampler, self._processors, self._max_tokens = sampler, tuple(processors), max_tokens
-        self._end_tokens = tokenizer.end_tokens
+        self._end_tokens, self._bos = tokenizer.end_tokens, tokenizer.bos
         self._decoder, self._stops = StreamDecoder(tokenizer, prompt_ids), StopMatcher(stop)
         self._started = self._first = 0.0
-        if max_tokens is not None and max_tokens < 1:
-            self.finish_reason = "length"
+        self._logprobs = logprobs
+        self.n_scored = self.n_prompt
+        if echo_from is not None:
+            self._echo = StreamDecoder(tokenizer, prompt_ids[:echo_from], special=True)
+            self.n_scored = echo_from
+            while self.n_scored < (1 if logprobs is not None else self.n_prompt):
+                self._echo_next()
+        self._end_without_tokens()
 
     @property
     def done(self) -> bool:
         """Whether it has ended."""
         return self.finish_reason is not None or self.error is not None
 
+    @property
+    def first_wanted(self) -> int:
+        """The first position whose logits are wanted: none before the one that is to give the next token, or the next
+        log-probability of the prompt."""
+        return (self.n_scored if self.n_scored < self.n_prompt else len(self.tokens)) - 1
+
     def start(self) -> None:
         """Notes the time, unless it was at work before."""
         self._started = self._started or time.perf_counter()
 
     def take(self, logits: np.ndarray, n_ctx: int) -> None:
-        """Chooses the next token by its logits, and what of its text is certain."""
+        """Takes logits (n, n_vocab) from position `first_wanted` on: for the prompt's log-probabilities, and to choose the
+        next token and what of its text is certain."""
+        try:
+            for row in logits:
+                if self.done:
+                    return
+                if self.n_scored < self.n_prompt:
+                    self._echo_next(row)
+                    self._end_without_tokens()
+                else:
+                    self._count_time()
+                    self._choose(row, n_ctx)
+        except Exception as error:  # the others go on
+            self.error = error
+
+    def _end_without_tokens(self) -> None:
+        if self.n_scored == self.n_prompt and self._max_tokens is not None and self._max_tokens < 1:
+            self.finish_reason = "length"
+
+    def _echo_next(self, logits: np.ndarray | None = None) -> None:
+        """The piece of the prompt's next token, whose log-probability the logits before it give."""
+        token = self.tokens[self.n_scored]
+        # A beginning-of-sequence token that the text doesn't have writes nothing.
+        text = "" if self.n_scored == 0 and token == self._bos else self._echo.push(token)
+        self.n_scored += 1
+        if self.n_scored == self.n_prompt:
+            text += self._echo.flush()
+        self.pieces.append(Piece(text, token, *self._logprobs_of(token, logits)))
+
+    def _logprobs_of(self, token: int, logits: np.ndarray | None) -> tuple[float | None, dict[int, float]]:
+        if self._logprobs is None or logits is None:
+            return None, {}
+        return log_probabilities(logits, token, self._logprobs)
+
+    def _count_time(self) -> None:
         now = time.perf_counter()
         if not self.prompt_seconds:
             self.prompt_seconds, self._first = now - self._started, now
         else:
             self.decode_seconds = now - self._first
-        try:
-            self._choose(logits, n_ctx)
-        except Exception as error:  # the others go on
-            self.error = error
 
     def _choose(self, logits: np.ndarray, n_ctx: int) -> None:
         token = next_token(self._sampler, self._processors, logits, self.tokens)
@@ -109,8 +164,7 @@ class Request:
         if reason and not stopped:
             rest, _ = self._stops.push(self._decoder.flush())
             text += rest + self._stops.flush()
-        if text:
-            self.pieces.append(text)
+        self.pieces.append(Piece(text, token, *self._logprobs_of(token, logits), reason or None))
         if reason:
             self.finish_reason = reason
 
@@ -203,7 +257,7 @@ class Scheduler:
             if not work:
                 self._prefer(wanted)
                 return
-            spans = [_sequence(r).span(ids, int(_n_left(r) == len(ids))) for r, ids in work]
+            spans = [_sequence(r).span(ids, _n_wanted(r, len(ids))) for r, ids in work]
             started = time.perf_counter()
             results = runner.run(spans)
             n_tokens = sum(len(ids) for _, ids in work)
@@ -214,8 +268,7 @@ class Scheduler:
             self._check_hooks()  # another thread may have set some before the run
             for (r, _), logits in zip(work, results, strict=True):
                 self._share(r)
-                if len(logits):
-                    r.take(logits[0], runner.n_ctx)
+                r.take(logits, runner.n_ctx)
             self._drop_ended()
 
     def _check_hooks(self) -> None:
@@ -273,9 +326,9 @@ class Scheduler:
         for r in self._running:
             if len(r.pieces) >= _AHEAD and r is not wanted:
                 continue
-            if _n_left(r) == 0:
-                # An interrupt came between its run and its token: once more, with the same bits.
-                self._cut(r, len(r.tokens) - 1)
+            if len(_sequence(r).ids) > r.first_wanted:
+                # An interrupt came between its run and what its logits are for: once more, with the same bits.
+                self._cut(r, r.first_wanted)
             (single if _n_left(r) == 1 else prompts).append(r)
         return single, prompts
 
@@ -296,15 +349,17 @@ class Scheduler:
             if not self._reuse(r, pages):
                 active.append(r)
         work = []
+        n_outputs = self._runner.n_outputs - len(single)
         for i, r in enumerate(active):
             if r.sequence is None:  # sent away for an older one
                 continue
+            past = len(r.sequence.ids)
             share = max(SLAB, limit // (len(active) - i))
-            n = min(_n_left(r), share, limit)
+            n = min(_n_left(r), share, limit, r.first_wanted - past + n_outputs)
             if n > 0 and self._make_room(r, n):
-                past = len(_sequence(r).ids)
                 work.append((r, r.tokens[past : past + n]))
                 limit -= n
+                n_outputs -= _n_wanted(r, n)
         return work
 
     def _reuse(self, r: Request, pages: dict[Prefix, list[Request]]) -> bool:
@@ -313,7 +368,7 @@ class Scheduler:
         if r.prefix is None:
             return False
         known = r.prefix
-        while (past := len(sequence.ids)) % SLAB == 0 and _n_left(r) > SLAB:
+        while (past := len(sequence.ids)) % SLAB == 0 and past + SLAB <= r.first_wanted:
             ids = tuple(r.tokens[past : past + SLAB])
             child = r.prefix.children.get(ids)
             if child is None:
@@ -324,8 +379,8 @@ class Scheduler:
         if r.prefix is not known:
             prefixes.touch(r.prefix)
         workers = pages.setdefault(r.prefix, [])
-        if past % SLAB == 0:
-            ids = tuple(r.tokens[past : min(past + SLAB, len(r.tokens) - 1)])
+        if past % SLAB == 0 and past < r.first_wanted:
+            ids = tuple(r.tokens[past : min(past + SLAB, r.first_wanted)])
             page, most = prefixes.nearest(r.prefix, ids)
             for other in workers:
                 own = _sequence(other)
@@ -409,6 +464,12 @@ class Scheduler:
 def _n_left(r: Request) -> int:
     """Tokens that must be evaluated before the next one can be chosen."""
     return len(r.tokens) - len(_sequence(r).ids)
+
+
+def _n_wanted(r: Request, n: int) -> int:
+    """For how many of the next n tokens logits are wanted: the last ones."""
+    past = len(_sequence(r).ids)
+    return max(0, past + n - max(past, r.first_wanted))
 
 
 def _sequence(r: Request) -> TokenSequence:

@@ -96,7 +96,7 @@ class StopMatcher:
             self.stopped = True
             emit, self._held = self._held[: min(found)[1]], ""
         else:
-            keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+            keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
             cut = len(self._held) - keep
             emit, self._held = self._held[:cut], self._held[cut:]
         return emit, self.stopped
@@ -107,6 +107,6 @@ class StopMatcher:
         return emit
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """How many characters at the end of the text are a beginning of the stop string."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -177,7 +177,7 @@ def test_batches_take_a_sampler_for_each_place(model):
         made[i] = ggpy.StandardSampler(temperature=1, seed=20 + i)
         return made[i]
 
-    batch = sorted(model.generate_batch(iter(prompts), max_tokens=6, sampler=sampler), key=lambda g: g.index)
+    batch = sorted(model.generate_batch(iter(prompts), max_tokens=6, samplers=sampler), key=lambda g: g.index)
     expected = [model.generate(p, max_tokens=6, temperature=1, seed=20 + i).run().ids for i, p in enumerate(prompts)]
     assert [g.ids for g in batch] == expected and sorted(made) == [0, 1, 2, 3]
     with pytest.raises(ggpy.Error, match="seed must be"):

@@ -1,0 +1,189 @@
+"""Conversations: a reply to messages, and a session that keeps them."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ..errors import ContextFullError, Error
+from ..file import writing_aside
+from .generation import Generation
+from .options import ChatOptions, with_options
+from .scheduler import Request, Scheduler
+from .thinking import split_thinking
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .model import Model
+
+#: A message of a conversation, as chat templates and OpenAI's API have it: `role` and `content`, and whatever else the
+#: model's template knows, such as `tool_calls`.
+Message: TypeAlias = Mapping[str, Any]
+
+#: Tokens that a session keeps free for a reply whose length isn't limited, but no more than a quarter of the context.
+_REPLY_ROOM = 256
+
+
+class Reply(Generation):
+    """A model's reply to a conversation: a generation whose text has thoughts and an answer.
+
+    Attributes
+    ----------
+    n_dropped : int
+        Messages that a session has left out, since they didn't fit into the context.
+    """
+
+    def __init__(self, scheduler: Scheduler, request: Request, prompt: str):
+        super().__init__(scheduler, request)
+        self.prompt = prompt
+        self.n_dropped = 0
+
+    @property
+    def answer(self) -> str:
+        """The text taken so far, without thoughts."""
+        return split_thinking(self.text, self.prompt)[1]
+
+    @property
+    def thinking(self) -> str:
+        """The thoughts taken so far, where the model marks them in one of the ways of `thinking.MARKERS`."""
+        return split_thinking(self.text, self.prompt)[0]
+
+    @property
+    def message(self) -> dict[str, str]:
+        """The reply taken so far as a message; its thoughts, if there are any, as `reasoning_content`."""
+        thinking, answer = split_thinking(self.text, self.prompt)
+        return {"role": "assistant", "content": answer} | ({"reasoning_content": thinking} if thinking else {})
+
+
+class Session:
+    """A conversation with a model. Made by `Model.session`.
+
+    What has been said isn't computed again, as long as the model's room for keys and values lasts.
+
+    Attributes
+    ----------
+    drop_oldest : bool
+        Whether the oldest messages are dropped when the context is full.
+    n_dropped : int
+        How many messages have been.
+    """
+
+    def __init__(self, model: "Model", messages: Iterable[Message] = (), drop_oldest: bool = False):
+        self._model = model
+        self._messages: list[Message] = checked_messages(messages)
+        self._reply: Reply | None = None
+        self.drop_oldest = drop_oldest
+        self.n_dropped = 0
+
+    @property
+    def messages(self) -> list[Message]:
+        """The messages so far. Of a reply that goes on, what has been taken of it; of one that gave nothing, nothing."""
+        if self._reply is None or not self._reply.text:
+            return list(self._messages)
+        return [*self._messages, self._reply.message]
+
+    @with_options(ChatOptions)
+    def send(self, message: str | Message, *, stream: bool = False, **options: "Unpack[ChatOptions]") -> Reply:
+        """Says something; the model's reply.
+
+        Parameters
+        ----------
+        message : str or mapping
+            What the user says; or a whole message, such as a tool's result.
+        stream : bool
+            False: the reply is whole. True: iterate over it for its pieces; what has been taken of it when the next
+            message is sent belongs to the conversation.
+        **options
+
+        Raises
+        ------
+        ContextFullError
+            The conversation doesn't fit into the context any more. The session is as before.
+        """
+        self.end_reply()
+        new = {"role": "user", "content": message} if isinstance(message, str) else message
+        messages = [*self._messages, *checked_messages([new])]
+        n_dropped = 0
+        while True:
+            try:
+                reply = self._model._reply(messages, _REPLY_ROOM, **options)
+                break
+            except ContextFullError:
+                shorter = _without_oldest(messages) if self.drop_oldest else messages
+                if len(shorter) == len(messages):
+                    raise
+                n_dropped += len(messages) - len(shorter)
+                messages = shorter
+        self._messages, self._reply = messages, reply
+        self.n_dropped += n_dropped
+        reply.n_dropped = n_dropped
+        return reply if stream else reply.run()
+
+    def end_reply(self) -> None:
+        """Ends the reply that is under way; what was taken of it belongs to the conversation."""
+        if self._reply is not None:
+            if self._reply.finish_reason is None:
+                self._reply.cancel()
+            self._messages, self._reply = self.messages, None
+
+    def undo(self) -> None:
+        """Forgets the last message of the user and everything after it."""
+        self.end_reply()
+        said = [i for i, message in enumerate(self._messages) if message["role"] == "user"]
+        if not said:
+            raise Error("the conversation has no message of a user")
+        del self._messages[said[-1] :]
+
+    def save(self, path: str | Path) -> None:
+        """Writes the messages to a file, as JSON.
+
+        Raises
+        ------
+        Error
+            The file can't be written.
+        """
+        with writing_aside(Path(path)) as aside:
+            aside.write_text(json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2) + "\n", "utf-8")
+
+    def load(self, path: str | Path) -> None:
+        """Goes on with the messages that `save` wrote, in place of these.
+
+        Raises
+        ------
+        Error
+            The file can't be read, or isn't one.
+        """
+        try:
+            saved = json.loads(Path(path).read_text("utf-8"))
+            messages = checked_messages(saved["messages"])
+        except OSError as error:
+            raise Error(f"{path}: {error.strerror}") from None
+        except (ValueError, TypeError, KeyError, Error):
+            raise Error(f"{path}: not a saved conversation") from None
+        self.end_reply()
+        self._messages = messages
+
+
+def checked_messages(messages: Iterable[Message]) -> list[Message]:
+    """The messages as a list.
+
+    Raises
+    ------
+    Error
+        One isn't a mapping with a role.
+    """
+    if isinstance(messages, (str, Mapping)):
+        raise Error("messages are a list of mappings with role and content")
+    checked = list(messages)
+    for i, message in enumerate(checked):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise Error(f"message {i + 1} is no mapping with a role and content")
+    return checked
+
+
+def _without_oldest(messages: Sequence[Message]) -> list[Message]:
+    """Without the oldest exchange: the first message of a user and what follows up to the next one. The same, if there is
+    only one."""
+    said = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    return [*messages[: said[0]], *messages[said[1] :]] if len(said) > 1 else list(messages)
