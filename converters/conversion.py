@@ -20,9 +20,9 @@ from ggpy.file import NewFile, write_files
 from ggpy.kernels.build import Progress as KernelProgress
 from ggpy.kernels.build import load
 from ggpy.kernels.table import ENCODED
-from ggpy.quantize import FILE_TYPES, encode, tensor_types
-from ggpy.quantize.mixes import check_without_importance, file_type, sizes
-from ggpy.quantize.model import in_order
+from ggpy.quantization import FILE_TYPES, encode, tensor_types
+from ggpy.quantization.mixes import check_without_importance, file_type, sizes
+from ggpy.quantization.model import in_order
 
 from . import deepseek2, llama, mixtral, olmoe, qwen
 from .checkpoint import FILE_PATTERNS, Checkpoint, ComputedRows, Rows
@@ -71,7 +71,7 @@ class Plan:
     path : Path
         The file.
     type : str
-        The file type, a key of `ggpy.quantize.FILE_TYPES`.
+        The file type, a key of `ggpy.quantization.FILE_TYPES`.
     metadata : dict
         GGUF's key-values.
     tensors : tuple of TensorPlan
@@ -115,8 +115,8 @@ def convert(
     out : str or path-like
         The file to write; one that is there is replaced.
     type : str
-        A name of `ggpy.quantize.FILE_TYPES` in any case, such as q8_0 or q4_k_m; which tensor gets which block type:
-        `ggpy.quantize.tensor_types`.
+        A name of `ggpy.quantization.FILE_TYPES` in any case, such as q8_0 or q4_k_m; which tensor gets which block type:
+        `ggpy.quantization.tensor_types`.
     dry_run : bool
         Plan and check, but write nothing.
     progress : callable, optional
@@ -214,7 +214,7 @@ class _Described(NamedTuple):
 
 @dataclass(frozen=True)
 class _Model:
-    """The model as the rules of mixes see it (implements `ggpy.quantize.mixes.ModelFacts`)."""
+    """The model as the rules of mixes see it (implements `ggpy.quantization.mixes.ModelFacts`)."""
 
     metadata: dict[str, Any]
     tensors: dict[str, _Described]

@@ -1,6 +1,9 @@
-"""Imports point left: errors, quant, simd, kernels, file, graph, models, generate, cli."""
+"""Imports point left, and what the package has at its top is there."""
 
 import ast
+import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import ggpy
@@ -14,7 +17,7 @@ ORDER = {
     "kernels": 3,
     "file": 4,
     "graph": 5,
-    "quantize": 6,
+    "quantization": 6,
     "models": 7,
     "generate": 8,
     "measure": 9,
@@ -43,5 +46,28 @@ def test_a_module_imports_only_from_its_left():
         if part in ORDER:
             wrong = {p for p in parts if p != part and ORDER.get(p, 99) > ORDER[part]}
             assert not wrong, f"{path} imports {wrong}"
-        assert part == "cli" or "converters" not in packages, f"{path} imports converters"
+        assert part in ("cli", "__init__") or "converters" not in packages, f"{path} imports converters"
         assert not {"torch", "transformers"} & packages, f"{path} imports test dependencies"
+
+
+def test_the_top_has_what_it_lists_and_is_light():
+    for name in ggpy.__all__:
+        assert getattr(ggpy, name).__doc__ or name in ("Message", "Processor")
+    assert set(ggpy.__all__) <= set(dir(ggpy))
+    code = "import sys, ggpy; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"numpy", "llvmlite", "gguf", "jinja2", "tokenizers", "typer", "asyncio"} & set(loaded)
+
+
+def test_load_says_what_a_model_takes():
+    def parameters(function):
+        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+    assert parameters(ggpy.load) == parameters(ggpy.Model)
+    assert all(f"    {name} : " in ggpy.load.__doc__ for name, _, _ in parameters(ggpy.load))
+
+
+def test_the_quantize_function_is_no_module():
+    import ggpy.quantization
+
+    assert callable(ggpy.quantize) and ggpy.quantize is ggpy.quantization.quantize_model

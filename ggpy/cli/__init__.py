@@ -1,7 +1,6 @@
-"""The command line: `ggpy convert | run | inspect | bench | demo | warmup`.
+"""The command line: one module for each command of `ggpy`, with one function of its name.
 
-Each command is a module with one function of its name. What goes wrong on purpose is one line on stderr and exit code 1;
-`--debug` before the command shows the traceback.
+What goes wrong on purpose is one line on stderr and exit code 1; `--debug` before the command shows the traceback.
 """
 
 import os

@@ -23,7 +23,7 @@ def imatrix(
     from ..file import folder_of, read_text
     from ..measure.importance import measure_importance
     from ..measure.perplexity import chunks_of
-    from ..quantize.imatrix import write_imatrix
+    from ..quantization.imatrix import write_imatrix
 
     folder_of(out)
     with open_model(model, ctx, threads) as opened:

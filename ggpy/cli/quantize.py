@@ -10,7 +10,7 @@ from ..errors import Error
 from .common import byte_count, conversion_progress, kernel_progress
 
 if TYPE_CHECKING:
-    from ..quantize import Plan
+    from ..quantization import Plan
 
 
 def quantize(
@@ -40,7 +40,7 @@ def quantize(
 ) -> None:
     """Quantize a GGUF model: each tensor gets the type that llama.cpp's mix of this name gives it, or, with a target, the
     type that its measured sensitivity calls for."""
-    from ..quantize import Override, quantize_model
+    from ..quantization import Override, quantize_model
 
     if sum(given is not None for given in (type, target_size, target_kl)) != 1:
         raise Error("name a type, or --target-size, or --target-kl")

@@ -44,40 +44,7 @@ DEFAULT_BATCH = 512
 class Model:
     """A GGUF file opened for running.
 
-    Parameters
-    ----------
-    path : str or Path
-        A .gguf file; of a split model, any part.
-    n_ctx : int, optional
-        Tokens of context; by default what the model was trained with, but not more than 8192. Memory is taken as tokens
-        come.
-    n_threads : int, optional
-        By default one for each physical core that this process may use.
-    n_batch : int
-        Tokens of a prompt that are run at once.
-    kv_type : {"f16", "q8_0", "f32"}
-        Of the cached keys and values. Q8_0 takes about half the memory of float16.
-    n_expert_used : int, optional
-        Experts for each token of a mixture, instead of the file's number.
-    mla : {"absorbed", "naive"}
-        How latent attention (DeepSeek) is computed: over cached latent vectors, or over keys and values of all heads,
-        which takes several times the memory.
-    kv_memory : int, optional
-        Bytes for the cached keys and values of all sequences, at most; by default what four contexts take, but no more
-        than a quarter of the machine's memory. What nobody uses is kept for prompts that begin alike, until the room is
-        needed.
-    ram_budget : int, optional
-        Bytes of memory that a mixture of experts bigger than that may take: experts are kept by use and read when their
-        router has spoken. Costs time where the model fits.
-    progress : callable, optional
-        Called as progress(done, total, kernel) while kernels are compiled, which happens once per machine.
-
-    Raises
-    ------
-    GGUFError
-        The file is damaged, or lacks a tensor or key.
-    UnsupportedError
-        An architecture or block type that ggpy doesn't have.
+    Made by `ggpy.load`, which says what the parameters are.
     """
 
     def __init__(

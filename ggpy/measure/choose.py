@@ -34,9 +34,9 @@ from ..graph import default_threads
 from ..kernels.build import Progress, load
 from ..kernels.table import ENCODED, QUANTIZED
 from ..quant import block_type
-from ..quantize import ImportanceMatrix, Override, Plan, encode, quantize_model, read_imatrix
-from ..quantize.mixes import sizes, tensor_types
-from ..quantize.model import check_places, new_data
+from ..quantization import ImportanceMatrix, Override, Plan, encode, quantize_model, read_imatrix
+from ..quantization.mixes import sizes, tensor_types
+from ..quantization.model import check_places, new_data
 from .importance import measure_importance
 from .logits_file import LogitsFile
 from .perplexity import chunks_of, measure_perplexity

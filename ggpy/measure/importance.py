@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ..errors import Error
-from ..quantize.imatrix import ImportanceMatrix
+from ..quantization.imatrix import ImportanceMatrix
 from .perplexity import with_bos
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from typing import Any
 from ..errors import Error
 from ..file import GGUFFile, read_text, writing_aside
 from ..generate.model import Model
-from ..quantize import quantize_model
-from ..quantize.mixes import file_type
+from ..quantization import quantize_model
+from ..quantization.mixes import file_type
 from .logits_file import LogitsFile
 from .perplexity import Perplexity, chunks_of, measure_perplexity
 from .speed import peak_memory, tokens_per_second

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ggpy.quantize.imatrix import read_imatrix
+from ggpy.quantization.imatrix import read_imatrix
 from tests.models.checkpoints import converted, random_model
 from tests.models.test_llama import SIZES
 from tests.models.test_moe import made

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from converters import conversion, convert
 from ggpy.errors import ConversionError, Error, UnsupportedError
 from ggpy.file import GGUFFile
-from ggpy.quantize import FILE_TYPES, quantize_model
+from ggpy.quantization import FILE_TYPES, quantize_model
 
 from .conftest import CHAT_TEMPLATE, N_VOCAB, save_llama
 

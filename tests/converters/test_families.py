@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 import ggpy
 from converters import conversion, convert
 from ggpy.errors import ConversionError, UnsupportedError
-from ggpy.quantize import quantize_model
+from ggpy.quantization import quantize_model
 from tests.models.checkpoints import ids, random_model, transformers_logits
 
 from .conftest import SIZES, save_tokenizer

@@ -17,7 +17,7 @@ from ggpy.errors import Error, UnsupportedError
 from ggpy.file import GGUFFile
 from ggpy.kernels.table import ENCODED
 from ggpy.quant import block_type
-from ggpy.quantize import encode
+from ggpy.quantization import encode
 from ggpy.simd.target import target
 
 #: bit by bit those of ggpy.quant; of C
@@ -134,7 +134,7 @@ def test_rows_are_encoded_alone_whatever_the_threads(name, n_rows, n_blocks):
 _DIGESTS = """
 import hashlib, sys
 import numpy as np
-from ggpy.quantize import encode
+from ggpy.quantization import encode
 rng = np.random.default_rng(0)
 x, importance = rng.standard_t(3, (4, 768)).astype(np.float32), rng.random(768, np.float32)
 for name in sys.argv[1:]:

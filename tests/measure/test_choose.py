@@ -17,7 +17,7 @@ from ggpy.kernels.table import FLOAT, QUANTIZED
 from ggpy.measure.choose import CANDIDATES, Option, cheapest, quantize_to_target
 from ggpy.measure.logits_file import LogitsFile
 from ggpy.measure.perplexity import chunks_of, measure_perplexity
-from ggpy.quantize import ImportanceMatrix, quantize_model, write_imatrix
+from ggpy.quantization import ImportanceMatrix, quantize_model, write_imatrix
 from tests.cli.test_cli import call
 
 from .conftest import TEXT

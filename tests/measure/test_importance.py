@@ -12,8 +12,8 @@ import ggpy
 from ggpy.errors import Error
 from ggpy.measure.importance import _Collector, measure_importance
 from ggpy.measure.perplexity import chunks_of
-from ggpy.quantize import quantize_model
-from ggpy.quantize.imatrix import read_imatrix, write_imatrix
+from ggpy.quantization import quantize_model
+from ggpy.quantization.imatrix import read_imatrix, write_imatrix
 from tests.models.checkpoints import converted, ids, random_model
 from tests.models.test_llama import SIZES
 from tests.models.test_moe import made

@@ -17,7 +17,7 @@ from ggpy.measure.levels import Comparison, Level, _run, compare_levels
 from ggpy.measure.logits_file import LogitsFile
 from ggpy.measure.perplexity import chunks_of, measure_perplexity
 from ggpy.measure.report import csv_text, markdown, page, plot, write_reports
-from ggpy.quantize import ImportanceMatrix, quantize_model, write_imatrix
+from ggpy.quantization import ImportanceMatrix, quantize_model, write_imatrix
 
 from .conftest import TEXT
 

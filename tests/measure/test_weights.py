@@ -8,7 +8,7 @@ import ggpy
 from ggpy.errors import Error
 from ggpy.measure import weights
 from ggpy.measure.weights import decibels, together, weight_errors
-from ggpy.quantize import quantize_model
+from ggpy.quantization import quantize_model
 from tests.models.checkpoints import converted
 from tests.models.test_moe import made
 

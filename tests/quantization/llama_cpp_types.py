@@ -1,6 +1,6 @@
 """llama.cpp's own choice of types: a dry run of its quantizer, read from its log.
 
-`python -m tests.quantize.llama_cpp_types` writes expected_types.json anew.
+`python -m tests.quantization.llama_cpp_types` writes expected_types.json anew.
 """
 
 import ctypes
@@ -53,7 +53,7 @@ def digest(types):
 
 def cases():
     """(shape, file type, has_importance) for all."""
-    from ggpy.quantize import FILE_TYPES
+    from ggpy.quantization import FILE_TYPES
 
     from .shapes import SHAPES
 
@@ -63,7 +63,7 @@ def cases():
 if __name__ == "__main__":
     import llama_cpp
 
-    from ggpy.quantize import FILE_TYPES
+    from ggpy.quantization import FILE_TYPES
 
     from .shapes import SHAPES, write_gguf
 

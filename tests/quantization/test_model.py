@@ -14,7 +14,7 @@ from ggpy.cli import main
 from ggpy.errors import Error, GGUFError, UnsupportedError
 from ggpy.file import GGUFFile
 from ggpy.quant import block_type
-from ggpy.quantize import (
+from ggpy.quantization import (
     FILE_TYPES,
     ImportanceMatrix,
     Override,

@@ -7,7 +7,7 @@ import pytest
 from ggpy.errors import Error, UnsupportedError
 from ggpy.file import GGUFFile
 from ggpy.quant import block_type
-from ggpy.quantize import FILE_TYPES, Override, tensor_types
+from ggpy.quantization import FILE_TYPES, Override, tensor_types
 
 from .llama_cpp_types import EXPECTED, cases, digest, llama_cpp_types
 from .shapes import SHAPES, write_gguf

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ggpy.errors import Error, GGUFError
-from ggpy.quantize import ImportanceMatrix, read_imatrix, write_imatrix
+from ggpy.quantization import ImportanceMatrix, read_imatrix, write_imatrix
 
 from .shapes import write_gguf
 

@@ -104,7 +104,7 @@ def quantize_model(
     source, out : path-like
         GGUF files.
     type : str
-        The new file type, a name of `ggpy.quantize.mixes.FILE_TYPES` in any case, or COPY.
+        The new file type, a name of `ggpy.quantization.mixes.FILE_TYPES` in any case, or COPY.
     imatrix : path-like or ImportanceMatrix, optional
         An importance matrix of this model.
     overrides : iterable of Override
