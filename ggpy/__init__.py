@@ -122,7 +122,8 @@ def load(
     Parameters
     ----------
     path : str or Path
-        A .gguf file; of a split model, any part.
+        A .gguf file; of a split model, any part. A checkpoint's folder or an id on the Hugging Face hub is converted to
+        Q8_0 once and kept in the cache; "demo" is the small model that comes with ggpy.
     n_ctx : int, optional
         Tokens of context; by default what the model was trained with, but not more than 8192. Memory is taken as tokens
         come.
@@ -159,9 +160,10 @@ def load(
         An architecture or block type that ggpy doesn't have.
     """
     from .generate.model import Model
+    from .hub import model_file
 
     return Model(
-        path,
+        model_file(path, kernel_progress=progress),
         n_ctx=n_ctx,
         n_threads=n_threads,
         n_batch=n_batch,

@@ -139,3 +139,19 @@ def test_greedy_text_is_no_endless_token(model, tokenizer):
         ids = completion(model, tokenizer, prompt, 60)
         assert not any(len(set(ids[i : i + 3])) == 1 for i in range(len(ids) - 2)), tokenizer.decode(ids)
         assert len(set(ids)) >= 15, tokenizer.decode(ids)
+
+
+def test_the_demo_model_is_loaded_by_its_name_and_folders_are_converted_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompt, options = "And it came to pass", {"max_tokens": 8, "temperature": 0}
+    with ggpy.load("demo", n_ctx=64, n_threads=1) as model, ggpy.load(FOLDER, n_ctx=64, n_threads=1) as same:
+        assert model.file.path == same.file.path
+        text = model.generate(prompt, **options).run().text
+    (tmp_path / "demo").write_bytes(b"no model")  # a file of that name is meant first
+    with pytest.raises(ggpy.GGUFError):
+        ggpy.load("demo")
+    assert text and text == text.strip("\ufffd")
+    with pytest.raises(ggpy.Error, match="no such file or folder"):
+        ggpy.load("no/such/model")
+    with pytest.raises(ggpy.Error, match=r"without config\.json is no checkpoint"):
+        ggpy.load(tmp_path)

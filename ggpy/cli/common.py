@@ -1,6 +1,5 @@
 """What commands share: finding the model, showing progress."""
 
-import hashlib
 import re
 import sys
 from collections.abc import Iterator
@@ -65,37 +64,14 @@ def conversion_progress() -> Iterator:
 
 
 def find_model(model: str, type: str = "q8_0") -> Path:
-    """The .gguf file of a MODEL argument. A checkpoint folder or hub id is converted once and kept in the cache.
+    """The .gguf file of a MODEL argument, with progress; see `ggpy.hub.model_file`."""
+    from ..hub import is_converted, model_file
 
-    Raises
-    ------
-    Error
-        There is no such file or folder.
-    """
-    path = Path(model)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise Error(f"{path}: a folder without config.json is no checkpoint; name a .gguf file or a checkpoint")
-        stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(path.iterdir()) if p.is_file()]
-        key = hashlib.sha256(repr((str(path.resolve()), stamp, type)).encode()).hexdigest()[:16]
-    elif model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith(".gguf"):
-        key = hashlib.sha256(repr((model, type)).encode()).hexdigest()[:16]
-    else:
-        raise Error(f"{model}: no such file or folder")
-    from ..kernels.build import cache_dir
-
-    name = path.resolve().name if path.is_dir() else model.replace("/", "--")
-    out = cache_dir() / "models" / f"{name}-{type}-{key}.gguf"
-    if not out.exists():
-        from converters import convert
-
-        out.parent.mkdir(parents=True, exist_ok=True)
-        print(f"converting {model} to {type}, once, into {out}", file=sys.stderr)
-        with kernel_progress() as compiling, conversion_progress() as progress:
-            convert(model, out, type, progress=progress, kernel_progress=compiling)
-    return out
+    if is_converted(model, type):
+        return model_file(model, type)
+    print(f"converting {model} to {type}, once", file=sys.stderr)
+    with kernel_progress() as compiling, conversion_progress() as progress:
+        return model_file(model, type, progress, compiling)
 
 
 def byte_count(text: str) -> int:

@@ -481,11 +481,32 @@ class Model:
         Error
             A continuation has no tokens, or it or the prompt is neither text nor token ids.
         """
-        pairs = [self._pair(prompt, continuation) for continuation in continuations]
-        scores: list[Score | None] = [None] * len(pairs)
+        return self.score_batch((prompt, continuation) for continuation in continuations)
+
+    def score_batch(self, pairs: Iterable[tuple[str | Sequence[int], str | Sequence[int]]]) -> list[Score]:
+        """How probable continuations of many prompts are, as many at once as is good.
+
+        Parameters
+        ----------
+        pairs : iterable of (prompt, continuation)
+            Texts or token ids; see `score`.
+
+        Returns
+        -------
+        list of Score
+            In the pairs' order.
+
+        Raises
+        ------
+        ContextFullError, Error
+            As for `score`.
+        """
+        self._runner.check()
+        scores: dict[int, Score] = {}
 
         def generations() -> Iterator[Generation]:
-            for index, (start, rest) in enumerate(pairs):
+            for index, (prompt, continuation) in enumerate(pairs):
+                start, rest = self._pair(prompt, continuation)
                 request = self._request(start + rest, len(start), max_tokens=0, logprobs=1, temperature=0)
                 generation = Generation(self._scheduler, request)
                 generation.index = index
@@ -493,7 +514,7 @@ class Model:
 
         for generation in self._ended(generations()):
             scores[generation.index] = Score.of(generation.pieces)
-        return [score for score in scores if score is not None]
+        return [scores[index] for index in range(len(scores))]
 
     def _pair(self, prompt: str | Sequence[int], continuation: str | Sequence[int]) -> tuple[list[int], list[int]]:
         """The tokens of a prompt and of what follows."""
