@@ -1,37 +1,35 @@
 """Chat templates: the Jinja programs that come with models, run as what they are, the programs of strangers.
 
-Jinja's sandbox keeps a template away from Python's insides. What it doesn't bound is time and memory; here loops, calls,
-operators and output are counted against a budget. That refuses a template that takes too long or grows too large, but it
-is no wall against every attack that a Python process could suffer.
+Most are rendered here, counted (`templates`). One that needs more gets a process with limits of time and memory, kept as
+long as the template.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from datetime import datetime
-from functools import wraps
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TokenizerError
+from . import templates
 
 if TYPE_CHECKING:
-    import jinja2
-
     from .tokenizer import Tokenizer
 
-#: What one rendering may use up: characters written (or held in one value), turns of all its loops, seconds.
-MAX_TEXT = 10_000_000
-MAX_TURNS = 1_000_000
-MAX_SECONDS = 5.0
+#: names under which messages hold what a model thought; templates read one of them (transformers 5 copies likewise)
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
-# Methods and filters whose result can be as long as the product of the lengths that go in.
-_GROWING = frozenset({"replace", "join", "center", "ljust", "rjust", "zfill", "expandtabs", "indent", "wordwrap", "format"})
-_MAX_PRODUCT = 25 * MAX_TEXT
-_MAX_POWER_BITS = 10_000
+_START_SECONDS = 60.0
+#: by the clock, for a text; its processor time has a shorter limit of its own
+_CLOCK_SECONDS = 4.0 * templates.MOST_SECONDS
+_WORKER = f"import sys; sys.path[0] = {str(Path(__file__).parents[2])!r}; from {templates.__name__} import serve; serve"
 
 
 class ChatTemplate:
@@ -54,7 +52,13 @@ class ChatTemplate:
         self.source = source
         self.bos = bos
         self.eos = eos
-        self._template = _compile(source)
+        self._process: _Process | None = None
+        try:
+            self._template = templates.compile_template(source, counted=True)
+        except templates.BeyondError:
+            self._process = _Process(source)
+        except Exception as error:
+            raise TokenizerError(templates.failure("the chat template can't be read", error)) from None
 
     def render(
         self,
@@ -68,7 +72,8 @@ class ChatTemplate:
         Parameters
         ----------
         messages : sequence of mappings
-            Each with `role` and `content`.
+            Each with `role` and `content`. What a model thought may be named `reasoning_content`, `thinking` or
+            `reasoning`, whatever the template reads.
         add_generation_prompt : bool
             Whether the prompt ends with the beginning of the model's answer.
         tools : sequence of mappings, optional
@@ -79,18 +84,25 @@ class ChatTemplate:
         Raises
         ------
         TokenizerError
-            The template refuses the conversation, fails, or uses up too much time or text.
+            The template refuses the conversation, fails, or uses up too much time, memory or text.
         """
-        context = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
-        context |= {"bos_token": self.bos, "eos_token": self.eos} | extra
-        template = self._template
-        budget = _budget.set(_Budget())
-        try:
-            return "".join(template.root_render_func(template.new_context(context)))
-        except Exception as error:
-            raise _failure("the chat template failed", error, _line(error, template)) from None
-        finally:
-            _budget.reset(budget)
+        context = {
+            "messages": [_with_reasoning(message) for message in messages],
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": self.bos,
+            "eos_token": self.eos,
+            **extra,
+        }
+        if self._process is None:
+            try:
+                return templates.render_counted(self._template, context)
+            except templates.BeyondError:
+                self._process = _Process(self.source)
+            except Exception as error:
+                raise TokenizerError(templates.failure("the chat template failed", error, self._template)) from None
+        return self._process.render(context)
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """The tokens of a conversation's prompt.
@@ -114,225 +126,106 @@ class ChatTemplate:
         return tokenizer.encode_prompt(self.render(messages, **options))
 
 
-class _RefusedError(Exception):
-    """The template used up what it may use."""
+def _with_reasoning(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message with what the model thought under each of its names that isn't there."""
+    if not isinstance(message, Mapping):
+        return message
+    thought = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    if thought is None:
+        return message
+    return {**message, **{name: thought for name in _REASONING if message.get(name) is None}}
 
 
-class _Budget:
-    """What one rendering has used so far."""
+class _Process:
+    """A process that renders one template; started when it is needed, and again after it has failed."""
 
-    def __init__(self) -> None:
-        self.deadline = time.monotonic() + MAX_SECONDS
-        self.turns = 0
-        self.written = 0
+    def __init__(self, source: str):
+        self._source = source
+        self._lock = threading.Lock()
+        self._running: subprocess.Popen[bytes] | None = None
+        self._pid = 0
 
-    def turn(self) -> None:
-        self.turns += 1
-        if self.turns > MAX_TURNS:
-            raise _RefusedError(f"its loops and calls take more than {MAX_TURNS} turns")
-        if time.monotonic() > self.deadline:
-            raise _RefusedError(f"it takes more than {MAX_SECONDS:g} s")
+    def render(self, context: Mapping[str, Any]) -> str:
+        """The template's text. Raises TokenizerError where it has none within the limits."""
+        try:
+            given = pickle.dumps(context)
+        except Exception as error:
+            raise TokenizerError(f"the chat template takes plain values only: {error}") from None
+        with self._lock:
+            try:
+                return self._answer(self._started(), given)
+            except TokenizerError:
+                raise
+            except BaseException:
+                self._end()
+                raise
 
-    def write(self, value: Any) -> None:
-        self.written += _size(value)
-        if self.written > MAX_TEXT:
-            raise _too_large()
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._running is not None and self._pid == os.getpid():  # a fork has no right to its parent's
+            return self._running
+        limits = templates.MOST_SECONDS, templates.MOST_MEMORY, templates.MOST_TEXT
+        try:
+            self._running = process = subprocess.Popen(
+                [sys.executable, "-c", f"{_WORKER}{limits}"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+        except OSError as error:
+            what = f"{sys.executable or 'no Python'} doesn't start: {error}"
+            raise TokenizerError(f"the chat template needs a process of its own, and {what}") from None
+        self._pid = os.getpid()
+        weakref.finalize(self, _kill, process, self._pid)
+        assert process.stdin and process.stdout
+        with _Clock(process, _START_SECONDS):
+            ready = any(line.endswith(templates.READY) for line in process.stdout)
+            with suppress(OSError):
+                templates.write_message(process.stdin, templates.TEXT, self._source.encode("utf-8", "surrogatepass"))
+        if not ready:
+            code = self._end()
+            raise TokenizerError(f"the chat template needs a process of its own, which ended with code {code}")
+        return process
 
+    def _answer(self, process: subprocess.Popen[bytes], given: bytes) -> str:
+        assert process.stdin and process.stdout
+        with _Clock(process, _CLOCK_SECONDS):
+            try:
+                templates.write_message(process.stdin, templates.TEXT, given)
+                kind, content = templates.read_message(process.stdout, 4 * templates.MOST_TEXT)
+            except (OSError, EOFError):
+                self._end()
+                limits = f"{templates.MOST_SECONDS} s, {templates.MOST_MEMORY >> 20} MB or {templates.MOST_TEXT} characters"
+                raise TokenizerError(f"the chat template failed: it takes more than {limits}") from None
+        if kind != templates.TEXT:
+            raise TokenizerError(content.decode("utf-8", "replace"))
+        return content.decode("utf-8", "surrogatepass")
 
-# Code outside of `render`, as when Jinja folds constants, gets a budget of its own.
-_budget: ContextVar[_Budget | None] = ContextVar("budget", default=None)
-
-
-def _turn() -> None:
-    budget = _budget.get()
-    if budget is not None:
-        budget.turn()
-
-
-def _too_large() -> _RefusedError:
-    return _RefusedError(f"it makes more than {MAX_TEXT} characters")
-
-
-def _size(*values: Any) -> int:
-    """About how many characters the values take when written; refuses too many."""
-    total = 0
-    stack = list(values)
-    while stack:
-        value = stack.pop()
-        if isinstance(value, Mapping):
-            stack += [*value.keys(), *value.values()]
-            total += len(value)
-        elif isinstance(value, (list, tuple)):
-            total += len(value)
-            stack += value
-        else:
-            total += len(value) if isinstance(value, (str, bytes)) else 1
-        # Lists in lists may share their parts: what is small in memory can be endless when written.
-        if total > MAX_TEXT:
-            raise _too_large()
-    return total
-
-
-def _check_growth(name: str, values: Sequence[Any]) -> None:
-    """Refuse what a function of this name could make too much of."""
-    numbers = [abs(value) for value in values if isinstance(value, int)]
-    if name in ("format", "%"):
-        numbers += [int(width) for text in values if isinstance(text, str) for width in re.findall(r"\d{1,20}", text)]
-    if max(numbers, default=0) > MAX_TEXT and name in (*_GROWING, "%"):
-        raise _too_large()
-    if name in _GROWING and len(values) > 1:
-        lengths = sorted([*numbers, *(_size(value) for value in values if not isinstance(value, int))])
-        if lengths[-1] * lengths[-2] > _MAX_PRODUCT:
-            raise _too_large()
-
-
-def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that a template may call, with its arguments and result checked."""
-
-    @wraps(function)  # keeps Jinja's marks on filters that want its context
-    def call(*args: Any, **kwargs: Any) -> Any:
-        _turn()
-        values = [value for value in (*args, *kwargs.values()) if isinstance(value, (str, bytes, int, list, tuple, dict))]
-        _size(*values)
-        _check_growth(name, values)
-        result = function(*args, **kwargs)
-        if isinstance(result, (str, bytes, list, tuple, dict)):
-            _size(result)
-        return result
-
-    return call
+    def _end(self) -> int:
+        process, self._running = self._running, None
+        return 0 if process is None else _kill(process, self._pid)
 
 
-def _turns(items: Iterable[Any]) -> Iterator[Any]:
-    """A loop's items, each counted."""
-    for item in items:
-        _turn()
-        yield item
+class _Clock:
+    """Kills a process unless the block ends in time."""
+
+    def __init__(self, process: subprocess.Popen[bytes], seconds: float):
+        self._timer = threading.Timer(seconds, process.kill)
+        self._timer.daemon = True
+
+    def __enter__(self) -> None:
+        self._timer.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self._timer.cancel()
 
 
-def _joined(items: Sequence[Any]) -> str:
-    """The operator `~`."""
-    _size(*items)
-    return "".join(map(str, items))
-
-
-def _operator(operator: str, function: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
-    _turn()
-    if operator == "*":
-        for items, times in ((left, right), (right, left)):
-            if isinstance(items, (str, bytes, list, tuple)) and isinstance(times, int) and _size(items) * times > MAX_TEXT:
-                raise _too_large()
-    if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
-        bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
-        if bits > _MAX_POWER_BITS:
-            raise _RefusedError("it makes a number that is too large")
-    if operator == "+":
-        _size(left, right)
-    if operator == "%" and isinstance(left, str):
-        _check_growth("%", [left, *(right if isinstance(right, tuple) else (right,))])
-    return function(left, right)
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """JSON as models were trained on: not escaped for HTML, as Jinja's own filter would."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _compile(source: str) -> jinja2.Template:
-    """The template, changed so that it is counted; the names it finds are those that transformers offers."""
-    from jinja2 import TemplateError, ext, nodes, pass_context
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(ext.Extension):
-        """`{% generation %}` marks the model's words for training; here it does nothing."""
-
-        tags = {"generation"}  # noqa: RUF012 (Jinja declares it so)
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-    class Environment(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"+", "*", "**", "%"})
-
-        def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-            method = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
-            subject = getattr(method, "__self__", None)
-            name = getattr(function, "__name__", "") if isinstance(subject, (str, bytes)) else ""
-            _size(*(value for value in (*args, *kwargs.values()) if isinstance(value, (str, bytes, list, tuple, dict))))
-            _check_growth(name, [subject, *args, *kwargs.values()] if name else [])
-            _turn()
-            return super().call(context, function, *args, **kwargs)
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            return _operator(operator, self.binop_table[operator], left, right)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def strftime_now(format: str) -> str:
-        return datetime.now().strftime(format)
-
-    @pass_context
-    def finalize(context: Any, value: Any) -> Any:
-        budget = _budget.get()
-        if budget is not None:
-            budget.write(value)
-        return value
-
-    environment = Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols], finalize=finalize, optimized=False
-    )
-    environment.filters["tojson"] = _tojson
-    environment.filters = {name: _guarded(name, function) for name, function in environment.filters.items()}
-    environment.filters |= {"_turns": _turns, "_joined": _joined}
-    del environment.globals["lipsum"]
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    try:
-        tree = environment.parse(source)
-        for loop in tree.find_all(nodes.For):
-            loop.iter = nodes.Filter(loop.iter, "_turns", [], [], None, None, lineno=loop.lineno)
-        for output in tree.find_all(nodes.Output):
-            # Text between the braces is counted as values are.
-            output.nodes = [
-                nodes.Const(node.data, lineno=node.lineno) if isinstance(node, nodes.TemplateData) else node
-                for node in output.nodes
-            ]
-        _replace_concat(tree, nodes)
-        return environment.from_string(tree)
-    except Exception as error:
-        raise _failure("the chat template can't be read", error, getattr(error, "lineno", None)) from None
-
-
-def _replace_concat(node: Any, nodes: Any) -> None:
-    """Make every `~` below the node a call of `_joined`."""
-
-    def replaced(child: Any) -> Any:
-        if not isinstance(child, nodes.Node):
-            return child
-        _replace_concat(child, nodes)
-        if isinstance(child, nodes.Concat):
-            items = nodes.Tuple(child.nodes, "load", lineno=child.lineno)
-            return nodes.Filter(items, "_joined", [], [], None, None, lineno=child.lineno)
-        return child
-
-    for name, value in node.iter_fields():
-        setattr(node, name, list(map(replaced, value)) if isinstance(value, list) else replaced(value))
-
-
-def _line(error: BaseException, template: jinja2.Template) -> int | None:
-    """The template's line that an error comes from."""
-    line, trace = None, error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_globals.get("__jinja_template__") is template:
-            line = template.get_corresponding_lineno(trace.tb_lineno)
-        trace = trace.tb_next
-    return line
-
-
-def _failure(what: str, error: BaseException, line: int | None) -> TokenizerError:
-    where = f" (line {line})" if line else ""
-    words = " ".join(str(error).split())
-    return TokenizerError(f"{what}{where}: {words or type(error).__name__}")
+def _kill(process: subprocess.Popen[bytes], pid: int) -> int:
+    """Ends a process that this one has started, and waits for that; its exit status."""
+    if pid != os.getpid():
+        return 0
+    process.kill()
+    for pipe in (process.stdin, process.stdout):
+        with suppress(OSError):
+            if pipe is not None:
+                pipe.close()
+    return process.wait()

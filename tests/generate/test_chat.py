@@ -1,10 +1,14 @@
 """Chat templates against transformers' own rendering, and what a stranger's template must not do."""
 
+import gc
+import os
+import sys
+
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ggpy.errors import TokenizerError
-from ggpy.generate import chat
+from ggpy.generate import templates
 from ggpy.generate.chat import ChatTemplate
 from ggpy.generate.tokenizer import Tokenizer
 
@@ -90,13 +94,6 @@ def test_further_names_reach_the_template():
     assert ChatTemplate("{{ enable_thinking }}{{ strftime_now('%%') }}").render([], enable_thinking=False) == "False%"
 
 
-def test_a_template_renders_again_with_a_fresh_budget(monkeypatch):
-    monkeypatch.setattr(chat, "MAX_TEXT", 10)
-    template = ChatTemplate("{{ messages[0].content }}")
-    for _ in range(3):
-        assert template.render([{"role": "user", "content": "12345678"}]) == "12345678"
-
-
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -136,61 +133,171 @@ def test_what_the_sandbox_hides_is_empty():
     assert ChatTemplate("{{ ''.__class__ }}{{ '{0.__class__}'.format('') }}").render([]) == ""
 
 
+NEST = "{% set n = namespace(a=[1]) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}{% endfor %}"
+TUPLES = NEST.replace("[n.a, n.a]", "(n.a, n.a)").replace("[1]", "(1,)")
+TWINS = NEST + NEST.replace("n.", "m.").replace("n =", "m =")
+LONG = "{% set a = 'a' * 1000000 %}"
+
+#: what would take hours or all memory
+BOMBS = [
+    "{{ 'a' * 10000000000 }}",
+    "{{ 10000000000 * 'a' }}",
+    "{{ [1] * 10000000000 }}",
+    "{{ 10 ** 10000000 }}",
+    "{{ 'a' | center(10000000000) }}",
+    "{{ 'a'.center(10000000000) }}",
+    "{{ 'a'.ljust(width=10000000000) }}",
+    "{{ '%10000000000d' % 1 }}",
+    "{{ '%*d' % (10000000000, 1) }}",
+    "{{ '{:10000000000}'.format(1) }}",
+    "{{ '{:{}}'.format('a', 10000000000) }}",
+    "{{ '%10000000000d' | format(1) }}",
+    "{{ '%10000000000d' is odd }}",
+    "{{ ['a'] | map('center', 10000000000) | list }}",
+    "{{ 'a'.translate({97: 'a' * 1000000}) * 9 }}",
+    "{{ 1.5 | round(-10 ** 9) }}",
+    "{{ [1] | slice(10 ** 8) | list }}",
+    "{{ [1] | batch(10 ** 8, 0) | list }}",
+    "{{ [[1]] | tojson(indent=10 ** 9) }}",
+    "{{ range(100000) | list | tojson(separators=('a' * 100000, ':')) }}",
+    "{{ ('a ' * 100000) | wordwrap(1, wrapstring='a' * 100000) }}",
+    "{{ ('a\n' * 100000) | indent('a' * 100000) }}",
+    "{{ ('\t' * 100000).expandtabs(100000) }}",
+    "{{ 'a'.zfill(10000000000) }}",
+    LONG + "{{ a.replace('a', a) }}",
+    LONG + "{{ a | replace('a', a) | length }}",
+    LONG + "{{ a.join(a) }}",
+    LONG + "{{ a | join(a) }}",
+    LONG + "{{ a | map('replace', 'a', a) | list }}",
+    LONG + "{{ ('{}' * 100000).format(*([a] * 100000)) | length }}",
+    LONG + "{% set b %}{% for i in range(1000) %}{{ a }}{% endfor %}{% endset %}",
+    LONG + "{% macro f(n) %}{% set b = a ~ n %}{{ f(n + 1) }}{{ b }}{% endmacro %}{{ f(0) }}",
+    LONG
+    + "{% set n = namespace() %}{% for i in range(99999) %}{% set n = namespace(b=n, a=a[1:] ~ i) %}{{ n }}{% endfor %}",
+    "{% for i in range(100000) %}" + "0123456789" * 20 + "{% endfor %}",
+    "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+    "{% set r = range(100000) | list %}{% for i in r %}{% for j in r if j %}{% endfor %}{% endfor %}",
+    "{% for i in [[1] * 1000] * 1000 recursive %}{{ loop(i) if i is iterable else loop([[1] * 1000] * 1000) }}{% endfor %}",
+    "{% set n = namespace(a='ab') %}{% for i in range(60) %}{% set n.a = n.a ~ n.a %}{% endfor %}",
+    "{% set n = namespace(a='ab') %}{% for i in range(60) %}{% set n.a = n.a + n.a %}{% endfor %}",
+    NEST + "{{ n.a }}",
+    NEST + "{{ n.a | string }}",
+    NEST + "{{ n.a | tojson }}",
+    TWINS + "{{ n.a == m.a }}",
+    NEST + "{{ [n.a] | unique | list }}{{ n.a | pprint }}{{ n.a | urlize }}",
+    TWINS + "{{ n.a in [m.a] }}",
+    NEST + "{{ n }}",
+    NEST.replace("[n.a, n.a]", "{1: n.a, 2: n.a}") + "{{ n.a | tojson }}",
+    NEST.replace("[n.a, n.a]", "dict(a=n.a, b=n.a)") + "{{ n.a ~ 1 }}",
+    TUPLES + "{{ {n.a: 1} }}",
+    TUPLES + "{{ {}[n.a] }}",
+    TUPLES + "{{ n.a < (n.a[0], n.a[1] + (1,)) }}",
+    TUPLES + "{{ '%s' % n.a[0] }}",
+    "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(0) }}",
+    "{% macro f() %}{{ varargs if varargs | length > 1e9 else f(varargs, varargs) }}{% endmacro %}{{ f(1, 2) }}",
+    "{{ range(1000000000) | list }}",
+    "{{ lipsum(n=100000) }}",
+]
+
+
+@pytest.mark.parametrize("source", BOMBS)
+def test_the_counted_way_gives_in_before_a_template_grows(source):
+    with pytest.raises(Exception, match=r"^$|recursion|lipsum|too big") as caught:
+        templates.render_counted(templates.compile_template(source, counted=True), {"messages": MESSAGES})
+    assert not isinstance(caught.value, MemoryError)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits as Linux has them")
 @pytest.mark.parametrize(
     "source",
     [
         "{{ 'a' * 10000000000 }}",
-        "{{ 10000000000 * 'a' }}",
-        "{{ [1] * 10000000000 }}",
-        "{{ 10 ** 10000000 }}",
-        "{{ 'a' | center(10000000000) }}",
-        "{{ 'a'.center(10000000000) }}",
-        "{{ 'a'.ljust(width=10000000000) }}",
-        "{{ '%10000000000d' % 1 }}",
-        "{{ '%*d' % (10000000000, 1) }}",
-        "{{ '{:10000000000}'.format(1) }}",
-        "{{ '{:{}}'.format('a', 10000000000) }}",
-        "{{ '%10000000000d' | format(1) }}",
-        "{% set a = 'a' * 1000000 %}{{ a.replace('a', a) }}",
-        "{% set a = 'a' * 1000000 %}{{ a | replace('a', a) | length }}",
-        "{% set a = 'a' * 1000000 %}{{ a.join(a) }}",
-        "{% set a = 'a' * 1000000 %}{% set b %}{% for i in range(1000) %}{{ a }}{% endfor %}{% endset %}",
-        "{% for i in range(100000) %}" + "0123456789" * 20 + "{% endfor %}",
+        "{{ [1] | batch(10 ** 8, 0) | list }}",
+        TWINS + "{{ n.a == m.a }}",
+        "{{ 'a' * 3000000 }}",
         "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
-        "{% set r = range(100000) | list %}{% for i in r %}{% for j in r if j %}{% endfor %}{% endfor %}",
-        "{% set n = namespace(a='ab') %}{% for i in range(60) %}{% set n.a = n.a ~ n.a %}{% endfor %}",
-        "{% set n = namespace(a='ab') %}{% for i in range(60) %}{% set n.a = n.a + n.a %}{% endfor %}",
-        "{% set n = namespace(a=[1]) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a }}",
-        "{% set n = namespace(a=1) %}{% for i in range(60) %}{% set n.a = {1: n.a, 2: n.a} %}{% endfor %}{{ n.a|tojson }}",
-        "{% set n = namespace(a=[1]) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a|string }}",
-        "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(0) }}",
-        "{{ range(1000000000) | list }}",
-        "{{ lipsum(n=100000) }}",
     ],
 )
-def test_a_template_that_grows_without_end_is_refused(source, monkeypatch):
-    # Smaller limits than usual: the same checks, sooner.
-    monkeypatch.setattr(chat, "MAX_TEXT", 2_000_000)
-    monkeypatch.setattr(chat, "MAX_TURNS", 100_000)
-    reasons = r"makes more than|take more than|too large|Range too big|recursion|lipsum"
-    with pytest.raises(TokenizerError, match=reasons):
-        ChatTemplate(source).render(MESSAGES)
+def test_a_process_with_limits_ends_what_grows(source, monkeypatch):
+    monkeypatch.setattr(templates, "MOST_SECONDS", 0)
+    monkeypatch.setattr(templates, "MOST_MEMORY", 200 << 20)
+    monkeypatch.setattr(templates, "MOST_TEXT", 2_000_000)
+    template = ChatTemplate(source + "{{ messages | length }}")
+    for _ in range(2):
+        with pytest.raises(TokenizerError, match=r"takes more than|takes too much"):
+            template.render(MESSAGES)
 
 
-def test_a_template_that_takes_too_long_is_refused(monkeypatch):
-    monkeypatch.setattr(chat, "MAX_SECONDS", 0.0)
-    with pytest.raises(TokenizerError, match="more than 0 s"):
-        ChatTemplate("{% for message in messages %}{% endfor %}").render(MESSAGES)
+WITH_PROCESS = "{{ '%s' % messages[0].content }}"  # harmless, but formats may grow
 
 
-def test_long_conversations_are_no_attack():
-    messages = [{"role": "user", "content": "word " * 20_000}] * 20
-    source = smollm2_metadata()["tokenizer.chat_template"]
-    assert len(ChatTemplate(source).render(messages)) > 2_000_000
-    cut = ChatTemplate(
-        "{% for m in messages %}{{ m.content.replace('word', '').split('</think>')[-1] | trim }}{% endfor %}"
+def test_a_process_renders_as_we_do_and_stays():
+    template = ChatTemplate(WITH_PROCESS + TEMPLATES["macros"], "<s>", "</s>")
+    expected, _ = render_jinja_template(
+        [MESSAGES], tools=TOOLS, chat_template=template.source, bos_token="<s>", eos_token="</s>"
     )
-    assert cut.render(messages) == ""
+    assert template.render(MESSAGES, False, TOOLS) == expected[0]
+    process = template._process._running
+    assert template.render(MESSAGES, False, TOOLS) == expected[0]
+    assert template._process._running is process
+    del template
+    gc.collect()
+    assert process.returncode is not None
+
+
+def test_a_process_says_what_fails_and_goes_on():
+    template = ChatTemplate(WITH_PROCESS + "\n{{ messages[0].x.y }}\n{{ raise_exception('no\nmore') }}")
+    with pytest.raises(TokenizerError, match=r"^the chat template failed \(line 2\): .*no attribute 'x'$"):
+        template.render(MESSAGES)
+    with pytest.raises(TokenizerError, match=r"\(line 3\): no more$"):
+        template.render([{"content": "", "x": {"y": 1}}])
+    with pytest.raises(TokenizerError, match="plain values only"):
+        template.render(MESSAGES, tools=[lambda: None])
+
+
+def test_a_process_is_started_again_after_its_end():
+    template = ChatTemplate(WITH_PROCESS)
+    assert template.render(MESSAGES) == "Be brief."
+    template._process._running.kill()
+    template._process._running.wait()
+    with pytest.raises(TokenizerError, match="takes more than"):
+        template.render(MESSAGES)
+    assert template.render(MESSAGES) == "Be brief."
+
+
+def test_a_python_that_prints_at_its_start_renders(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("print('hello', end='')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    assert ChatTemplate(WITH_PROCESS).render(MESSAGES) == "Be brief."
+
+
+def test_a_long_template_has_a_process(monkeypatch):
+    monkeypatch.setattr(templates, "_SOURCE", 10)
+    assert ChatTemplate("{{ messages[0].content }}").render(MESSAGES) == "Be brief."
+    with pytest.raises(TokenizerError, match=r"can't be read \(line 2\)"):
+        ChatTemplate("{{ messages }}\n{% if %}").render(MESSAGES)
+
+
+@pytest.mark.parametrize("copies", [1, 20])
+def test_long_conversations_are_no_attack(copies):
+    """The last template's replacing took 15,900 characters for too many; of 20 copies, all is done by the process."""
+    messages = [{"role": "user", "content": "word " * 20_000}] * copies
+    loop = "{% for m in messages %}{% set c = m.content %}{{ c.replace('word', 'more').split('x')[-1] | trim }}{% endfor %}"
+    for source in (smollm2_metadata()["tokenizer.chat_template"], loop):
+        expected, _ = render_jinja_template([messages], chat_template=source, add_generation_prompt=True)
+        assert ChatTemplate(source).render(messages) == expected[0]
+
+
+@pytest.mark.parametrize("given", ["reasoning_content", "thinking", "reasoning"])
+@pytest.mark.parametrize("read", ["reasoning_content", "thinking"])
+def test_what_a_model_thought_is_found_by_any_name(given, read):
+    messages = [
+        {"role": "assistant", "content": "Yes.", given: "Why not?"},
+        {"role": "assistant", "content": "", given: None},
+    ]
+    source = f"{{% for m in messages %}}[{{{{ m.{read} or 'none' }}}}]{{% endfor %}}"
+    expected, _ = render_jinja_template([messages], chat_template=source)
+    assert ChatTemplate(source).render(messages) == expected[0] == "[Why not?][none]"
 
 
 @pytest.mark.parametrize("add_eos", [False, True])
