@@ -5,6 +5,7 @@ from .batch import Batch, Span, pack
 from .pages import Pages, pages_of
 from .program import Hook, Program
 from .reference import Reference
+from .states import slot_bytes
 from .tensor import Graph, Tensor
 from .threads import Team
 
@@ -21,4 +22,5 @@ __all__ = [
     "default_threads",
     "pack",
     "pages_of",
+    "slot_bytes",
 ]

@@ -26,12 +26,15 @@ class Span(NamedTuple):
         The sequence's pages (`Pages`), with room for its new tokens.
     n_outputs : int
         How many of its last tokens' results are wanted.
+    slot : int
+        The sequence's slot (`States`), in models that have states.
     """
 
     ids: Sequence[int]
     n_past: int
     pages: Sequence[int]
     n_outputs: int = 0
+    slot: int = 0
 
 
 class Batch(NamedTuple):
@@ -41,8 +44,8 @@ class Batch(NamedTuple):
     ----------
     ids, positions, places : array (n_tokens,)
         Token id; position in its sequence; page * SLAB + position in the page, where its keys and values go.
-    spans : array (n_spans, 4)
-        First token, tokens, positions before them, first of their entries in `pages`.
+    spans : array (n_spans, 5)
+        First token, tokens, positions before them, first of their entries in `pages`, slot.
     pages : array
         The pages of each span, from its sequence's first to that of its last token.
     outputs : array (n_outputs,)
@@ -59,7 +62,7 @@ class Batch(NamedTuple):
     def each(self) -> Iterator[tuple[slice, int, np.ndarray]]:
         """For each span its tokens, the positions before them, and its pages."""
         ends = [*self.spans[1:, 3], len(self.pages)]
-        for (first, n, n_past, page), end in zip(self.spans.tolist(), ends, strict=True):
+        for (first, n, n_past, page, _), end in zip(self.spans.tolist(), ends, strict=True):
             yield slice(first, first + n), n_past, self.pages[page:end]
 
 
@@ -88,7 +91,7 @@ def pack(spans: Sequence[Span]) -> tuple[Batch, list[slice]]:
         used = pages_of(n_past + n)
         if not 0 <= span.n_outputs <= n or not n or n_past < 0 or used > len(span.pages):
             raise GraphError(f"a span of {n} tokens after {n_past}, {span.n_outputs} outputs, in {len(span.pages)} pages")
-        table.append((n_tokens, n, n_past, n_pages))
+        table.append((n_tokens, n, n_past, n_pages, span.slot))
         ids.append(np.asarray(span.ids, np.int32))
         own = np.asarray(span.pages[:used], np.int32)
         pages.append(own)

@@ -17,6 +17,7 @@ from ..kernels.table import (
     KEYS_PER_PART,
     MOST_EXPERTS,
     QUANTIZED,
+    STATE_COLUMNS,
     attention_scratch,
     split_spans,
 )
@@ -584,3 +585,177 @@ def _latent_lower(p: "Plan", node: "Tensor") -> None:
 
 
 OPS["ATTENTION_LATENT"] = Op(_latent_shape, _latent_reference, _latent_lower)
+
+
+# --- GATED, L2_NORM: what layers with states have beside them -----------------------------------------------------------
+
+
+def _gated_shape(x: "Tensor", gate: "Tensor", first: int = 0) -> Shape:
+    n = x.shape[-1]
+    _need(x.shape[:-1] == gate.shape[:-1] and first + n <= gate.shape[-1], "takes a gate for each value")
+    _vectors(n)
+    return x.shape
+
+
+def _gated_reference(run: "Reference", x: np.ndarray, gate: np.ndarray, first: int = 0) -> np.ndarray:
+    return x * _sigmoid(gate[..., first : first + x.shape[-1]])
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-np.maximum(x, -88.0)))
+
+
+def _gated_lower(p: "Plan", node: "Tensor") -> None:
+    x, gate = node.inputs
+    n = x.shape[-1]
+    rows: dict[str, Any] = {"n_cols": n, "n_rows_per_token": _row(x) // n, "gate_stride": 4 * gate.shape[-1]}
+    p.step("gated", node, x=x, gate=p.at(gate, 4 * node.attrs.get("first", 0)), out=node, **rows)
+
+
+# Values times the sigmoid of others; of the gate's rows, values before `first` are left out.
+OPS["GATED"] = Op(_gated_shape, _gated_reference, _gated_lower)
+
+
+def _l2_norm_shape(x: "Tensor", n_head: int, head_dim: int, eps: float) -> Shape:
+    _need(len(x.shape) == 2 and n_head * head_dim <= x.shape[1], f"{n_head} heads of {head_dim} values")
+    _vectors(head_dim)
+    return (x.shape[0], n_head, head_dim)
+
+
+def _l2_norm_reference(run: "Reference", x: np.ndarray, n_head: int, head_dim: int, eps: float) -> np.ndarray:
+    x = x[:, : n_head * head_dim].reshape(len(x), n_head, head_dim)
+    return x / np.sqrt((x * x).sum(-1, keepdims=True) + np.float32(eps))
+
+
+def _l2_norm_lower(p: "Plan", node: "Tensor") -> None:
+    (x,) = node.inputs
+    _, n_head, head_dim = node.shape
+    rows: dict[str, Any] = {"n_cols": head_dim, "n_rows_per_token": n_head, "x_stride": 4 * x.shape[1]}
+    p.step("l2_norm", node, x=x, out=node, eps=float(node.attrs["eps"]), **rows)
+
+
+# The first values of each row, seen as heads, each divided by its length.
+OPS["L2_NORM"] = Op(_l2_norm_shape, _l2_norm_reference, _l2_norm_lower)
+
+
+# --- SHORT_CONV: each column with its values in the tokens before -------------------------------------------------------
+
+
+def _short_conv_shape(x: "Tensor", w: "Tensor", tail: "Tensor", silu: bool = False) -> Shape:
+    _need(len(x.shape) == 2 and w.type == "F32" and w.shape[1:] == x.shape[1:], "takes float32 rows for its tokens")
+    _need(tail.op == "STATE" and tail.shape == (w.shape[0] - 1, w.shape[1]), "the state holds other rows")
+    _vectors(x.shape[1])
+    return x.shape
+
+
+def _short_conv_reference(
+    run: "Reference", x: np.ndarray, w: np.ndarray, tails: np.ndarray, silu: bool = False
+) -> np.ndarray:
+    out, before = np.empty_like(x), len(w) - 1
+    for (span, n_past, _), slot in zip(run.batch.each(), run.batch.spans[:, 4], strict=True):
+        rows = np.concatenate([tails[slot] * (n_past > 0), x[span]])
+        out[span] = sum(w[k] * rows[k : len(rows) - before + k] for k in range(len(w)))
+        tails[slot] = rows[len(rows) - before :]
+    return _silu(out) if silu else out
+
+
+def _short_conv_lower(p: "Plan", node: "Tensor") -> None:
+    x, w, tail = node.inputs
+    sizes: dict[str, Any] = {"n_cols": x.shape[1], "width": w.shape[0], "slot_stride": 4 * tail.n_values}
+    silu = node.attrs.get("silu", False)
+    p.step("short_conv", node, writes=("out", "tails"), x=x, w=w, tails=p.state(tail), out=node, silu_after=silu, **sizes)
+
+
+# The last row of w is the token's own; before a sequence's first token there are zeros.
+OPS["SHORT_CONV"] = Op(_short_conv_shape, _short_conv_reference, _short_conv_lower)
+
+
+# --- DELTA_GATES, DELTA_RULE: a matrix that learns which value belongs to which key (Yang et al. 2025) ------------------
+
+
+def _delta_gates_shape(decay: "Tensor", beta: "Tensor", a: "Tensor", dt: "Tensor") -> Shape:
+    _need(decay.shape == beta.shape and len(decay.shape) == 2, "takes two values of each head")
+    _need(a.shape == dt.shape == decay.shape[1:] and a.type == dt.type == "F32", "takes float32 weights of each head")
+    return (*decay.shape, 2)
+
+
+def _delta_gates_reference(
+    run: "Reference", decay: np.ndarray, beta: np.ndarray, a: np.ndarray, dt: np.ndarray
+) -> np.ndarray:
+    return np.stack([np.exp(a * np.logaddexp(decay + dt, 0)), _sigmoid(beta)], -1).astype(np.float32)
+
+
+def _delta_gates_lower(p: "Plan", node: "Tensor") -> None:
+    decay, beta, a, dt = node.inputs
+    p.step("delta_gates", node, decay=decay, beta=beta, a=a, dt=dt, out=node, n_head=node.shape[1])
+
+
+# How much of its state each head keeps, exp(a softplus(decay + dt)), and how much of a new value it takes, sigmoid(beta).
+OPS["DELTA_GATES"] = Op(_delta_gates_shape, _delta_gates_reference, _delta_gates_lower)
+
+
+def _delta_rule_shape(
+    keys: "Tensor", values: "Tensor", gates: "Tensor", memory: "Tensor", first: int, tiled: bool, scale: float
+) -> Shape:
+    n_head, head_dim_k, head_dim = memory.shape
+    _need(memory.op == "STATE" and keys.shape[2:] == (head_dim_k,), "keys and state differ")
+    _need(gates.shape[1:] == (n_head, 2), "takes two gates for each head")
+    _need(keys.shape[1] % 2 == 0 and n_head % (keys.shape[1] // 2) == 0, f"{n_head} heads, {keys.shape[1] / 2} keys")
+    _need(len(values.shape) == 2 and first + n_head * head_dim <= values.shape[1], "takes a value for each head")
+    _vectors(head_dim)
+    return (keys.shape[0], n_head, head_dim)
+
+
+def _state_columns(memory: np.ndarray) -> list[tuple[slice, np.ndarray]]:
+    """Views of a slot's state (n_head, head_dim_k, head_dim): some columns, and (n_head, head_dim_k, …) values."""
+    n_head, n, head_dim = memory.shape
+    flat, views = memory.reshape(n_head, n * head_dim), []
+    for first in range(0, head_dim, STATE_COLUMNS):
+        columns = slice(first, min(first + STATE_COLUMNS, head_dim))
+        views.append((columns, flat[:, n * first : n * columns.stop].reshape(n_head, n, -1)))
+    return views
+
+
+def _delta_rule_reference(
+    run: "Reference",
+    keys: np.ndarray,
+    values: np.ndarray,
+    gates: np.ndarray,
+    memory: np.ndarray,
+    first: int,
+    tiled: bool,
+    scale: float,
+) -> np.ndarray:
+    _, n_head, n, head_dim = memory.shape
+    n_head_k = keys.shape[1] // 2
+    of_head = np.arange(n_head) % n_head_k if tiled else np.arange(n_head) // (n_head // n_head_k)
+    q, k = keys[:, :n_head_k][:, of_head], keys[:, n_head_k:][:, of_head]
+    v = values[:, first : first + n_head * head_dim].reshape(len(values), n_head, head_dim)
+    out = np.empty((len(keys), n_head, head_dim), np.float32)
+    for (span, n_past, _), slot in zip(run.batch.each(), run.batch.spans[:, 4], strict=True):
+        s = np.zeros((n_head, n, head_dim), np.float32)
+        for columns, stored in _state_columns(memory[slot]):
+            s[..., columns] = stored * (n_past > 0)
+        for t in range(span.start, span.stop):
+            s *= gates[t, :, 0, None, None]
+            change = gates[t, :, 1, None] * (v[t] - np.einsum("hi,hij->hj", k[t], s))
+            s += k[t][:, :, None] * change[:, None]
+            out[t] = np.float32(scale) * np.einsum("hi,hij->hj", q[t], s)
+        for columns, stored in _state_columns(memory[slot]):
+            stored[...] = s[..., columns]
+    return out
+
+
+def _delta_rule_lower(p: "Plan", node: "Tensor") -> None:
+    keys, values, gates, memory = node.inputs
+    a = node.attrs
+    sizes: dict[str, Any] = {"n_head": node.shape[1], "n_head_k": keys.shape[1] // 2, "tiled": a["tiled"]}
+    sizes |= {"head_dim_k": keys.shape[2], "head_dim": node.shape[2], "scale": float(a["scale"])}
+    sizes |= {"value_stride": 4 * values.shape[1], "slot_stride": 4 * memory.n_values}
+    given: dict[str, Any] = {"keys": keys, "values": p.at(values, 4 * a["first"]), "gates": gates}
+    p.step("delta_rule", node, writes=("out", "memory"), memory=p.state(memory), out=node, **given, **sizes)
+
+
+# `keys` are queries and then keys, each shared by several heads: consecutive ones, or, tiled, every n-th. Of the rows with
+# values, the first `first` are left out.
+OPS["DELTA_RULE"] = Op(_delta_rule_shape, _delta_rule_reference, _delta_rule_lower)

@@ -6,15 +6,16 @@ values too, (SLAB, n_values). Slabs of Q8_0 end with their scales. A page is pag
 Memory is touched, and so taken, only as tokens come.
 """
 
-import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import ContextFullError, UnsupportedError
+from ..errors import UnsupportedError
 from ..kernels.table import KV_TYPES, SLAB
+from .pool import Pool
+from .states import States
 from .threads import aligned
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def _slab(type: str, n: int, by_rows: bool) -> np.dtype:
     return np.dtype(fields)
 
 
-class Pages:
+class Pages(Pool):
     """The pages of all sequences of a model. Sequences hold them by number, and may share those that are full.
 
     Parameters
@@ -48,6 +49,12 @@ class Pages:
         Of the keys and values. Q8_0 has int8 values and a float16 scale for every 32 of them, 8.5 bits a value.
     n_ctx : int, optional
         The most positions of one sequence; by default all pages'.
+    n_slots : int
+        Slots beside them for layers with states (`states`).
+
+    Attributes
+    ----------
+    states : States
 
     Raises
     ------
@@ -55,68 +62,13 @@ class Pages:
         Another type.
     """
 
-    def __init__(self, n_pages: int, type: str = "F16", n_ctx: int | None = None):
+    def __init__(self, n_pages: int, type: str = "F16", n_ctx: int | None = None, n_slots: int = 0):
         if type not in KV_TYPES:
             raise UnsupportedError(f"KV cache of type {type!r}; there are {', '.join(KV_TYPES)}")
+        super().__init__(n_pages, "pages of keys and values")
         self.n_pages, self.type = n_pages, type
         self.n_ctx = n_ctx or n_pages * SLAB
-        self._arrays: dict[str, tuple[np.ndarray, ...]] = {}
-        self._holders = [0] * n_pages
-        self._free = list(range(n_pages))  # a heap: the lowest first, so that no more memory is touched than need be
-
-    # Who holds what
-
-    @property
-    def n_free(self) -> int:
-        """Pages that nobody holds."""
-        return len(self._free)
-
-    def holders(self, page: int) -> int:
-        """How many hold a page."""
-        return self._holders[page]
-
-    def take(self) -> int:
-        """A page that nobody held.
-
-        Raises
-        ------
-        ContextFullError
-            There is none.
-        """
-        if not self._free:
-            raise ContextFullError(f"all {self.n_pages} pages of keys and values are taken")
-        page = heapq.heappop(self._free)
-        self._holders[page] = 1
-        return page
-
-    def share(self, page: int) -> None:
-        """Adds a holder."""
-        self._holders[page] += 1
-
-    def give(self, page: int) -> None:
-        """Takes a holder away; a page without any is free."""
-        self._holders[page] -= 1
-        if not self._holders[page]:
-            heapq.heappush(self._free, page)
-
-    def own(self, page: int) -> int:
-        """The page itself, or a copy if others hold it too: what may be written.
-
-        Raises
-        ------
-        ContextFullError
-            There is no page for the copy.
-        """
-        if self._holders[page] == 1:
-            return page
-        copy = self.take()
-        for arrays in self._arrays.values():
-            for a in arrays:
-                a[copy] = a[page]
-        self._holders[page] -= 1
-        return copy
-
-    # What they hold
+        self.states = States(n_slots)
 
     def arrays(self, cache: "Tensor") -> tuple[np.ndarray, ...]:
         """Keys and values of a CACHE node, (n_pages, n_head_kv) slabs, or the (n_pages,) of a latent one. Made as graphs
@@ -140,25 +92,6 @@ class Pages:
         """Bytes of a page in all caches of a graph."""
         layouts = (self._layout(t) for t in graph if t.op == "CACHE")
         return sum(math.prod(shape) * slab.itemsize for layout in layouts for shape, slab in layout)
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of all caches when full."""
-        return sum(a.nbytes for arrays in self._arrays.values() for a in arrays)
-
-    def read(self, pages: Sequence[int]) -> dict[str, np.ndarray]:
-        """The bytes of some pages: for each array, "name.0" and so on, uint8 (len(pages), bytes of a page)."""
-        return {
-            f"{name}.{i}": a[np.array(pages, np.intp)].reshape(len(pages), math.prod(a.shape[1:])).view(np.uint8)
-            for name, arrays in self._arrays.items()
-            for i, a in enumerate(arrays)
-        }
-
-    def write(self, pages: Sequence[int], saved: dict[str, np.ndarray]) -> None:
-        """The inverse of `read`."""
-        for name, arrays in self._arrays.items():
-            for i, a in enumerate(arrays):
-                a[np.array(pages, np.intp)] = saved[f"{name}.{i}"].view(a.dtype).reshape(len(pages), *a.shape[1:])
 
     def view(self, cache: "Tensor") -> "CacheView | LatentView":
         """The cache in numpy's terms, for the reference executor."""

@@ -53,7 +53,7 @@ def _label(t: "Tensor") -> list[str]:
 
 
 def _computed(nodes: "Iterable[Tensor]") -> "list[Tensor]":
-    return [t for t in nodes if t.op not in ("WEIGHT", "CACHE")]
+    return [t for t in nodes if t.op not in ("WEIGHT", "CACHE", "STATE")]
 
 
 def text(nodes: "Iterable[Tensor]") -> str:

@@ -35,7 +35,7 @@ class Buffer:
 
 @dataclass(eq=False)
 class Memory:
-    """Memory outside the arena that kernels write: a cache."""
+    """Memory outside the arena that kernels write: a cache or a state."""
 
     address: int
     n_bytes: int
@@ -119,6 +119,10 @@ class Plan:
     def cache(self, cache: "Tensor") -> tuple[Memory, ...]:
         """The arrays of a cache."""
         return tuple(self._memory(a) for a in self._pages.arrays(cache))
+
+    def state(self, state: "Tensor") -> Memory:
+        """The array of a state."""
+        return self._memory(self._pages.states.array(state))
 
     def at(self, t: "Tensor", offset: int) -> At:
         """The place `offset` bytes into a tensor."""

@@ -49,6 +49,7 @@ class Program:
             if name not in graph or graph[name].op not in OPS:
                 raise GraphError(f"hook on {name!r}, which is no computed node of the graph")
         self._hooks = dict(hooks)
+        self._has_states = any(t.op == "STATE" for t in graph)
         self.plan = Plan(graph, pages, team.n_threads, target().lanes, self._hooks)
         self._tape: np.ndarray | None = None
 
@@ -107,8 +108,8 @@ class Program:
         Raises
         ------
         GraphError
-            An input is missing or has another shape; more tokens or outputs than the graph takes; a page that doesn't
-            exist, a position beyond n_ctx.
+            An input is missing or has another shape; more tokens or outputs than the graph takes; a page or slot that
+            doesn't exist, a position beyond n_ctx.
         """
         if self._tape is None:
             self.prepare()
@@ -120,6 +121,8 @@ class Program:
         if _most(batch.pages) >= self._pages.n_pages or _most(batch.positions) >= self._pages.n_ctx:
             at_most = f"{self._pages.n_pages} pages and {self._pages.n_ctx} positions of a sequence"
             raise GraphError(f"page {_most(batch.pages)}, position {_most(batch.positions)}; there are {at_most}")
+        if self._has_states and _most(batch.spans[:, 4]) >= self._pages.states.n_slots:
+            raise GraphError(f"slot {_most(batch.spans[:, 4])}; there are {self._pages.states.n_slots} slots of states")
         for name, per, place in self._inputs:
             if name not in inputs:
                 raise GraphError(f"input {name} is missing")

@@ -46,6 +46,8 @@ class Reference:
                 values[node] = inputs[node.name]
             elif node.op == "CACHE":
                 values[node] = self.pages.view(node)
+            elif node.op == "STATE":
+                values[node] = self.pages.states.array(node)
             elif node.op in OPS:
                 arrays = [i.attrs["weight"].dequantize() if i.op == "WEIGHT" else values[i] for i in node.inputs]
                 values[node] = found[node.name] = OPS[node.op].reference(self, *arrays, **node.attrs)

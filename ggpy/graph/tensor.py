@@ -40,7 +40,7 @@ class Tensor:
     Attributes
     ----------
     op : str
-        The operation that makes it (a key of `ops.OPS`), or WEIGHT, INPUT, CACHE for what is given.
+        The operation that makes it (a key of `ops.OPS`), or WEIGHT, INPUT, CACHE, STATE for what is given.
     inputs : tuple of Tensor
     shape : tuple of int
         In numpy's order.
@@ -51,7 +51,7 @@ class Tensor:
     name : str
         Unique in its graph.
     per : {"token", "output", ""}
-        What the first dimension counts; nothing for weights and caches.
+        What the first dimension counts; nothing for weights, caches and states.
     """
 
     op: str
@@ -131,6 +131,11 @@ class Graph:
         """What a run knows of the tokens before it, and adds its own to: for ATTENTION (n_head_kv, head_dim, head_dim_v),
         keys and values of a token; for ATTENTION_LATENT (n_latent + n_rot,)."""
         return self._add(Tensor("CACHE", (), shape, "F16", name))
+
+    def state(self, name: str, *shape: int) -> Tensor:
+        """What a run knows of the tokens before it where that has a fixed size: float32 values of each sequence, which a
+        run brings up to date."""
+        return self._add(Tensor("STATE", (), shape, "F32", name))
 
     # What is computed
 

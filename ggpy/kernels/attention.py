@@ -48,7 +48,7 @@ from ..simd.vector import (
 from .common import bits_f32, exp2, f32, i32, ld_state, next_item, share
 from .kv_formats import KV_FORMATS, VECTORS
 from .source import function, kernel
-from .table import HEADS_PER_ITEM, ITEMS_PER_THREAD, KEYS_PER_PART, ROWS_PER_ITEM, SLAB
+from .table import HEADS_PER_ITEM, ITEMS_PER_THREAD, KEYS_PER_PART, ROWS_PER_ITEM, SLAB, SPAN_BYTES
 
 LOG2_E = f32(1.4426950408889634)
 ROWS = 4  # of a register tile
@@ -475,7 +475,7 @@ def _n_parts(n_keys):
 @function
 def _span(spans, s):
     """First token, tokens, positions before them, first of their entries in `pages`."""
-    at = spans + 16 * s
+    at = spans + SPAN_BYTES * s
     return ld_i32(at), ld_i32(at + 4), ld_i32(at + 8), ld_i32(at + 12)
 
 

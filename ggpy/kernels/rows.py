@@ -72,6 +72,37 @@ _binary("swiglu", lambda x, y: silu(x) * y)
 _binary("geglu", lambda x, y: _gelu(x) * y)
 
 
+@function
+def sigmoid(x):
+    """1 / (1 + e^-x)."""
+    return _one() / (_one() + exp(_negative(x)))
+
+
+@kernel("gated")
+def gated(ith, nth, x, gate, out, state, n_cols, n_rows_per_token, gate_stride):
+    """out = x * sigmoid(gate), row by row."""
+    start, stop = share(ld_state(state, 0) * n_rows_per_token, ith, nth)
+    for r in range(start, stop):
+        xr, gr, outr = x + 4 * n_cols * r, gate + gate_stride * r, out + 4 * n_cols * r
+        for i in range(0, 4 * n_cols, _V):
+            store(outr + i, load_f32(xr + i) * sigmoid(load_f32(gr + i)))
+
+
+@kernel("l2_norm")
+def l2_norm(ith, nth, x, out, state, n_cols, n_rows_per_token, x_stride, eps):
+    """out = x / sqrt(sum(x²) + eps), row by row; rows of a token stand together."""
+    start, stop = share(ld_state(state, 0) * n_rows_per_token, ith, nth)
+    for r in range(start, stop):
+        xr, outr = x + r // n_rows_per_token * x_stride + r % n_rows_per_token * (4 * n_cols), out + 4 * n_cols * r
+        squares = splat_f32(f32(0.0))
+        for i in range(0, 4 * n_cols, _V):
+            v = load_f32(xr + i)
+            squares = fma(v, v, squares)
+        scale = _one() / sqrt(splat_f32(sum_f32(squares)) + splat_f32(bits_f32(eps)))
+        for i in range(0, 4 * n_cols, _V):
+            store(outr + i, load_f32(xr + i) * scale)
+
+
 @kernel("add_bias")
 def add_bias(ith, nth, x, y, out, state, n_cols):
     """out = x + y, with one row y for all tokens."""

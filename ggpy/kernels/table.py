@@ -15,10 +15,11 @@ from typing import NamedTuple
 #: int64 slots of the state that a run's rows have: how many rows there are; then, of a run's tokens, the *spans* that they
 #: form (tokens of one sequence, one after the other), how many spans have one token (they come first), and the addresses of
 #:
-#: - spans, int32 (n_spans, 4): first token, tokens, positions before them, first of their entries in `pages`;
+#: - spans, int32 (n_spans, 5): first token, tokens, positions before them, first of their entries in `pages`, slot;
 #: - places, int32 (n_tokens,): page * SLAB + position in the page, where each token's keys and values go;
 #: - pages, int32: the numbers of the spans' pages, one span's after the other's.
 STATE = ("n_rows", "n_spans", "n_single", "spans", "places", "pages")
+SPAN_BYTES = 20  # of a span in `spans`
 
 
 #: int64 slots of a team's shared memory (see `tape`), in lines that its threads don't share without need
@@ -120,6 +121,10 @@ def split_spans(n_tokens: int, items_per_token: int, n_threads: int) -> int:
 ITEMS_PER_THREAD = 4
 
 
+#: values of a head that stand together in the state of a delta rule; see `states`
+STATE_COLUMNS = 32
+
+
 #: types with encoders
 ENCODED = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
@@ -163,6 +168,19 @@ def _kernels() -> dict[str, Kernel]:
         "gather_rows": Kernel("moe", ("x", "groups", "out", "n_expert", "per_row", "row_bytes")),
         "combine": Kernel("moe", ("x", "route", "out", "state", "n_used", "n_cols")),
         "sigmoid_gate": Kernel("moe", ("x", "gate", "out", "state", "n_cols")),
+        "gated": Kernel("rows", ("x", "gate", "out", "state", "n_cols", "n_rows_per_token", "gate_stride")),
+        "l2_norm": Kernel("rows", ("x", "out", "state", "n_cols", "n_rows_per_token", "x_stride", "eps")),
+        "short_conv": Kernel(
+            "states", ("x", "w", "tails", "out", "counter", "state", "n_cols", "width", "slot_stride", "silu_after")
+        ),
+        "delta_gates": Kernel("states", ("decay", "beta", "a", "dt", "out", "state", "n_head")),
+        "delta_rule": Kernel(
+            "states",
+            (
+                *("keys", "values", "gates", "memory", "out", "counter", "state", "n_head", "n_head_k", "tiled"),
+                *("head_dim_k", "head_dim", "value_stride", "slot_stride", "scale"),
+            ),
+        ),
     }
     work = ("out", "partial", "scratch", "scratch_stride", "state", "counter")
     for name in KV_TYPES:

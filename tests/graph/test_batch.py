@@ -109,11 +109,11 @@ def test_many_short_runs_use_whole_items_and_give_the_same_bits(teams):
 
 
 def test_spans_are_packed_with_single_tokens_first():
-    batch, rows = pack([Span([5, 6, 7], 62, [9, 4], 2), Span([8], 64, [1, 3], 1), Span([2], 0, [6])])
+    batch, rows = pack([Span([5, 6, 7], 62, [9, 4], 2), Span([8], 64, [1, 3], 1), Span([2], 0, [6], slot=7)])
     assert batch.ids.tolist() == [8, 2, 5, 6, 7]
     assert batch.positions.tolist() == [64, 0, 62, 63, 64]
     assert batch.places.tolist() == [3 * 64, 6 * 64, 9 * 64 + 62, 9 * 64 + 63, 4 * 64]
-    assert batch.spans.tolist() == [[0, 1, 64, 0], [1, 1, 0, 2], [2, 3, 62, 3]]
+    assert batch.spans.tolist() == [[0, 1, 64, 0, 0], [1, 1, 0, 2, 7], [2, 3, 62, 3, 0]]
     assert batch.pages.tolist() == [1, 3, 6, 9, 4]
     assert batch.outputs.tolist() == [0, 3, 4]
     assert rows == [slice(1, 3), slice(0, 1), slice(1, 1)]

@@ -1,0 +1,188 @@
+"""Layers that know a fixed size of each sequence: short convolutions and the gated delta rule.
+
+What they know stands in the sequence's slot, slot_stride bytes after that of the slot before, and is brought up to date by
+each run. Work is shared out by span and by columns or heads; an item goes through a span's tokens one after the other, so
+that values are the same bits however a sequence is cut into runs. At a sequence's first token a slot counts as zeros.
+"""
+
+from ..simd.vector import LANES, fma, ld_f32, ld_i32, load_f32, load_tile_f32, max_f32, splat_f32, st_f32, store, tile_f32
+from .common import bits_f32, exp, f32, ld_state, next_item
+from .rows import sigmoid, silu
+from .source import function, kernel
+from .table import SPAN_BYTES, STATE_COLUMNS
+
+_V = 4 * LANES
+_CONV_BYTES = 256  # of a token's row in an item
+
+
+@function
+def _span(spans, s):
+    """First token, tokens, positions before them, slot."""
+    at = spans + SPAN_BYTES * s
+    return ld_i32(at), ld_i32(at + 4), ld_i32(at + 8), ld_i32(at + 16)
+
+
+@function
+def _fill_zero(to, n_bytes):
+    for i in range(0, n_bytes, _V):
+        store(to + i, splat_f32(f32(0.0)))
+
+
+@kernel("short_conv")
+def short_conv(ith, nth, x, w, tails, out, counter, state, n_cols, width, slot_stride, silu_after):
+    """out[t] = sum over k of w[k] * x[t - width + 1 + k], column by column, w (width, n_cols).
+
+    A slot holds the last width - 1 rows of x, (width - 1, n_cols).
+    """
+    n_spans, spans = ld_state(state, 1), ld_state(state, 3)
+    row, before = 4 * n_cols, width - 1
+    n_parts = (row + _CONV_BYTES - 1) // _CONV_BYTES
+    item = next_item(counter)
+    while item < n_spans * n_parts:
+        # The longest spans come last in `spans`, and are begun first.
+        token, n, n_past, slot = _span(spans, n_spans - 1 - item // n_parts)
+        first = item % n_parts * _CONV_BYTES
+        stop = min(first + _CONV_BYTES, row)
+        tail, xs = tails + slot_stride * slot, x + row * token
+        if n_past == 0:
+            for k in range(before):
+                _fill_zero(tail + row * k + first, stop - first)
+        for t in range(n):
+            to = out + row * (token + t)
+            for c in range(first, stop, _V):
+                total = splat_f32(f32(0.0))
+                for k in range(width):
+                    at = t + k - before
+                    source = tail + row * (at + before) if at < 0 else xs + row * at
+                    total = fma(load_f32(w + row * k + c), load_f32(source + c), total)
+                if silu_after:
+                    total = silu(total)
+                store(to + c, total)
+        for k in range(before):
+            at = n - before + k
+            source = tail + row * (at + before) if at < 0 else xs + row * at
+            for c in range(first, stop, _V):
+                store(tail + row * k + c, load_f32(source + c))
+        item = next_item(counter)
+
+
+@function
+def _log1p(y):
+    """log(1 + y) for 0 ≤ y ≤ 1, lane by lane: twice the series of artanh(y / (2 + y)), whose argument is at most 1/3."""
+    s = y / (splat_f32(f32(2.0)) + y)
+    square = s * s
+    p = splat_f32(f32(1.0 / 15.0))
+    p = fma(p, square, splat_f32(f32(1.0 / 13.0)))
+    p = fma(p, square, splat_f32(f32(1.0 / 11.0)))
+    p = fma(p, square, splat_f32(f32(1.0 / 9.0)))
+    p = fma(p, square, splat_f32(f32(1.0 / 7.0)))
+    p = fma(p, square, splat_f32(f32(1.0 / 5.0)))
+    p = fma(p, square, splat_f32(f32(1.0 / 3.0)))
+    p = fma(p, square, splat_f32(f32(1.0)))
+    return (s + s) * p
+
+
+@function
+def softplus(x):
+    """log(1 + e^x) of one float32."""
+    return max(x, f32(0.0)) + max_f32(_log1p(exp(splat_f32(-abs(x)))))
+
+
+@kernel("delta_gates")
+def delta_gates(ith, nth, decay, beta, a, dt, out, state, n_head):
+    """For each token and head, e^(a * softplus(decay + dt)) and sigmoid(beta), a pair."""
+    n = ld_state(state, 0) * n_head
+    for i in range(n * ith // nth, n * (ith + 1) // nth):
+        h = i % n_head
+        step = softplus(ld_f32(decay + 4 * i) + ld_f32(dt + 4 * h))
+        st_f32(out + 8 * i, max_f32(exp(splat_f32(ld_f32(a + 4 * h) * step))))
+        st_f32(out + 8 * i + 4, max_f32(sigmoid(splat_f32(ld_f32(beta + 4 * i)))))
+
+
+def _delta_columns(vectors):
+    """The rule for some columns of a head's state, all tokens of a span."""
+
+    @function
+    def delta_columns(q, k, key_stride, v, value_stride, gates, n_head, memory, line, out, out_stride, n_tokens, n, scale):
+        answer = tile_f32(vectors)  # of the state to the next key
+        for i in range(n):
+            answer = fma(load_tile_f32(memory + line * i, _V, vectors), splat_f32(ld_f32(k + 4 * i)), answer)
+        for t in range(n_tokens):
+            decay, beta = splat_f32(ld_f32(gates)), splat_f32(ld_f32(gates + 4))
+            # One pass reads and writes the state, and asks it for the next token's answer: of the last, for nothing.
+            following = k + key_stride if t + 1 < n_tokens else k
+            change = (load_tile_f32(v, _V, vectors) - answer * decay) * beta
+            answer, total = tile_f32(vectors), tile_f32(vectors)
+            for i in range(n):
+                row = load_tile_f32(memory + line * i, _V, vectors) * decay
+                row = fma(splat_f32(ld_f32(k + 4 * i)), change, row)
+                store(memory + line * i, row)
+                total = fma(row, splat_f32(ld_f32(q + 4 * i)), total)
+                answer = fma(row, splat_f32(ld_f32(following + 4 * i)), answer)
+            store(out, total * splat_f32(scale))
+            k = following
+            q, v, gates, out = q + key_stride, v + value_stride, gates + 8 * n_head, out + out_stride
+
+    return delta_columns
+
+
+_two, _one = _delta_columns(2), _delta_columns(1)
+
+
+@kernel("delta_rule")
+def delta_rule(
+    ith,
+    nth,
+    keys,
+    values,
+    gates,
+    memory,
+    out,
+    counter,
+    state,
+    n_head,
+    n_head_k,
+    tiled,
+    head_dim_k,
+    head_dim,
+    value_stride,
+    slot_stride,
+    scale,
+):
+    """The gated delta rule (Yang et al. 2025): of each head's state S (head_dim_k, head_dim), token by token,
+
+        S = decay * S;  S += k (beta * (v - k S));  out = scale * q S
+
+    `keys` holds n_head_k queries and then as many keys of each token; head h takes those of h % n_head_k if tiled, else of
+    h // (n_head / n_head_k). `gates`: see `delta_gates`. A slot holds, for each head, STATE_COLUMNS columns of S row by
+    row, then the next ones.
+    """
+    n_spans, spans = ld_state(state, 1), ld_state(state, 3)
+    key_stride, out_stride = 8 * n_head_k * head_dim_k, 4 * n_head * head_dim
+    n_parts = (head_dim + STATE_COLUMNS - 1) // STATE_COLUMNS
+    per_span = n_head * n_parts
+    factor = bits_f32(scale)
+    item = next_item(counter)
+    while item < n_spans * per_span:
+        token, n, n_past, slot = _span(spans, n_spans - 1 - item // per_span)
+        h, first = item % per_span // n_parts, item % n_parts * STATE_COLUMNS
+        hk = h % n_head_k if tiled else h // (n_head // n_head_k)
+        n_cols = min(STATE_COLUMNS, head_dim - first)
+        line = 4 * n_cols
+        s = memory + slot_stride * slot + 4 * head_dim_k * (h * head_dim + first)
+        if n_past == 0:
+            _fill_zero(s, line * head_dim_k)
+        q = keys + key_stride * token + 4 * head_dim_k * hk
+        k = q + 4 * head_dim_k * n_head_k
+        at = 4 * (h * head_dim + first)
+        v, o, g = values + value_stride * token + at, out + out_stride * token + at, gates + 8 * (n_head * token + h)
+        for c in range(0, line, 2 * _V):
+            if c + 2 * _V <= line:
+                _two(
+                    q, k, key_stride, v + c, value_stride, g, n_head, s + c, line, o + c, out_stride, n, head_dim_k, factor
+                )
+            else:
+                _one(
+                    q, k, key_stride, v + c, value_stride, g, n_head, s + c, line, o + c, out_stride, n, head_dim_k, factor
+                )
+        item = next_item(counter)
