@@ -11,9 +11,16 @@
     └── ContextFullError       more tokens than the context holds
 """
 
+from .printable import one_line
+
+_MOST = 1000  # characters of a message, whatever names and values it quotes
+
 
 class Error(Exception):
-    """Base class of all errors that ggpy raises on purpose."""
+    """Base class of all errors that ggpy raises on purpose. Its text is one line, fit for a terminal."""
+
+    def __init__(self, *words: object):
+        super().__init__(*(one_line(str(word), _MOST) for word in words))
 
 
 class GGUFError(Error):

@@ -10,6 +10,7 @@ import ggpy
 
 ROOT = Path(ggpy.__file__).parent
 ORDER = {
+    "printable": 0,
     "errors": 0,
     "cpus": 0,
     "quant": 1,

@@ -7,6 +7,8 @@ import os
 import sys
 from importlib import import_module
 
+from ..printable import one_line
+
 _COMMANDS = (
     "run",
     "convert",
@@ -50,8 +52,8 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return f"out of memory: {error}" if str(error) else "out of memory"
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+        return one_line(f"{error.filename}: {error.strerror}", 1000)
+    return one_line(str(error), 1000)
 
 
 def _app(arguments: list[str]) -> None:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from ..errors import GGUFError
 
+#: a vocabulary has up to a million strings, its merges as many; a hole in a file reads as empty strings without end
+MOST_STRINGS = 1 << 23
+
 _LENGTH = struct.Struct("<Q")
 
 
@@ -32,6 +35,7 @@ class Cursor:
         self.buffer = buffer
         self.position = 0
         self.where = "header"
+        self._n_strings = 0
 
     def error(self, problem: str) -> GGUFError:
         """The error to raise: file, place, byte offset and `problem`."""
@@ -50,16 +54,19 @@ class Cursor:
         self.position += layout.size
         return values
 
-    def count(self, what: str, least_bytes: int) -> int:
-        """Reads a count of things that take at least `least_bytes` bytes each, so that the file bounds it."""
+    def count(self, what: str, least_bytes: int, most: int | None = None) -> int:
+        """Reads a count, up to `most`, of things of at least `least_bytes` bytes each, so that the file bounds it."""
         (count,) = self.numbers(_LENGTH)
         if count * least_bytes > self.remaining:
             self.position -= _LENGTH.size
             raise self.error(f"{count} {what} can't be in the {self.remaining - _LENGTH.size} bytes that follow")
+        if most is not None and count > most:
+            self.position -= _LENGTH.size
+            raise self.error(f"{count} {what}; ggpy reads up to {most}")
         return count
 
     def identifier(self, what: str, longest: int) -> str:
-        """Reads a key or a tensor's name of at most `longest` bytes, which has to be UTF-8."""
+        """Reads a key or a tensor's name of at most `longest` bytes: UTF-8 without what a terminal would obey."""
         start = self.position
         length = self.count(f"bytes of a {what}", 1)
         if length > longest:
@@ -70,17 +77,22 @@ class Cursor:
             decoded = text.decode("utf-8")
         except UnicodeDecodeError:
             raise self.error(f"the {what} {text!r} isn't UTF-8") from None
+        if not decoded.isprintable():
+            raise self.error(f"the {what} {shorten(decoded)} has control characters")
         self.position += length
         return decoded
 
     def string_bounds(self, n_strings: int) -> array[int]:
-        """Walks over `n_strings` strings.
+        """Walks over `n_strings` strings, of which the file may have MOST_STRINGS in all.
 
         Returns
         -------
         array of uint64
             n_strings + 1 offsets: string i, with its 8 bytes of length, lies between offsets i and i + 1.
         """
+        self._n_strings += n_strings
+        if self._n_strings > MOST_STRINGS:
+            raise self.error(f"{self._n_strings} strings in the file; ggpy reads up to {MOST_STRINGS}")
         buffer, unpack_from, position = self.buffer, _LENGTH.unpack_from, self.position
         last = len(buffer) - _LENGTH.size
         bounds = array("Q", (position,))

@@ -82,7 +82,7 @@ class GGUFFile:
         key : str
         kind : type or tuple of types
             bool, int, float, str, numpy.ndarray or StringArray. Where a float is asked for, an integer is taken too;
-            a bool is no integer.
+            a bool is no integer. A float is finite and fits float32, as kernels take it.
         default : optional
             What to give where there is no such key.
 
@@ -97,12 +97,19 @@ class GGUFFile:
             return default
         value = self.metadata[key]
         kinds = kind if isinstance(kind, tuple) else (kind,)
+        if type(value) is int and int not in kinds and float in kinds:
+            value = float(value)
+        if type(value) is float and float in kinds and not abs(value) < 2.0**127:
+            raise GGUFError(f"{self.path}: key {shorten(key)}: {value} is no number for a model")
         if type(value) in kinds:
             return value
-        if type(value) is int and float in kinds:
-            return float(value)
         wanted = " or ".join(kind.__name__ for kind in kinds)
         raise GGUFError(f"{self.path}: key {shorten(key)} must be {wanted}, not {type(value).__name__}")
+
+    def check(self) -> None:
+        """Raises GGUFError if a file was changed in place after it was opened."""
+        for part in self._parts:
+            part.mapped.check()
 
     def close(self) -> None:
         """Closes the files. Arrays that view them stay valid, and keep the map until they are gone."""
@@ -126,8 +133,8 @@ class _Part:
         self.mapped = Mapped(path)
         cursor = Cursor(path, self.mapped.buffer)
         self.version = _read_version(cursor)
-        n_tensors = cursor.count("tensors", tensors.LEAST_BYTES)
-        n_entries = cursor.count("key-values", metadata.LEAST_BYTES)
+        n_tensors = cursor.count("tensors", tensors.LEAST_BYTES, tensors.MOST_TENSORS)
+        n_entries = cursor.count("key-values", metadata.LEAST_BYTES, metadata.MOST_ENTRIES)
         entries = metadata.read_entries(cursor, n_entries)
         self.metadata = Metadata(self.mapped, entries)
         self.alignment = self._check_alignment(entries.get("general.alignment"))

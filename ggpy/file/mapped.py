@@ -14,8 +14,9 @@ from ..errors import GGUFError
 class Mapped:
     """A whole file, mapped for reading.
 
-    The map is given back when the file is closed and the last array that views it is gone. Whoever shortens the file in
-    place meanwhile makes the system end this process (SIGBUS): replace files, see `writing_aside`.
+    The map is given back when the file is closed and the last array that views it is gone. A file that is changed in place
+    meanwhile is found by `check`; where it is shortened between that and a use, the system ends this process (SIGBUS).
+    Replacing a file does no harm, see `writing_aside`.
 
     Parameters
     ----------
@@ -38,6 +39,7 @@ class Mapped:
             if status.st_size == 0:
                 raise GGUFError(f"{path}: the file is empty")
             with path.open("rb") as file:
+                self._stamp = _stamp(os.fstat(file.fileno()))
                 self._buffer = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except OSError as error:
             raise GGUFError(f"{path}: {error.strerror}") from None
@@ -76,3 +78,24 @@ class Mapped:
     def close(self) -> None:
         """Lets go of the map."""
         self._buffer = None
+
+    def check(self) -> None:
+        """Sees to it that the file is what it was when it was opened; takes microseconds.
+
+        Raises
+        ------
+        GGUFError
+            It was changed in place.
+        ValueError
+            It was closed.
+        """
+        changed = self.buffer.obj.size() != len(self.buffer)  # type: ignore[attr-defined]
+        with suppress(OSError):  # the file may be gone from its path, or another be there
+            now = _stamp(self.path.stat())
+            changed = changed or (now[:2] == self._stamp[:2] and now != self._stamp)
+        if changed:
+            raise GGUFError(f"{self.path}: the file was changed after it was opened; open it anew")
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_dev, status.st_ino, status.st_mtime_ns

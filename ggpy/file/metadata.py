@@ -16,6 +16,7 @@ from .cursor import Cursor, shorten
 LONGEST_KEY = 65535
 #: shortest key-value: a key's length, a character, the value's type, a byte
 LEAST_BYTES = 14
+MOST_ENTRIES = 1 << 16
 
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 #: GGUF's number of a value type -> its dtype

@@ -20,6 +20,7 @@ LONGEST_NAME = 64
 MOST_DIMS = 4
 #: shortest description: a name's length, no name, no dimensions, type and offset
 LEAST_BYTES = 24
+MOST_TENSORS = 1 << 18
 #: tensors have fewer values, so that numpy can hold them as numbers of any type
 MOST_VALUES = 1 << 59
 
@@ -65,7 +66,10 @@ class GGUFTensor:
         ------
         ValueError
             The file was closed. Views taken before stay valid.
+        GGUFError
+            The file isn't what it was when it was opened.
         """
+        self._mapped.check()
         row_bytes = block_type(self.type).row_bytes(self.shape[-1])
         return np.frombuffer(self._mapped.buffer, np.uint8, self.n_bytes, self.offset).reshape(*self.shape[:-1], row_bytes)
 

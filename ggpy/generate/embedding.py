@@ -135,6 +135,7 @@ def embed(
             spans = [t.sequence.span(t.rest[:n], t.n_outputs(n)) for t, n in work]
             for (text, n), rows in zip(work, runner.run(spans, output="embeddings"), strict=True):
                 text.sequence.ids.extend(text.rest[:n])
+                runner.check_finite(rows)
                 if len(rows):
                     text.take(rows)
         for text, _ in work:

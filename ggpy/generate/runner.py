@@ -183,6 +183,7 @@ class Runner:
         self.check()
         with self.lock:
             self.check()
+            self.file.check()
             batch, rows = pack(spans)
             program = self.program_of(len(batch.ids), output)
             try:
@@ -190,6 +191,15 @@ class Runner:
                 return program.run(run_inputs(self.arch, batch), batch, profile), rows
             finally:
                 self.batch = None
+
+    def check_finite(self, values: np.ndarray) -> None:
+        """Raises Error if logits or embeddings aren't numbers: then text, which they would give all the same, means
+        nothing. What hooks do is theirs."""
+        with np.errstate(all="ignore"):
+            if np.isfinite(values.sum()) or self.hooks or np.isfinite(values).all():
+                return
+        cause = "the file is damaged" if self.pages.type == "F32" else "the file is damaged, or needs kv_type='f32'"
+        raise Error(f"{self.file.path}: the model's values aren't finite: {cause}")
 
     # Pages
 

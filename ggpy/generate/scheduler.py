@@ -268,7 +268,12 @@ class Scheduler:
             self._check_hooks()  # another thread may have set some before the run
             for (r, _), logits in zip(work, results, strict=True):
                 self._share(r)
-                r.take(logits, runner.n_ctx)
+                try:
+                    runner.check_finite(logits)
+                except Error as error:
+                    r.error = error
+                else:
+                    r.take(logits, runner.n_ctx)
             self._drop_ended()
 
     def _check_hooks(self) -> None:

@@ -191,6 +191,8 @@ class TokenSequence:
             logits = runner.run([s.span(more, 1) for s, more in zip(sequences, ids, strict=True)])
             for sequence, more in zip(sequences, ids, strict=True):
                 sequence.ids.extend(more)
+        for rows in logits:
+            runner.check_finite(rows)
         return [rows[0] for rows in logits]
 
     def chunks(self, ids: Sequence[int], n: int) -> Iterator[tuple[Sequence[int], bool]]:
@@ -210,6 +212,7 @@ class TokenSequence:
             self.make_room(len(ids))
             (logits,) = runner.run([self.span(ids, n_outputs)], profile)
             self.ids.extend(ids)
+            runner.check_finite(logits)
             if to is None:
                 return logits.copy()
             to[: len(logits)] = logits

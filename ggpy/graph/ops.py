@@ -438,6 +438,8 @@ def _route_reference(
             scores.reshape(n, n_group, -1)[t, out[t]] = -np.inf
     chosen = np.argsort(-scores, -1, kind="stable")[:, :n_used]
     weights = np.take_along_axis(probs, chosen, -1)
+    wrong = ~((logits < np.inf) & (probs + bias[0] < np.inf if bias else True)).all(-1)
+    weights[wrong] = np.nan  # as it is after a softmax: a damaged router isn't passed over
     if normalize:
         weights = weights / (weights.sum(-1, keepdims=True) + np.float32(1e-20))
     return np.stack([chosen, weights * np.float32(scale)], -1).astype(np.float32)

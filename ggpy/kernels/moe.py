@@ -8,6 +8,8 @@ sorted rows, and how many it has, with room for all experts; then, for each sort
 n_expert_used + slot).
 """
 
+import numpy as np
+
 from ..simd.vector import LANES, copy_bytes, fma, ld_f32, ld_i32, load_f32, max_f32, splat_f32, st_f32, st_i32, stack, store
 from .common import bits_f32, exp, f32, i32, ld_state, share
 from .source import function, kernel
@@ -17,6 +19,7 @@ _V = 4 * LANES
 _PER_EXPERT = 4 * MOST_EXPERTS
 # Scores are compared as int32 that order as they do, so that no value can be chosen twice: a NaN stands behind -inf, then
 # what groups left out, then what is already chosen.
+_MOST, _NO_NUMBER = f32(np.finfo(np.float32).max), f32(np.nan)
 _NAN, _LEFT_OUT, _CHOSEN = i32(-(2**31) + 2), i32(-(2**31) + 1), i32(-(2**31))
 
 
@@ -101,10 +104,14 @@ def route(
                 total += e
             for i in range(n_expert):
                 st_f32(probs + 4 * i, ld_f32(probs + 4 * i) / total)
+        # A damaged router isn't passed over in silence: its weights are NaN. -inf rules an expert out.
+        wrong = f32(0.0)
         for i in range(n_expert):
             value = ld_f32(probs + 4 * i)
             if bias:
                 value += ld_f32(bias + 4 * i)
+            if not (value <= _MOST and ld_f32(x + 4 * i) <= _MOST):
+                wrong = _NO_NUMBER
             st_f32(scores + 4 * i, value)
             _set_key(keys, i, value)
         if n_group > 1:
@@ -112,7 +119,7 @@ def route(
         total = f32(0.0)
         for s in range(n_used):
             e = _choose(keys, n_expert)
-            weight = ld_f32(probs + 4 * e)
+            weight = ld_f32(probs + 4 * e) + wrong
             total += weight
             st_f32(out + 8 * (t * n_used + s), f32(e))
             st_f32(out + 8 * (t * n_used + s) + 4, weight)

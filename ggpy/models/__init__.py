@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from ..errors import UnsupportedError
+from ..errors import GraphError, UnsupportedError
 from .deepseek2 import DeepSeek2
 from .llama import Llama
 from .rope import Rope
@@ -121,6 +121,15 @@ def build_graph(
 
     g = Graph(n_tokens, n_outputs)
     w = Weights(file, g, {} if derived is None else derived)
+    try:
+        return _build(g, w, arch, n_tokens, layers, embed, output)
+    except GraphError as error:
+        raise GraphError(f"{file.path}: {error}") from None
+
+
+def _build(
+    g: "Graph", w: Weights, arch: Architecture, n_tokens: int, layers: range | None, embed: bool, output: Output
+) -> "Graph":
     x = arch.embed(g, w, g.input("ids", (), "I32")) if embed else g.input("x", (arch.n_embd,))
     layers = range(arch.n_layer) if layers is None else layers
     for i in layers:

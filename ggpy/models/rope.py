@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import UnsupportedError
+from ..errors import GGUFError, UnsupportedError
 
 if TYPE_CHECKING:
     from ..file import GGUFFile
@@ -94,21 +94,31 @@ def read_rope(file: "GGUFFile", arch: str, n_rot: int) -> Rope:
     UnsupportedError
         A kind of scaling that isn't known.
     GGUFError
-        A key of the wrong type, or `rope_freqs` of the wrong length.
+        A key of the wrong type, a number out of its range.
     """
-    freq_base = file.get(f"{arch}.rope.freq_base", float, default=10000.0)
+
+    def positive(key: str, default: float) -> float:
+        value = file.get(f"{arch}.rope.{key}", float, default=default)
+        if value <= 0:
+            raise GGUFError(f"{file.path}: key {arch}.rope.{key}: {value} isn't above 0")
+        return value
+
+    freq_base = positive("freq_base", 10000.0)
+    if freq_base == 1:
+        raise GGUFError(f"{file.path}: key {arch}.rope.freq_base: 1 turns nothing")
     base = freq_base ** -(np.arange(0, n_rot, 2) / n_rot)
     kind = file.get(f"{arch}.rope.scaling.type", str, default="none")
     # Files from before `rope.scaling.*` say only how positions are divided.
-    linear = file.get(f"{arch}.rope.scale_linear", float, default=1.0)
-    factor = file.get(f"{arch}.rope.scaling.factor", float, default=linear)
+    linear = positive("scale_linear", 1.0)
+    factor = positive("scaling.factor", linear)
     magnitude = 1.0
     if kind == "linear" or (kind == "none" and linear != 1.0):
         base = base / factor
     elif kind == "yarn":
         n_ctx = file.get(f"{arch}.rope.scaling.original_context_length", int)
-        fast = file.get(f"{arch}.rope.scaling.yarn_beta_fast", float, default=32.0)
-        slow = file.get(f"{arch}.rope.scaling.yarn_beta_slow", float, default=1.0)
+        if n_ctx < 1:
+            raise GGUFError(f"{file.path}: key {arch}.rope.scaling.original_context_length: {n_ctx} isn't above 0")
+        fast, slow = positive("scaling.yarn_beta_fast", 32.0), positive("scaling.yarn_beta_slow", 1.0)
         base = _yarn(base, n_rot, freq_base, factor, n_ctx, fast, slow)
         magnitude = yarn_magnitude(factor) * file.get(f"{arch}.rope.scaling.attn_factor", float, default=1.0)
     elif kind not in ("none", "linear"):
@@ -118,5 +128,7 @@ def read_rope(file: "GGUFFile", arch: str, n_rot: int) -> Rope:
         values = factors.dequantize()
         if values.shape != base.shape:
             raise UnsupportedError(f"{file.path}: rope_freqs.weight has shape {values.shape}, expected {base.shape}")
+        if not (np.isfinite(values).all() and (values > 0).all()):
+            raise GGUFError(f"{file.path}: rope_freqs.weight has values that aren't above 0")
         base = base / values
     return Rope(n_rot, base.astype(np.float32), magnitude)

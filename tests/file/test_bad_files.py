@@ -6,6 +6,7 @@ The cases are those of llama.cpp's tests/test-gguf.cpp, and more.
 import contextlib
 import os
 import re
+import sys
 import tracemalloc
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ggpy.errors import GGUFError, UnsupportedError
-from ggpy.file import GGUFFile
+from ggpy.file import GGUFFile, cursor
 
 from . import make
 from .make import array, gguf, info, scalar, string, u32, u64
@@ -213,8 +214,69 @@ def test_long_keys_do_not_flood_the_message(refused):
     assert len(refused(gguf([string("k" * 60000) + u32(99) + b"\0"]))) < 200
 
 
-def test_line_breaks_in_keys_stay_within_the_message(refused):
-    assert r"a\nb" in refused(gguf([string("a\nb") + u32(99) + b"\0"]))
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "\x9b2J", "a\u202eb", "a\u2028b", "a\x7f"])
+def test_names_that_a_terminal_would_obey_are_refused(refused, name):
+    for content in (gguf([string(name) + u32(0) + b"\0"]), gguf([], [info(name, [4])], bytes(16))):
+        message = refused(content)
+        assert "has control characters" in message and repr(name) in message
+
+
+def test_strings_that_a_hole_in_the_file_stands_for_are_refused(refused, monkeypatch):
+    monkeypatch.setattr(cursor, "MOST_STRINGS", 6)
+    assert "7 strings in the file; ggpy reads up to 6" in refused(
+        gguf([array("a", "string", [""] * 3), scalar("b", "string", ""), array("c", "string", [""] * 3)])
+    )
+
+
+def test_more_tensors_and_keys_than_models_have_are_refused(refused):
+    assert "reads up to 262144" in refused(gguf(n_tensors=2**18 + 1, data=bytes(24 * 2**18 + 100)))
+    assert "reads up to 65536" in refused(gguf(n_key_values=2**16 + 1, data=bytes(14 * 2**16 + 100)))
+
+
+@pytest.fixture
+def opened(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf([], [info("t", [16])], F32_DATA))
+    with GGUFFile(path) as file:
+        yield path, file
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="open files can't be changed there")
+@pytest.mark.parametrize("change", ["shorten", "lengthen", "overwrite"])
+def test_a_file_that_is_changed_in_place_is_found(opened, change):
+    path, file = opened
+    assert file.tensors["t"].data.shape == (64,)
+    with path.open("r+b") as writer:
+        if change == "shorten":
+            writer.truncate(70)
+        else:
+            writer.seek(0, os.SEEK_END if change == "lengthen" else os.SEEK_SET)
+            writer.write(b"GGUF")
+    os.utime(path, ns=(0, 1))  # clocks may stand still meanwhile
+    for use in (file.check, lambda: file.tensors["t"].data):
+        with pytest.raises(GGUFError, match=r"model.gguf: the file was changed after it was opened"):
+            use()
+
+
+def test_a_file_that_is_replaced_or_gone_stays_as_it_was(opened, tmp_path):
+    path, file = opened
+    if sys.platform != "win32":
+        (tmp_path / "new").write_bytes(b"something else")
+        os.replace(tmp_path / "new", path)
+        assert file.tensors["t"].data.tobytes() == F32_DATA
+        path.unlink()
+    assert file.tensors["t"].data.tobytes() == F32_DATA
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_floats_that_no_model_has_are_refused_where_they_are_asked_for(tmp_path, kind, value):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf([scalar("eps", kind, value), scalar("one", "int32", 1)]))
+    with GGUFFile(path) as file:
+        assert file.get("one", float) == 1.0
+        with pytest.raises(GGUFError, match=r"key 'eps': .* is no number for a model"):
+            file.get("eps", float)
 
 
 @pytest.mark.parametrize(

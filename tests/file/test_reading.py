@@ -17,7 +17,7 @@ from ggpy.file import GGUFFile, StringArray
 from . import make
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-keys = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+keys = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(str.isprintable)
 floats32 = st.floats(width=32)
 INTEGERS = {
     GGUFValueType.UINT8: (0, 2**8 - 1),
@@ -58,7 +58,7 @@ def same(ours, expected):
     values=st.dictionaries(
         keys.filter(lambda key: not key.startswith(("general.", "split."))), scalars | arrays, max_size=8
     ),
-    tensors=st.dictionaries(texts, st.tuples(tensor_types, shapes), max_size=5),
+    tensors=st.dictionaries(texts.filter(str.isprintable), st.tuples(tensor_types, shapes), max_size=5),
     alignment=st.sampled_from([None, 1, 8, 32, 256]),
 )
 @settings(max_examples=80, deadline=None)

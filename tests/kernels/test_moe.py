@@ -52,6 +52,9 @@ def test_experts_of_a_token_are_distinct_whatever_the_scores(
     for chosen in experts:
         assert len(set(chosen.tolist())) == n_used
         assert ((chosen >= 0) & (chosen < n_expert)).all()
+    # Of a token whose router is damaged no weight is a number; -inf only rules an expert out.
+    damaged = ~(logits < np.inf).all(-1) | (bias and not all(values < np.inf))
+    assert np.isnan(got["route"][damaged, :, 1]).all()
     # All experts' rows are computed, each by its own matrix.
     alike = {e: got["out"][experts == e] for e in np.unique(experts)}
     assert all((rows == rows[0]).all() for rows in alike.values())

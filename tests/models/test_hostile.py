@@ -1,0 +1,127 @@
+"""Models whose metadata and weights are meant to do harm, and runs of all architectures that watch their memory."""
+
+import numpy as np
+import pytest
+
+import ggpy
+from ggpy.errors import Error
+from tests.file.edit import Edited
+from tests.graph import guards
+
+from .checkpoints import converted, ids
+from .test_moe import made
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(scope="module")
+def v3(tmp_path_factory):
+    """The bytes of a small DeepSeek-V3: sigmoid routing, bias, groups of experts."""
+    return converted(tmp_path_factory.mktemp("v3"), made("V3")).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def yarn(tmp_path_factory):
+    return converted(tmp_path_factory.mktemp("yarn"), made("V2-Lite, yarn")).read_bytes()
+
+
+def run(path, kv_type="f32", **options):
+    """Logits of a full run and of one token."""
+    with ggpy.load(path, n_ctx=64, n_threads=2, n_batch=16, kv_type=kv_type, **options) as model:
+        return model.logits(ids(17))
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "value", "problem"),
+    [
+        ("attention.layer_norm_rms_epsilon", "float64", 1e300, "no number for a model"),
+        ("expert_weights_scale", "float32", NAN, "no number for a model"),
+        ("expert_group_count", "uint32", 3, "8 experts in 3 groups"),
+        ("expert_group_count", "uint32", 2**31, "groups"),
+        ("expert_group_used_count", "uint32", 0, "too few in the groups"),
+        ("expert_used_count", "uint32", 9, "9 of 8 experts"),
+        ("expert_count", "uint32", 2**31, "shape"),
+        ("rope.freq_base", "float32", 0.0, "isn't above 0"),
+        ("rope.freq_base", "float32", 1.0, "turns nothing"),
+        ("rope.scaling.factor", "float32", 0.0, "isn't above 0"),
+        ("rope.scaling.factor", "float32", -1.0, "isn't above 0"),
+        ("rope.scaling.yarn_beta_fast", "float32", 0.0, "isn't above 0"),
+        ("rope.scaling.yarn_beta_slow", "float32", NAN, "no number for a model"),
+        ("rope.scaling.original_context_length", "uint32", 0, "isn't above 0"),
+        ("rope.scaling.attn_factor", "float32", INF, "no number for a model"),
+    ],
+)
+def test_numbers_out_of_range_are_one_line_with_the_file(tmp_path, v3, yarn, key, kind, value, problem):
+    model = Edited.read(yarn if "scaling" in key else v3)
+    model.set(f"deepseek2.{key}", kind, value)
+    path = tmp_path / "model.gguf"
+    path.write_bytes(model.bytes())
+    with pytest.raises(Error, match=problem) as caught:
+        run(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_more_groups_used_than_there_are_is_all_of_them(tmp_path, v3):
+    model = Edited.read(v3)
+    path = tmp_path / "model.gguf"
+    results = []
+    for n in (4, 5, 2**30):
+        model.set("deepseek2.expert_group_used_count", "uint32", n)
+        path.write_bytes(model.bytes())
+        results.append(run(path))
+    assert results[0].tobytes() == results[1].tobytes() == results[2].tobytes()
+
+
+@pytest.mark.parametrize("value", [NAN, -INF, -3.4e38])
+def test_a_bias_that_rules_all_experts_out_writes_within_bounds(tmp_path, v3, value):
+    model = Edited.read(v3)
+    for name in model.tensors:
+        if "exp_probs_b" in name:
+            model.fill(name, value)
+    path = tmp_path / "model.gguf"
+    path.write_bytes(model.bytes())
+    with guards.guarded():
+        try:
+            first = run(path)
+        except Error as error:
+            assert "aren't finite" in str(error)
+        else:
+            assert np.isfinite(first).all() and first.tobytes() == run(path).tobytes()
+
+
+@pytest.mark.parametrize("tensor", ["blk.1.ffn_gate_inp.weight", "blk.0.attn_norm.weight", "output.weight"])
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_damaged_weights_give_an_error_instead_of_text(tmp_path, v3, tensor, value):
+    model = Edited.read(v3)
+    model.fill(tensor, value, slice(0, 64))
+    path = tmp_path / "model.gguf"
+    path.write_bytes(model.bytes())
+    message = rf"{path.name}: the model's values aren't finite: the file is damaged$"
+    with ggpy.load(path, n_ctx=64, n_threads=2, kv_type="f32") as opened:
+        for use in (
+            lambda: opened.generate([1, 2, 3], max_tokens=2).run(),
+            lambda: opened.logits([1, 2, 3]),
+            lambda: list(opened.generate_batch([[1], [2]], max_tokens=1)),
+        ):
+            with pytest.raises(Error, match=message):
+                use()
+        with opened.hooked({"logits": lambda name, value: np.zeros_like(value)}):
+            assert np.isfinite(opened.logits([1, 2, 3])).all()
+
+
+@pytest.mark.parametrize("name", ["V3", "V2", "mixtral", "qwen2moe", "qwen2"])
+def test_every_step_writes_what_is_its_own(tmp_path, simd_form, name):
+    """The same bits as without guards: nothing beyond a buffer is read, either."""
+    path = converted(tmp_path, made(name), "q8_0" if name == "mixtral" else "f32")
+    for kv_type in ("f16", "q8_0"):
+        plain = run(path, kv_type=kv_type)
+        with guards.guarded():
+            assert run(path, kv_type=kv_type).tobytes() == plain.tobytes()
+
+
+def test_guards_find_what_is_out_of_bounds(tmp_path, monkeypatch):
+    path = converted(tmp_path, made("qwen2"))
+    with guards.guarded(), ggpy.load(path, n_ctx=64, n_threads=2, n_batch=16) as model:
+        monkeypatch.setattr(guards, "GUARD", guards.GUARD + 64)  # as if all buffers ended earlier
+        with pytest.raises(guards.OutOfBoundsError):
+            model.logits(ids(17))
