@@ -4,29 +4,59 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import stat
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from ggpy.errors import ConversionError, UnsupportedError
+from ggpy.file.foreign import N_BYTES, what_is
 
-# safetensors' float types. NumPy has no bfloat16: its bits are the upper half of a float32.
+
+def _float8(n_mantissa: int) -> np.ndarray:
+    """The 256 values of an 8-bit float, float32 (OCP 8-bit Floating Point Specification, revision 1.0).
+
+    E4M3 has no infinities, and NaN only where all bits but the sign are set; E5M2 is the upper half of a float16.
+    """
+    bits = np.arange(256, dtype=np.uint16)
+    if n_mantissa == 2:
+        return (bits << 8).view("<f2").astype(np.float32)
+    exponent, mantissa = (bits >> 3 & 15).astype(np.int32), (bits & 7) / 8
+    values = np.where(exponent == 0, np.ldexp(mantissa, -6), np.ldexp(1 + mantissa, exponent - 7))
+    values[bits & 127 == 127] = np.nan
+    return np.where(bits & 128, -values, values).astype(np.float32)
+
+
+# safetensors' types of weights. NumPy has no bfloat16: its bits are the upper half of a float32; and no 8-bit floats.
 FLOAT_TYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
+    "F8_E4M3": np.dtype("u1"),
+    "F8_E5M2": np.dtype("u1"),
 }
+FLOAT8: dict[str, np.ndarray] = {"F8_E4M3": _float8(3), "F8_E5M2": _float8(2)}
+
+# Bytes of a value, of the types that hold no floats; parts of quantized weights.
+OTHER_TYPES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}
 
 # The files that a conversion can use, as patterns of huggingface_hub.
 FILE_PATTERNS = ("model*.safetensors", "*.json", "tokenizer.model", "*.jinja", "README.md")
 
-# The safetensors format allows headers up to this size.
+# The safetensors format allows headers up to this size; no JSON file of a checkpoint is larger either.
 MAX_HEADER_BYTES = 100_000_000
+# The most tensors of one file. DeepSeek V3 has 92,000 in 163 files.
+MAX_TENSORS = 200_000
+
+# What programs that wrap a model put before the names of all its tensors (torch.compile, DistributedDataParallel, PEFT).
+WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -61,6 +91,12 @@ class StoredRows:
     def sources(self) -> tuple[str, ...]:
         return (self.name,)
 
+    @property
+    def n_bytes(self) -> int:
+        """Size of the data."""
+        itemsize = FLOAT_TYPES[self.dtype].itemsize if self.dtype in FLOAT_TYPES else OTHER_TYPES[self.dtype]
+        return math.prod(self.shape) * itemsize
+
     def read(self, start: int, stop: int) -> np.ndarray:
         dtype = FLOAT_TYPES[self.dtype]
         n_columns = self.shape[-1]
@@ -71,6 +107,8 @@ class StoredRows:
             raise ConversionError(f"{self.path}: ends inside tensor {self.name}")
         if self.dtype == "BF16":
             floats = (values.astype(np.uint32) << 16).view(np.float32)
+        elif self.dtype in FLOAT8:
+            floats = FLOAT8[self.dtype][values]
         else:
             floats = values.astype(np.float32, copy=False)
         return floats.reshape(stop - start, n_columns)
@@ -142,6 +180,40 @@ class TransposedRows:
 
 
 @dataclass(frozen=True)
+class ScaledRows:
+    """A tensor times scales, one for each block of its matrices (implements `Rows`).
+
+    Attributes
+    ----------
+    rows : Rows
+        (…, n_rows, n_columns)
+    scales : Rows
+        (…, n_rows / block[0], n_columns / block[1]), rounded up.
+    block : tuple of int
+    """
+
+    rows: Rows
+    scales: Rows
+    block: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rows.shape
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.rows.sources
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        n_rows, n_columns = self.shape[-2:]
+        numbers = np.arange(start, stop)
+        blocks = numbers // n_rows * -(-n_rows // self.block[0]) + numbers % n_rows // self.block[0]
+        first = int(blocks[0])
+        scales = self.scales.read(first, int(blocks[-1]) + 1)[blocks - first]
+        return self.rows.read(start, stop) * scales[:, np.arange(n_columns) // self.block[1]]
+
+
+@dataclass(frozen=True)
 class ComputedRows:
     """Values that no tensor of the checkpoint holds (implements `Rows`)."""
 
@@ -159,8 +231,15 @@ class ComputedRows:
         return self.values.reshape(-1, self.shape[-1])[start:stop].astype(np.float32)
 
 
+# The largest float32.
+LARGEST = float(np.finfo(np.float32).max)
+
+
 class Config:
     """The hyperparameters of config.json, each read with the type that it must have.
+
+    Which keys were asked for is remembered: one that nobody asked for and that isn't known to be harmless has no effect on
+    the file, and so must not be there (`converters.family.refuse_unread`).
 
     Parameters
     ----------
@@ -168,19 +247,35 @@ class Config:
         The file's object.
     path : Path
         Where it was read, for messages.
+
+    Attributes
+    ----------
+    defaults : dict
+        What holds where a key is missing, as transformers has it for the architecture.
+    asked : set of str
+        The keys that were asked for.
     """
 
     def __init__(self, values: dict[str, Any], path: Path):
         self.values = values
         self.path = path
+        self.defaults: Mapping[str, Any] = {}
+        self.asked: set[str] = set()
+
+    def replaced(self, **values: Any) -> Config:
+        """The same with other values; what is asked of it counts as asked of this one."""
+        other = Config(self.values | values, self.path)
+        other.defaults, other.asked = self.defaults, self.asked
+        return other
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value as the file has it; `default` where it is missing or null."""
-        value = self.values.get(key)
+        """The value, or transformers' default where it is missing; `default` where that is null or there is none."""
+        self.asked.add(key)
+        value = self.values.get(key, self.defaults.get(key))
         return default if value is None else value
 
     def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """An integer, positive unless `least` says otherwise.
+        """An integer of at most 31 bits, positive unless `least` says otherwise.
 
         Raises
         ------
@@ -188,13 +283,14 @@ class Config:
             Missing without a default, or something else than such an integer.
         """
         value = self.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 1 << 31:
             wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
-            raise ConversionError(f"{self.path}: {key} must be {wanted}, not {json.dumps(value)}")
+            raise ConversionError(f"{self.path}: {key} must be {wanted}, not {shown(value)}")
         return value
 
     def only(self, key: str, known: Any) -> None:
-        """Refuse any other value than the one that GGUF's readers take for granted; a missing key is fine.
+        """Refuse any other value than the one that GGUF's readers take for granted; a missing key is fine, unless
+        transformers takes another value then.
 
         Raises
         ------
@@ -203,14 +299,36 @@ class Config:
         """
         value = self.get(key, known)
         if value != known:
-            raise UnsupportedError(f"{self.path}: {key} {value!r}; known: {known}")
+            missing = "" if key in self.values else "missing, which means "
+            raise UnsupportedError(f"{self.path}: {key} {missing}{shown(value)}; known: {shown(known)}")
 
-    def number(self, key: str, default: float | None = None) -> float:
-        """A finite number; the same errors as `integer`."""
+    def choice(self, key: str, known: Iterable[str], default: str) -> str:
+        """One of some words.
+
+        Raises
+        ------
+        UnsupportedError
+            Another value.
+        """
         value = self.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            raise ConversionError(f"{self.path}: {key} must be a number, not {json.dumps(value)}")
+        if not isinstance(value, str) or value not in known:
+            raise UnsupportedError(f"{self.path}: {key} {shown(value)}; known: {', '.join(known)}")
+        return value
+
+    def number(self, key: str, default: float | None = None, least: float = -math.inf) -> float:
+        """A number of at least `least` that float32 can hold; the same errors as `integer`."""
+        value = self.get(key, default)
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+        if not fits or value < least:
+            wanted = "a number" if least == -math.inf else f"a number of at least {least:g}"
+            raise ConversionError(f"{self.path}: {key} must be {wanted}, not {shown(value)}")
         return float(value)
+
+
+def shown(value: Any) -> str:
+    """A value of a JSON file for a message: on one line, and not long."""
+    text = json.dumps(value, ensure_ascii=True) if not isinstance(value, str) else repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 class Checkpoint:
@@ -223,8 +341,10 @@ class Checkpoint:
         Of config.json.
     architecture : str
         The class that config.json names, such as ``LlamaForCausalLM``.
-    tensors : dict of str to StoredRows
-        All tensors of all shards, by the checkpoint's names.
+    tensors : dict of str to Rows
+        All tensors of all shards, by the checkpoint's names; those in blocks of 8-bit floats with their scales applied.
+    notes : list of str
+        What a user should know of the conversion: what was changed or left aside.
 
     Raises
     ------
@@ -236,62 +356,219 @@ class Checkpoint:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.notes: list[str] = []
         if not folder.is_dir():
             raise ConversionError(f"{folder}: no such folder")
+        self._refuse_adapter()
         self.config = Config(self.json("config.json"), folder / "config.json")
         names = self.config.get("architectures")
         if not isinstance(names, list) or not names or not isinstance(names[0], str):
             raise ConversionError(f"{self.config.path}: names no architecture")
         self.architecture: str = names[0]
-        quantization = self.config.get("quantization_config")
-        if quantization is not None:
-            method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
-            raise UnsupportedError(
-                f"{self.config.path}: the weights are quantized already ({method}); float ones are needed"
-            )
-        self.tensors = self._read_tensors()
+        self.tensors = self._scaled(self._without_wrappers(self._read_tensors()))
 
     def json(self, name: str, optional: bool = False) -> dict[str, Any]:
         """A JSON file's object; empty where it is optional and missing."""
         path = self.folder / name
-        if optional and not path.is_file():
+        if optional and not path.exists():
             return {}
         return read_json(path)
 
     def text(self, name: str) -> str | None:
         """A text file's content, None where there is no such file."""
         path = self.folder / name
-        if not path.is_file():
+        if not path.exists():
             return None
         try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            return read_bytes(path).decode("utf-8")
+        except UnicodeDecodeError as error:
             raise ConversionError(f"{path}: {error}") from error
 
-    def _read_tensors(self) -> dict[str, StoredRows]:
-        single = self.folder / SINGLE_FILE
-        index = self.folder / INDEX_FILE
-        if index.is_file():
+    def _refuse_adapter(self) -> None:
+        """A folder of PEFT's says in adapter_config.json what it is; transformers loads another model for it."""
+        path = self.folder / "adapter_config.json"
+        if not path.exists():
+            return
+        adapter = read_json(path)
+        base = adapter.get("base_model_name_or_path") or "another model"
+        if (self.folder / "config.json").exists():
+            raise UnsupportedError(
+                f"{path}: says that this folder is an adapter of {base}; if its weights are merged, remove that file"
+            )
+        kind = adapter.get("peft_type") or "PEFT"
+        raise UnsupportedError(
+            f"{self.folder}: a {kind} adapter of {base}, not a model; merge it into that first (PEFT's merge_and_unload)"
+        )
+
+    def _files(self) -> tuple[list[Path], dict[str, str]]:
+        """The files with the weights, and where the index says that tensors are. Of a single file and an index, the file
+        counts, as for transformers."""
+        single, index = self.folder / SINGLE_FILE, self.folder / INDEX_FILE
+        if single.exists():
+            if index.exists():
+                self.notes.append(f"{single}: holds all weights; {INDEX_FILE} and its shards are left aside")
+            return [single], {}
+        if index.exists():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
                 raise ConversionError(f"{index}: has no weight_map from tensor names to files")
-            tensors: dict[str, StoredRows] = {}
-            for file in sorted(set(weight_map.values())):
+            files = sorted(set(weight_map.values()))
+            for file in files:
                 if Path(file).name != file:
                     raise ConversionError(f"{index}: {file!r} is not a file of this folder")
-                path = self.folder / file
-                if not path.is_file():
-                    raise ConversionError(f"{path}: missing, {INDEX_FILE} names it")
-                tensors |= {name: rows for name, rows in read_safetensors(path).items() if weight_map.get(name) == file}
-            for name, file in weight_map.items():
-                if name not in tensors:
-                    raise ConversionError(f"{self.folder / file}: has no tensor {name}, {INDEX_FILE} says it does")
-            return tensors
-        if single.is_file():
-            return read_safetensors(single)
+                if not (self.folder / file).exists():
+                    raise ConversionError(f"{self.folder / file}: missing, {INDEX_FILE} names it")
+            return [self.folder / file for file in files], weight_map
+        shards = {path.name: found for path in self.folder.glob("*.safetensors") if (found := SHARD.fullmatch(path.name))}
+        if shards:
+            first = next(iter(shards.values()))
+            names = [f"{first[1]}-{i + 1:05}-of-{first[3]}.safetensors" for i in range(int(first[3]))]
+            missing = sorted(set(names) ^ set(shards))
+            if missing:
+                raise ConversionError(
+                    f"{self.folder}: shards without {INDEX_FILE}, and {missing[0]} is missing or of another set"
+                )
+            self.notes.append(f"{self.folder}: no {INDEX_FILE}; all {len(names)} shards are taken")
+            return [self.folder / name for name in names], {}
         if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pth")):
             raise UnsupportedError(f"{self.folder}: only PyTorch pickles here; weights are read from {SINGLE_FILE} alone")
         raise ConversionError(f"{self.folder}: neither {SINGLE_FILE} nor {INDEX_FILE} here")
+
+    def _read_tensors(self) -> dict[str, StoredRows]:
+        files, weight_map = self._files()
+        tensors: dict[str, StoredRows] = {}
+        unlisted = []
+        for path in files:
+            for name, rows in read_safetensors(path).items():
+                if name not in weight_map and weight_map:
+                    unlisted.append(name)
+                if name not in tensors or weight_map.get(name) == path.name:
+                    tensors[name] = rows
+                elif weight_map.get(name) != tensors[name].path.name:
+                    raise ConversionError(f"{path}: tensor {name} is in {tensors[name].path.name} too")
+        for name, file in weight_map.items():
+            if name not in tensors:
+                raise ConversionError(f"{self.folder / file}: has no tensor {name}, {INDEX_FILE} says it does")
+        if unlisted:
+            self.notes.append(f"{self.folder / INDEX_FILE}: doesn't list {_some(unlisted)}, which its shards have; taken")
+        return tensors
+
+    def _without_wrappers(self, tensors: dict[str, StoredRows]) -> dict[str, StoredRows]:
+        """The tensors under their own names, where programs that wrapped the model left prefixes."""
+        for prefix in WRAPPERS:
+            if tensors and all(name.startswith(prefix) for name in tensors):
+                self.notes.append(f"{self.folder}: all tensors' names begin with {prefix}, which is taken off")
+                return self._without_wrappers({name.removeprefix(prefix): rows for name, rows in tensors.items()})
+        lora = next((name for name in tensors if ".lora_A." in name or ".base_layer." in name), None)
+        if lora is not None:
+            raise UnsupportedError(
+                f"{tensors[lora].path}: tensor {lora} is a LoRA adapter's; merge it into its model first"
+            )
+        return tensors
+
+    def _scaled(self, tensors: dict[str, StoredRows]) -> dict[str, Rows]:
+        """The tensors with the scales of 8-bit floats applied."""
+        settings = self._quantization
+        result: dict[str, Rows] = {}
+        scales: set[str] = set()
+        for name, rows in tensors.items():
+            result[name] = rows
+            if rows.dtype in FLOAT8:
+                scale = next((n for end in ("_scale_inv", "_scale") if (n := name + end) in tensors), None)
+                if scale is None:
+                    raise UnsupportedError(f"{rows.path}: tensor {name} is {rows.dtype} without {name}_scale_inv")
+                result[name] = _with_scales(rows, tensors[scale], settings.get("weight_block_size"))
+                # What it says of activations: they aren't rounded here.
+                scales |= {scale} | {f"{name.removesuffix('.weight')}.{part}_scale" for part in ("input", "activation")}
+        if scales:
+            self.notes.append(f"{self.folder}: weights in 8-bit floats are taken with their scales, as float32")
+        elif settings and all(rows.dtype in FLOAT_TYPES for rows in tensors.values()):
+            method = shown(settings.get("quant_method"))
+            self.notes.append(f"{self.config.path}: quantization_config ({method}) is left aside: all weights are floats")
+        return {name: rows for name, rows in result.items() if name not in scales}
+
+    @property
+    def _quantization(self) -> dict[str, Any]:
+        settings = self.config.get("quantization_config")
+        return settings if isinstance(settings, dict) else {}
+
+    def refuse_quantized(self, tensors: Mapping[str, Rows]) -> None:
+        """Refuse parts of quantized weights, which hold no floats. They tell, not quantization_config: that stays behind
+        when weights are dequantized.
+
+        Raises
+        ------
+        UnsupportedError
+            There is such a tensor.
+        """
+        for rows in tensors.values():
+            if isinstance(rows, StoredRows) and rows.dtype in OTHER_TYPES:
+                method = self._quantization.get("quant_method", "by a method that config.json doesn't name")
+                raise UnsupportedError(
+                    f"{rows.path}: tensor {rows.name} is {rows.dtype}: the weights are quantized already ({method}); "
+                    "float ones are needed, or 8-bit floats with scales"
+                )
+
+
+def _with_scales(rows: StoredRows, scales: StoredRows, block_size: Any) -> ScaledRows:
+    """A tensor of 8-bit floats with its scales: one for all, for each row, or for each block of `block_size`."""
+    where = f"{scales.path}: tensor {scales.name}"
+    if scales.dtype not in FLOAT_TYPES or scales.dtype in FLOAT8:
+        raise UnsupportedError(f"{where}: scales of type {scales.dtype}")
+    *stack, n_rows, n_columns = (1, *rows.shape) if len(rows.shape) == 1 else rows.shape
+    n_scales = math.prod(scales.shape)
+    if n_scales == 1 and not stack:
+        block = (n_rows, n_columns)
+    elif n_scales == n_rows and scales.shape in ((n_rows,), (n_rows, 1)):
+        block = (1, n_columns)
+    else:
+        sizes = _sizes(block_size, f"{rows.path.parent / 'config.json'}: quantization_config's weight_block_size")
+        if len(sizes) != 2 or 0 in sizes:
+            raise ConversionError(f"{rows.path.parent / 'config.json'}: weight_block_size {shown(block_size)}")
+        block = (sizes[0], sizes[1])
+    expected = (*stack, -(-n_rows // block[0]), -(-n_columns // block[1]))
+    if scales.shape != expected and n_scales != math.prod(expected):
+        raise ConversionError(f"{where} is {scales.shape}; {rows.name} in blocks of {block} has {expected}")
+    return ScaledRows(rows, replace(scales, shape=expected), block)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
+
+
+def read_bytes(path: Path, most: int = MAX_HEADER_BYTES) -> bytes:
+    """A regular file's content.
+
+    Raises
+    ------
+    ConversionError
+        No such file, a device or pipe, or more than `most` bytes.
+    """
+    try:
+        status = path.stat()  # before opening, which would wait for the other end of a pipe
+        if not stat.S_ISREG(status.st_mode):
+            raise ConversionError(f"{path}: not a regular file")
+        if status.st_size > most:
+            raise ConversionError(f"{path}: {status.st_size:,} bytes; no such file has more than {most:,}")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ConversionError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ConversionError(f"{path}: {error.strerror or error}") from error
+
+
+def _parsed(text: bytes) -> Any:
+    """JSON whose objects have no key twice; the same errors as json.loads."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise ValueError(f"the key {shown(twice)} is there twice")
+        return values
+
+    return json.loads(text.decode("utf-8"), object_pairs_hook=unique)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -300,14 +577,14 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises
     ------
     ConversionError
-        No such file, not JSON, or not an object.
+        No such file, not JSON, a key twice, or not an object.
     """
+    text = read_bytes(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConversionError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConversionError(f"{path}: not a JSON file: {error}") from error
+        values = _parsed(text)
+    except (ValueError, RecursionError) as error:
+        what = what_is(text[:N_BYTES])
+        raise ConversionError(f"{path}: not a JSON file{f', but {what}' if what else f': {error}'}") from error
     if not isinstance(values, dict):
         raise ConversionError(f"{path}: not a JSON object")
     return values
@@ -317,47 +594,70 @@ def read_safetensors(path: Path) -> dict[str, StoredRows]:
     """The tensors of a safetensors file, by name; only the header is read.
 
     The format (https://huggingface.co/docs/safetensors): 8 bytes, little-endian, of the header's length; the header,
-    a JSON object from names to ``{"dtype", "shape", "data_offsets"}``; then the data, to which the offsets relate.
+    a JSON object from names to ``{"dtype", "shape", "data_offsets"}``; then the data, to which the offsets relate, one
+    tensor after the other without gaps.
 
     Raises
     ------
     ConversionError
         Not a sound safetensors file.
     UnsupportedError
-        A tensor of a type other than a float of 16 bits or more.
+        A tensor of a type that isn't known.
     """
-    n_file = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        n_header = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else n_file
-        if n_header > min(n_file - 8, MAX_HEADER_BYTES):
-            raise ConversionError(f"{path}: not a safetensors file, or cut short inside its header")
-        try:
-            header = json.loads(file.read(n_header))
-        except (ValueError, RecursionError) as error:
-            raise ConversionError(f"{path}: its header is not JSON: {error}") from error
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ConversionError(f"{path}: not a regular file")
+        n_file = status.st_size
+        with path.open("rb") as file:
+            beginning = file.read(N_BYTES)
+            n_header = struct.unpack("<Q", beginning[:8])[0] if len(beginning) >= 8 else n_file
+            if n_header > min(n_file - 8, MAX_HEADER_BYTES):
+                what = what_is(beginning)
+                reason = f"but {what}" if what else "or cut short inside its header"
+                raise ConversionError(f"{path}: not a safetensors file, {reason}")
+            file.seek(8)
+            text = file.read(n_header)
+    except OSError as error:
+        raise ConversionError(f"{path}: {error.strerror or error}") from error
+    if text.count(b'"dtype"') > MAX_TENSORS:
+        raise ConversionError(f"{path}: its header has more than {MAX_TENSORS:,} tensors")
+    try:
+        header = _parsed(text)
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{path}: its header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise ConversionError(f"{path}: its header is not a JSON object")
     header.pop("__metadata__", None)
-    return {name: _stored(path, name, entry, 8 + n_header, n_file) for name, entry in header.items()}
+    tensors = {name: _stored(path, name, entry, 8 + n_header) for name, entry in header.items()}
+    end = 8 + n_header
+    for rows in sorted(tensors.values(), key=lambda rows: (rows.offset, rows.n_bytes)):
+        if rows.offset != end:
+            raise ConversionError(f"{path}: tensor {rows.name}: begins at byte {rows.offset}, not at {end}")
+        end += rows.n_bytes
+        if end > n_file:
+            raise ConversionError(f"{path}: tensor {rows.name}: the file ends before it does")
+    if end != n_file:
+        raise ConversionError(f"{path}: {n_file - end} bytes follow the last tensor")
+    return tensors
 
 
-def _stored(path: Path, name: str, entry: Any, data_start: int, n_file: int) -> StoredRows:
+def _stored(path: Path, name: str, entry: Any, data_start: int) -> StoredRows:
     where = f"{path}: tensor {name}"
     if not isinstance(entry, Mapping):
         raise ConversionError(f"{where}: its entry is not an object")
-    shape, (start, stop, *_) = _sizes(entry.get("shape"), where), (*_sizes(entry.get("data_offsets"), where), 0, 0)
+    shape = _sizes(entry.get("shape"), f"{where}: shape")
+    start, stop, *_ = (*_sizes(entry.get("data_offsets"), f"{where}: data_offsets"), 0, 0)
     dtype = entry.get("dtype")
-    if not isinstance(dtype, str) or dtype not in FLOAT_TYPES:
-        raise UnsupportedError(f"{where}: type {dtype}; known: {', '.join(FLOAT_TYPES)}")
-    if stop - start != math.prod(shape) * FLOAT_TYPES[dtype].itemsize:
+    if not isinstance(dtype, str) or (dtype not in FLOAT_TYPES and dtype not in OTHER_TYPES):
+        raise UnsupportedError(f"{where}: type {shown(dtype)}; known: {', '.join(FLOAT_TYPES)}")
+    rows = StoredRows(path, name, dtype, shape, data_start + start)
+    if stop - start != rows.n_bytes:
         raise ConversionError(f"{where}: {dtype} {shape} doesn't fill bytes {start} to {stop}")
-    if data_start + stop > n_file:
-        raise ConversionError(f"{where}: the file ends before it does")
-    return StoredRows(path, name, dtype, shape, data_start + start)
+    return rows
 
 
 def _sizes(value: Any, where: str) -> tuple[int, ...]:
     if not isinstance(value, list) or not all(type(number) is int and number >= 0 for number in value):
-        raise ConversionError(f"{where}: shape and data_offsets must be lists of sizes")
+        raise ConversionError(f"{where} must be a list of sizes")
     return tuple(value)

@@ -25,8 +25,9 @@ from ggpy.quantization.mixes import check_without_importance, file_type, sizes
 from ggpy.quantization.model import in_order
 
 from . import deepseek2, llama, mixtral, olmoe, qwen
+from .card import read_card
 from .checkpoint import FILE_PATTERNS, Checkpoint, ComputedRows, Rows
-from .family import Family
+from .family import Family, refuse_unread
 from .vocabulary import check_vocabulary, read_encoder, write_vocabulary
 
 FAMILIES: tuple[Family, ...] = (llama.FAMILY, mixtral.FAMILY, *qwen.FAMILIES, olmoe.FAMILY, deepseek2.FAMILY)
@@ -75,12 +76,15 @@ class Plan:
     metadata : dict
         GGUF's key-values.
     tensors : tuple of TensorPlan
+    notes : tuple of str
+        What a user should know: what was changed, left aside, or is lost in the form that GGUF has.
     """
 
     path: Path
     type: str
     metadata: dict[str, Any] = field(repr=False)
     tensors: tuple[TensorPlan, ...] = field(repr=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def n_parameters(self) -> int:
@@ -141,6 +145,7 @@ def convert(
     folder, hub_id = find_source(source)
     checkpoint = Checkpoint(folder)
     family = find_family(checkpoint)
+    checkpoint.config.defaults = family.defaults.get(checkpoint.architecture, {})
     path = Path(out)
     encoder = read_encoder(checkpoint)
     tensors = plan_tensors(checkpoint, family, type)
@@ -150,9 +155,11 @@ def convert(
             tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, GGMLQuantizationType[tensor.type]
         )
     write_metadata(writer, checkpoint, family, type, hub_id)
-    plan = Plan(path, type, _values(writer), tuple(tensors))
+    refuse_unread(checkpoint.config)
+    metadata = _values(writer)
     if encoder is not None:
-        check_vocabulary(plan.metadata, encoder)
+        checkpoint.notes += check_vocabulary(metadata, encoder)
+    plan = Plan(path, type, metadata, tuple(tensors), tuple(checkpoint.notes))
     if not dry_run:
         load([f"encode_{name}" for name in ENCODED if any(t.type == name for t in tensors)], kernel_progress)
         n_threads = n_threads or default_threads()
@@ -227,28 +234,45 @@ class _Model:
 def plan_tensors(checkpoint: Checkpoint, family: Family, type: str) -> list[TensorPlan]:
     """What the model's tensors are made of, checked against the shapes that config.json promises."""
     config = checkpoint.config
-    names = gguf.get_tensor_name_map(family.arch, config.integer("num_hidden_layers"))
+    n_layer, folder = config.integer("num_hidden_layers"), checkpoint.folder
+    if n_layer > len(checkpoint.tensors):  # before anything is made for each layer
+        raise ConversionError(f"{config.path}: num_hidden_layers {n_layer}, of {len(checkpoint.tensors)} tensors in all")
+    names = gguf.get_tensor_name_map(family.arch, n_layer)
     shapes = family.shapes(config)
     sources: dict[str, Rows] = {}
-    for source, rows in family.gather(checkpoint.tensors, config).items():
-        path = checkpoint.tensors[rows.sources[0]].path
+    gathered = family.gather(checkpoint.tensors, config)
+    checkpoint.refuse_quantized(gathered)
+    for source, rows in gathered.items():
         if source.endswith(".rotary_emb.inv_freq"):
             continue  # old checkpoints store what config.json determines
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))
-        if name == "output.weight" and name not in shapes:
-            continue  # tied to the embeddings, yet stored
-        if name is None or name not in shapes:
+        stored = rows.sources[0]
+        if name is None or (name not in shapes and name != "output.weight"):
             raise ConversionError(
-                f"{path}: tensor {rows.sources[0]} has no place in a {checkpoint.architecture} of this config.json"
+                f"{folder}: tensor {stored} has no place in a {checkpoint.architecture} of this config.json"
             )
         if name in sources:
-            raise ConversionError(f"{path}: tensors {source} and {sources[name].sources[0]} are both {name}")
-        if rows.shape != shapes[name]:
-            raise ConversionError(f"{path}: tensor {source} is {rows.shape}, config.json asks for {shapes[name]}")
+            raise ConversionError(f"{folder}: tensors {source} and {sources[name].sources[0]} are both {name}")
+        if rows.shape != shapes.get(name, rows.shape):
+            raise ConversionError(f"{folder}: tensor {source} is {rows.shape}, config.json asks for {shapes[name]}")
         sources[name] = rows
+    if "output.weight" in sources and "output.weight" not in shapes:
+        if _equal(sources["output.weight"], sources["token_embd.weight"]):
+            del sources["output.weight"]
+        else:
+            head = sources["output.weight"]
+            if head.shape != shapes["token_embd.weight"]:
+                raise ConversionError(f"{folder}: tensor {head.sources[0]} is {head.shape}, other than the embeddings")
+            shapes["output.weight"] = head.shape
+            checkpoint.notes.append(
+                f"{config.path}: tie_word_embeddings is true, but {head.sources[0]} isn't the embeddings: it is kept"
+            )
     for name in shapes:
         if name not in sources:
-            raise ConversionError(f"{checkpoint.folder}: no tensor for {name}")
+            why = ""
+            if name == "output.weight":
+                why = " (lm_head.weight); config.json's tie_word_embeddings isn't true, which would do without"
+            raise ConversionError(f"{folder}: no tensor for {name}{why}")
 
     rows_of: dict[str, Rows] = {name: ComputedRows(values) for name, values in family.computed(config).items()}
     rows_of |= {name: family.transform(name, sources[name], config) for name in shapes}
@@ -262,13 +286,19 @@ def plan_tensors(checkpoint: Checkpoint, family: Family, type: str) -> list[Tens
     return [TensorPlan(name, r.sources, r.shape, types[name], n_bytes[name], r) for name, r in rows_of.items()]
 
 
+def _equal(a: Rows, b: Rows) -> bool:
+    """Whether two tensors have the same values."""
+    if a.shape != b.shape:
+        return False
+    n_rows, step = math.prod(a.shape[:-1]), max(1, CHUNK_VALUES // a.shape[-1])
+    parts = ((start, min(start + step, n_rows)) for start in range(0, n_rows, step))
+    return all(np.array_equal(a.read(*part), b.read(*part), equal_nan=True) for part in parts)
+
+
 def write_metadata(writer: gguf.GGUFWriter, checkpoint: Checkpoint, family: Family, type: str, hub_id: str | None) -> None:
     """Add all metadata, under the keys and with the types that llama.cpp's own converter uses."""
     n_all, n_shared, n_expert, expert_count = writer.get_total_parameter_count()
-    try:
-        general = gguf.Metadata.load(None, checkpoint.folder, None, n_all)
-    except Exception as error:  # a model card's YAML can be broken in many ways
-        raise ConversionError(f"{checkpoint.folder / 'README.md'}: its header can't be read: {error}") from error
+    general = read_card(checkpoint, n_all)
     general.name = hub_id or general.name or checkpoint.folder.resolve().name
     general.size_label = general.size_label or gguf.size_label(n_all, n_shared, n_expert, expert_count)
     writer.add_type(gguf.GGUFType.MODEL)

@@ -15,11 +15,21 @@ import gguf
 import numpy as np
 from gguf import ExpertGatingFuncType
 
-from ggpy.errors import ConversionError, UnsupportedError
+from ggpy.errors import ConversionError
 
 from .checkpoint import Config, PickedRows, Rows, TransposedRows
 from .experts import expert_shapes, gather_experts, write_expert_hparams
-from .family import Family, Shapes, ffn_shapes, model_shapes, rope_parameters, write_decoder_hparams
+from .family import (
+    Family,
+    Shapes,
+    ffn_shapes,
+    magnitude,
+    model_shapes,
+    rope_parameters,
+    write_decoder_hparams,
+    yarn_factor,
+    yarn_magnitude,
+)
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -47,11 +57,8 @@ CHOICES = ("greedy", "group_limited_greedy", "noaux_tc")
 
 def routing(config: Config) -> Routing:
     default = ROUTINGS[config.get("architectures")[0]]
-    found = Routing(config.get("scoring_func", default.gating), config.get("topk_method", default.choice))
-    for key, value, known in (("scoring_func", found.gating, GATINGS), ("topk_method", found.choice, CHOICES)):
-        if value not in known:
-            raise UnsupportedError(f"{config.path}: {key} {value!r}; known: {', '.join(known)}")
-    return found
+    gating = config.choice("scoring_func", GATINGS, default.gating)
+    return Routing(gating, config.choice("topk_method", CHOICES, default.choice))
 
 
 def write_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
@@ -59,7 +66,9 @@ def write_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
     config.only("rope_interleave", True)
     rank, n_rope = config.integer("kv_lora_rank"), config.integer("qk_rope_head_dim")
     n_value = config.integer("v_head_dim")
-    write_decoder_hparams(writer, Config(config.values | {"num_key_value_heads": 1, "head_dim": None}, config.path))
+    config.only("qk_head_dim", config.integer("qk_nope_head_dim") + n_rope)
+    rope = rope_parameters(config)
+    write_decoder_hparams(writer, _without_mscale(config, rope).replaced(num_key_value_heads=1, head_dim=None))
     writer.add_rope_dimension_count(n_rope)
     writer.add_leading_dense_block_count(config.integer("first_k_dense_replace", 0, least=0))
     # llama.cpp's converter leaves it out for none, but its reader wants it of all but models of 26 and 27 layers.
@@ -71,13 +80,22 @@ def write_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_value_length_mla(n_value)
     write_router_hparams(writer, config)
 
-    rope = rope_parameters(config)
     if rope.get("rope_type") == "yarn":
-        mscale, mscale_all_dim = (rope.number(key, 0.0) for key in ("mscale", "mscale_all_dim"))
-        if mscale != mscale_all_dim:
-            raise UnsupportedError(f"{config.path}: rope's mscale {mscale:g} isn't its mscale_all_dim {mscale_all_dim:g}")
         # A tenth of config.json's value, as in llama.cpp's files.
-        writer.add_rope_scaling_yarn_log_mul(0.1 * mscale_all_dim)
+        writer.add_rope_scaling_yarn_log_mul(0.1 * rope.number("mscale_all_dim", 0.0))
+
+
+def _without_mscale(config: Config, rope: Config) -> Config:
+    """The same with YaRN's `attention_factor` instead of `mscale` and `mscale_all_dim`.
+
+    Readers of a file with `yarn_log_multiplier` leave YaRN's own magnitude out of the cosines and sines, and multiply the
+    logits by the square of the magnitude for `mscale_all_dim`: what is left for `attn_factor` is the whole.
+    """
+    if rope.get("rope_type") != "yarn" or not rope.number("mscale_all_dim", 0.0):
+        return config
+    whole = yarn_magnitude(config, rope) * magnitude(yarn_factor(config, rope))
+    changed = rope.values | {"attention_factor": whole, "mscale": None, "mscale_all_dim": None}
+    return config.replaced(rope_scaling=None, rope_parameters=changed)
 
 
 def write_router_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
@@ -169,6 +187,18 @@ def split_kv_b(name: str, rows: Rows, config: Config) -> tuple[Rows, Rows]:
 
 FAMILY = Family(
     checkpoints=tuple(ROUTINGS),
+    defaults={
+        "DeepseekV2ForCausalLM": {"n_shared_experts": 2, "q_lora_rank": 1536, "routed_scaling_factor": 1.0},
+        "DeepseekV3ForCausalLM": {
+            "first_k_dense_replace": 3,
+            "n_group": 8,
+            "n_shared_experts": 1,
+            "norm_topk_prob": True,
+            "q_lora_rank": 1536,
+            "routed_scaling_factor": 2.5,
+            "topk_group": 4,
+        },
+    },
     arch=gguf.MODEL_ARCH.DEEPSEEK2,
     write_hparams=write_hparams,
     shapes=shapes,

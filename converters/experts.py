@@ -68,7 +68,7 @@ def gather_experts(tensors: Mapping[str, Rows], config: Config) -> dict[str, Row
             gathered[name] = rows
     for name, parts in experts.items():
         n, shapes = n_experts(config), {rows.shape for rows in parts.values()}
-        if sorted(parts) != list(range(n)):
+        if len(parts) != n or max(parts) >= n:
             found = _ranges(sorted(parts))
             raise ConversionError(f"{config.path.parent}: {name} of experts {found}; config.json asks for {n}, 0-{n - 1}")
         if len(shapes) > 1:

@@ -5,22 +5,61 @@ A new family is one file beside `converters.llama`, and a row in `converters.con
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import gguf
 import numpy as np
 
 from ggpy.errors import ConversionError, UnsupportedError
 
-from .checkpoint import Config, Rows
+from .checkpoint import Config, Rows, shown
 
 Shapes = dict[str, tuple[int, ...]]
 
-ROPE_SCALINGS = ("default", "linear", "llama3", "yarn")
+# Kinds of rope scaling, and their settings that are understood. Whatever else stands there is refused.
+ROPE_SCALINGS: dict[str, frozenset[str]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "dynamic": frozenset({"factor", "original_max_position_embeddings"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+    "yarn": frozenset(
+        {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
+        | {"attention_factor", "mscale", "mscale_all_dim", "truncate", "extrapolation_factor"}
+    ),
+}
+# "finetuned" says how the model came to it.
+ROPE_COMMON = frozenset({"rope_type", "type", "rope_theta", "finetuned"})
+
+# Keys of config.json that change nothing in a forward pass of a decoder: where it comes from, what training and sampling
+# did, ids of special tokens (which the tokenizer's files have), what programs keep there for themselves.
+_HARMLESS_NAMES = (
+    "architectures model_type _name_or_path name_or_path transformers_version torch_dtype dtype auto_map "
+    "custom_pipelines tokenizer_class processor_class finetuning_task task_specific_params problem_type id2label "
+    "label2id num_labels transformers.js_config is_llama_config unsloth_fixed unsloth_version base_model_tp_plan "
+    "base_model_pp_plan _attn_implementation _attn_implementation_autoset attn_implementation "
+    "_experts_implementation _flash_attn_2_enabled _commit_hash _rope_scaling_validation use_cache "
+    "cache_implementation output_attentions output_hidden_states return_dict use_return_dict torchscript "
+    "use_bfloat16 tf_legacy_loss chunk_size_feed_forward gradient_checkpointing keys_to_ignore_at_inference "
+    "initializer_range initializer_factor attention_dropout attn_dropout attn_pdrop hidden_dropout "
+    "hidden_dropout_prob resid_pdrop resid_dropout embd_pdrop embedding_dropout dropout summary_first_dropout "
+    "classifier_dropout attention_probs_dropout_prob router_aux_loss_coef router_jitter_noise router_z_loss_coef "
+    "output_router_logits aux_loss_alpha seq_aux ep_size pretraining_tp num_nextn_predict_layers use_mtp "
+    "mtp_loss_scaling_factor bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id cls_token_id "
+    "mask_token_id decoder_start_token_id max_length max_new_tokens min_length do_sample early_stopping num_beams "
+    "num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty "
+    "no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores "
+    "return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values "
+    "exponential_decay_length_penalty suppress_tokens begin_suppress_tokens prefix quantization_config "
+)
+HARMLESS = frozenset(_HARMLESS_NAMES.split())
+# Keys that change nothing at this value.
+NEUTRAL: dict[str, Any] = {"partial_rotary_factor": 1, "rotary_pct": 1, "is_decoder": True}
 
 
-def _as_they_are(tensors: Mapping[str, Rows], config: Config) -> dict[str, Rows]:
+def as_they_are(tensors: Mapping[str, Rows], config: Config) -> dict[str, Rows]:
     return dict(tensors)
 
 
@@ -53,15 +92,35 @@ class Family:
         ``transform(name, rows, config)`` gives the rows to write as GGUF tensor `name` for the checkpoint's `rows`.
     computed : callable
         ``computed(config)`` gives the tensors that the checkpoint doesn't hold: float32 arrays by GGUF name.
+    defaults : mapping
+        What transformers takes for keys that config.json lacks, where that isn't what the functions above take: values by
+        key, for each of `checkpoints` that has such.
     """
 
     checkpoints: tuple[str, ...]
     arch: gguf.MODEL_ARCH
     write_hparams: Callable[[gguf.GGUFWriter, Config], None]
     shapes: Callable[[Config], Shapes]
-    gather: Callable[[Mapping[str, Rows], Config], dict[str, Rows]] = _as_they_are
+    gather: Callable[[Mapping[str, Rows], Config], dict[str, Rows]] = as_they_are
     transform: Callable[[str, Rows, Config], Rows] = _unchanged
     computed: Callable[[Config], dict[str, np.ndarray]] = _nothing
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def refuse_unread(config: Config) -> None:
+    """Refuse keys of config.json that nobody has asked for, once the file's metadata and tensors are planned: what they
+    say would be missing in the file. Null, false and what is empty say nothing.
+
+    Raises
+    ------
+    UnsupportedError
+        There is such a key.
+    """
+    for key, value in config.values.items():
+        if key in config.asked or key in HARMLESS or value in (None, False, "", [], {}):
+            continue
+        if key not in NEUTRAL or value != NEUTRAL[key]:
+            raise UnsupportedError(f"{config.path}: {key} {shown(value)} isn't understood, so that the file would be wrong")
 
 
 def head_dim(config: Config) -> int:
@@ -115,23 +174,68 @@ def ffn_shapes(n_embd: int, n_ff: int, kind: str = "") -> Shapes:
     }
 
 
-def rope_parameters(config: Config) -> Config:
-    """``rope_parameters``, formerly ``rope_scaling``, with ``rope_type`` and ``rope_theta`` always there."""
-    values = config.get("rope_parameters", config.get("rope_scaling", {}))
-    if not isinstance(values, dict):
+def refuse_windows(config: Config) -> None:
+    """Refuse layers that attend to a window smaller than the context: nothing that runs the file would heed it.
+
+    Transformers' rules: where an architecture has `use_sliding_window`, that must be true and `layer_types` may say which
+    layers; for others `sliding_window` alone decides.
+
+    Raises
+    ------
+    UnsupportedError
+        There is a window.
+    """
+    used, kinds = config.get("use_sliding_window"), config.get("layer_types")
+    window, _ = config.get("sliding_window"), config.get("max_window_layers")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        raise UnsupportedError(f"{config.path}: layer_types {shown(kinds)}; known: full_attention in all layers")
+    if not window or ("use_sliding_window" in config.defaults and (not used or kinds is not None)):
+        return
+    n_ctx = config.integer("max_position_embeddings")
+    if config.integer("sliding_window") < n_ctx:
+        missing = "" if "sliding_window" in config.values else "missing, which means "
+        raise UnsupportedError(
+            f"{config.path}: sliding_window {missing}{window} of {n_ctx} positions; windows aren't supported here"
+        )
+
+
+def rope_parameters(config: Config, *also: str) -> Config:
+    """``rope_parameters``, formerly ``rope_scaling``, with ``rope_type`` and ``rope_theta`` always there.
+
+    Parameters
+    ----------
+    config : Config
+    *also : str
+        Settings that the caller reads, beyond those of `ROPE_SCALINGS`.
+
+    Raises
+    ------
+    UnsupportedError
+        A kind or a setting that isn't understood.
+    """
+    old, values = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
+    if not isinstance(values, dict) or not isinstance(old, dict):
         raise ConversionError(f"{config.path}: rope_parameters is not an object")
+    if old and values and old != values:
+        raise UnsupportedError(f"{config.path}: rope_scaling and rope_parameters differ")
+    values = old or values
     rope = Config(
         {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": values.get("type", "default")}, config.path
     )
     rope.values |= {key: value for key, value in values.items() if value is not None}
-    if rope.get("rope_type") not in ROPE_SCALINGS:
-        raise UnsupportedError(f"{config.path}: rope type {rope.get('rope_type')!r}; known: {', '.join(ROPE_SCALINGS)}")
+    kind = rope.choice("rope_type", ROPE_SCALINGS, "default")
+    for key, value in values.items():
+        if key in ROPE_COMMON or key in ROPE_SCALINGS[kind] or key in also or value in (None, False):
+            continue
+        if key not in NEUTRAL or value != NEUTRAL[key]:
+            raise UnsupportedError(f"{config.path}: rope's {key} {shown(value)} isn't understood for rope type {kind!r}")
     return rope
 
 
 def write_decoder_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
     """Add the metadata that nearly all decoders have, named as in config.json for most of them."""
     config.only("hidden_act", "silu")
+    refuse_windows(config)
     writer.add_block_count(config.integer("num_hidden_layers"))
     writer.add_context_length(config.integer("max_position_embeddings"))
     writer.add_embedding_length(config.integer("hidden_size"))
@@ -139,30 +243,69 @@ def write_decoder_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
     n_head = config.integer("num_attention_heads")
     writer.add_head_count(n_head)
     writer.add_head_count_kv(config.integer("num_key_value_heads", n_head))
-    writer.add_layer_norm_rms_eps(config.number("rms_norm_eps", 1e-6))
+    writer.add_layer_norm_rms_eps(config.number("rms_norm_eps", 1e-6, least=0))
     if config.get("head_dim") is not None:
         writer.add_key_length(config.integer("head_dim"))
         writer.add_value_length(config.integer("head_dim"))
     writer.add_vocab_size(config.integer("vocab_size"))
+    write_rope_hparams(writer, config)
 
+
+def write_rope_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
+    """Add the metadata of rotary embeddings and their scaling."""
     rope = rope_parameters(config)
-    writer.add_rope_freq_base(rope.number("rope_theta"))
-    if rope.get("rope_type") == "linear":
+    writer.add_rope_freq_base(rope.number("rope_theta", least=1e-30))
+    kind = rope.get("rope_type")
+    if kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope.number("factor"))
-    elif rope.get("rope_type") == "yarn":
+        writer.add_rope_scaling_factor(rope.number("factor", least=1e-30))
+    elif kind == "yarn":
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(rope.number("factor"))
-        n_ctx = config.integer("max_position_embeddings")
-        writer.add_rope_scaling_orig_ctx_len(rope.integer("original_max_position_embeddings", n_ctx))
+        writer.add_rope_scaling_factor(yarn_factor(config, rope))
+        writer.add_rope_scaling_orig_ctx_len(original_context(config, rope))
+        rope.only("truncate", True)
+        rope.only("extrapolation_factor", 1)
         for key, add in (
-            ("extrapolation_factor", writer.add_rope_scaling_yarn_ext_factor),
-            ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
             ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
             ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
         ):
-            if rope.get(key) is not None:
-                add(rope.number(key))
+            if rope.get(key):  # transformers takes its default for 0 as well
+                add(rope.number(key, least=0))
+        quotient = yarn_magnitude(config, rope) / magnitude(yarn_factor(config, rope))
+        if quotient != 1:
+            writer.add_rope_scaling_attn_factors(quotient)
+
+
+def original_context(config: Config, rope: Config) -> int:
+    """How many positions the model was trained with before its rope was scaled."""
+    return rope.integer("original_max_position_embeddings", config.integer("max_position_embeddings"))
+
+
+def yarn_factor(config: Config, rope: Config) -> float:
+    """YaRN's factor of the context; where it is null, the ratio of the contexts."""
+    return rope.number("factor", config.integer("max_position_embeddings") / original_context(config, rope), least=1e-30)
+
+
+def magnitude(factor: float, scale: float = 1.0) -> float:
+    """YaRN's ``0.1 scale ln(factor) + 1``, which lets attention stay as sharp over a context `factor` times as long."""
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def yarn_magnitude(config: Config, rope: Config) -> float:
+    """What cosines and sines are multiplied by: `attention_factor`, or the quotient of the magnitudes for `mscale` and
+    `mscale_all_dim` where both are given, or YaRN's own (transformers' modeling_rope_utils.py).
+
+    GGUF's `attn_factor` is this over YaRN's own.
+    """
+    factor = yarn_factor(config, rope)
+    if rope.get("attention_factor") is not None:
+        return rope.number("attention_factor")
+    mscale, mscale_all_dim = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
+    if not (mscale and mscale_all_dim):
+        return magnitude(factor)
+    if magnitude(factor, mscale_all_dim) <= 0:
+        raise ConversionError(f"{config.path}: rope's mscale_all_dim {mscale_all_dim:g} makes no sense")
+    return magnitude(factor, mscale) / magnitude(factor, mscale_all_dim)
 
 
 def llama3_rope_factors(config: Config) -> np.ndarray:
@@ -178,8 +321,8 @@ def llama3_rope_factors(config: Config) -> np.ndarray:
     """
     rope = rope_parameters(config)
     n = head_dim(config)
-    low, high = rope.number("low_freq_factor", 1.0), rope.number("high_freq_factor", 4.0)
-    factor, n_ctx = rope.number("factor", 8.0), rope.integer("original_max_position_embeddings", 8192)
+    low, high, factor = (rope.number(key) for key in ("low_freq_factor", "high_freq_factor", "factor"))
+    n_ctx = original_context(config, rope)
     if not 0 < low < high or factor <= 0:
         raise ConversionError(f"{config.path}: rope needs 0 < low_freq_factor < high_freq_factor and factor > 0")
     wavelength = 2 * np.pi * rope.number("rope_theta") ** (np.arange(0, n, 2) / n)

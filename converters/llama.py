@@ -1,4 +1,4 @@
-"""Llama, and Mistral, which differs in nothing that GGUF records (llama.cpp leaves sliding windows unwritten too)."""
+"""Llama, and Mistral, which differs in its sliding window alone; where it has one, it is refused."""
 
 from __future__ import annotations
 
@@ -62,4 +62,5 @@ FAMILY = Family(
     shapes=shapes,
     transform=transform,
     computed=computed,
+    defaults={"MistralForCausalLM": {"num_key_value_heads": 8, "sliding_window": 4096}},
 )

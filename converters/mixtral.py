@@ -27,4 +27,6 @@ FAMILY = Family(
     shapes=shapes,
     gather=gather_experts,
     transform=llama.transform,
+    computed=llama.computed,
+    defaults={"MixtralForCausalLM": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6}},
 )

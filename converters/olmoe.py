@@ -23,4 +23,11 @@ def shapes(config: Config) -> Shapes:
     return model_shapes(config, lambda i: block)
 
 
-FAMILY = Family(("OlmoeForCausalLM",), gguf.MODEL_ARCH.OLMOE, write_hparams, shapes, gather_experts)
+FAMILY = Family(
+    checkpoints=("OlmoeForCausalLM",),
+    arch=gguf.MODEL_ARCH.OLMOE,
+    write_hparams=write_hparams,
+    shapes=shapes,
+    gather=gather_experts,
+    defaults={"OlmoeForCausalLM": {"num_key_value_heads": 16, "rms_norm_eps": 1e-5}},
+)

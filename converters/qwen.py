@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gguf
 
 from .checkpoint import Config
@@ -9,6 +11,7 @@ from .experts import expert_shapes, gather_experts, write_expert_hparams
 from .family import (
     Family,
     Shapes,
+    as_they_are,
     attention_shapes,
     biases,
     ffn_shapes,
@@ -74,9 +77,21 @@ def write_qwen3moe_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
     write_moe_hparams(writer, config)
 
 
-FAMILIES = (
-    Family(("Qwen2ForCausalLM",), gguf.MODEL_ARCH.QWEN2, write_decoder_hparams, qwen2_shapes),
-    Family(("Qwen3ForCausalLM",), gguf.MODEL_ARCH.QWEN3, write_decoder_hparams, qwen3_shapes),
-    Family(("Qwen2MoeForCausalLM",), gguf.MODEL_ARCH.QWEN2MOE, write_qwen2moe_hparams, qwen2moe_shapes, gather_experts),
-    Family(("Qwen3MoeForCausalLM",), gguf.MODEL_ARCH.QWEN3MOE, write_qwen3moe_hparams, qwen3moe_shapes, gather_experts),
+# What config.json leaves out, by transformers' classes.
+QWEN2 = {"num_key_value_heads": 32, "use_sliding_window": False, "max_window_layers": 28}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "Qwen2ForCausalLM": QWEN2,
+    "Qwen3ForCausalLM": QWEN2 | {"head_dim": 128},
+    "Qwen2MoeForCausalLM": QWEN2 | {"num_key_value_heads": 16},
+    "Qwen3MoeForCausalLM": QWEN2 | {"num_key_value_heads": 4, "norm_topk_prob": False},
+}
+
+FAMILIES = tuple(
+    Family((checkpoint,), arch, write, shapes, gather, defaults=DEFAULTS)
+    for checkpoint, arch, write, shapes, gather in (
+        ("Qwen2ForCausalLM", gguf.MODEL_ARCH.QWEN2, write_decoder_hparams, qwen2_shapes, as_they_are),
+        ("Qwen3ForCausalLM", gguf.MODEL_ARCH.QWEN3, write_decoder_hparams, qwen3_shapes, as_they_are),
+        ("Qwen2MoeForCausalLM", gguf.MODEL_ARCH.QWEN2MOE, write_qwen2moe_hparams, qwen2moe_shapes, gather_experts),
+        ("Qwen3MoeForCausalLM", gguf.MODEL_ARCH.QWEN3MOE, write_qwen3moe_hparams, qwen3moe_shapes, gather_experts),
+    )
 )

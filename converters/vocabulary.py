@@ -406,7 +406,7 @@ def read_encoder(checkpoint: Checkpoint) -> Encoder | None:
     return None
 
 
-def check_vocabulary(metadata: Mapping[str, Any], own: Encoder) -> None:
+def check_vocabulary(metadata: Mapping[str, Any], own: Encoder) -> list[str]:
     """Compare the tokenizer that GGUF metadata makes with the checkpoint's own, on `CHECK_TEXTS`.
 
     Raises
@@ -435,3 +435,4 @@ def check_vocabulary(metadata: Mapping[str, Any], own: Encoder) -> None:
             raise ConversionError(
                 f"{own.file}: as GGUF it would give other tokens: for {text!r}, {b} instead of {a} at {at}"
             )
+    return []

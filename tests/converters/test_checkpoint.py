@@ -11,7 +11,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from converters.checkpoint import ComputedRows, Config, PickedRows, StackedRows, TransposedRows, read_safetensors
+from converters import checkpoint
+from converters.checkpoint import (
+    FLOAT8,
+    ComputedRows,
+    Config,
+    PickedRows,
+    ScaledRows,
+    StackedRows,
+    TransposedRows,
+    read_safetensors,
+)
 from ggpy.errors import ConversionError, Error, UnsupportedError
 
 FILES = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -104,21 +114,27 @@ ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
     ("content", "message"),
     [
         (b"", "not a safetensors file, or cut short"),
-        (b"PK\x03\x04 and more of it", "not a safetensors file, or cut short"),
-        (pack({}, length=100_000_001), "not a safetensors file, or cut short"),
+        (b"PK\x03\x04 and more of it", "not a safetensors file, but a zip archive"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "not a safetensors file, but a Git LFS pointer"),
+        (b"<!DOCTYPE html><html>", "not a safetensors file, but a web page"),
+        (pack(b'{"w": {}, "w": {}}'), "its header is not JSON: the key 'w' is there twice"),
+        (pack({"v": ENTRY, "w": ENTRY}, bytes(24)), "tensor w: begins at byte [0-9]+, not at"),
+        (pack({"w": ENTRY | {"data_offsets": [24, 48]}}, bytes(48)), "tensor w: begins at byte [0-9]+, not at"),
+        (pack({"w": ENTRY}, bytes(25)), "1 bytes follow the last tensor"),
+        (pack({}, length=100_000_001), "not a safetensors file, (or cut short|but)"),
         (pack(b"{no json"), "its header is not JSON"),
         (pack(b"\xff\xfe{}"), "its header is not JSON"),
         (pack(b"[" * 100_000), "its header is not JSON"),
         (pack([1]), "its header is not a JSON object"),
         (pack({"w": 1}), "tensor w: its entry is not an object"),
-        (pack({"w": ENTRY | {"shape": "2, 3"}}), "tensor w: shape and data_offsets"),
-        (pack({"w": ENTRY | {"shape": [2, -3]}}), "tensor w: shape and data_offsets"),
-        (pack({"w": ENTRY | {"shape": [2, 3.0]}}), "tensor w: shape and data_offsets"),
+        (pack({"w": ENTRY | {"shape": "2, 3"}}), "tensor w: shape must be a list of sizes"),
+        (pack({"w": ENTRY | {"shape": [2, -3]}}), "tensor w: shape must be a list of sizes"),
+        (pack({"w": ENTRY | {"shape": [2, 3.0]}}), "tensor w: shape must be a list of sizes"),
         (pack({"w": ENTRY | {"data_offsets": [24]}}, bytes(24)), "tensor w: .* doesn't fill"),
         (pack({"w": ENTRY | {"data_offsets": [0, 20]}}, bytes(24)), "tensor w: .* doesn't fill"),
         (pack({"w": ENTRY | {"shape": [2**40, 2**40]}}, bytes(24)), "tensor w: .* doesn't fill"),
         (pack({"w": ENTRY}, bytes(23)), "tensor w: the file ends before"),
-        (pack({"w": ENTRY | {"dtype": "F8_E4M3"}}, bytes(24)), "tensor w: type F8_E4M3; known: F64, F32, F16, BF16"),
+        (pack({"w": ENTRY | {"dtype": "F6"}}, bytes(24)), "tensor w: type 'F6'; known: F64, F32, F16, BF16, F8_E4M3"),
         (pack({"w": ENTRY | {"dtype": ["F32"]}}, bytes(24)), "tensor w: type .*; known"),
     ],
 )
@@ -159,13 +175,39 @@ def test_file_that_shrinks_after_opening_is_noticed(tmp_path):
         rows.read(0, 2)
 
 
-@pytest.mark.parametrize("value", [0, -1, 2.0, "2", True, [2], None])
+def test_a_header_of_very_many_tensors_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "MAX_TENSORS", 3)
+    many = {str(i): ENTRY | {"shape": [0], "data_offsets": [0, 0]} for i in range(4)}
+    with pytest.raises(ConversionError, match="its header has more than 3 tensors"):
+        read_safetensors(write(tmp_path, pack(many)))
+
+
+@pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2"])
+def test_all_values_of_8_bit_floats_are_torchs(kind):
+    dtype = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}[kind]
+    expected = torch.arange(256, dtype=torch.uint8).view(dtype).float().numpy()
+    np.testing.assert_array_equal(FLOAT8[kind], expected)
+
+
+@FILES
+@given(n=SIZE, n_rows=st.integers(1, 9), n_columns=st.integers(1, 9), block=st.tuples(SIZE, SIZE), data=st.data())
+def test_scaled_rows_are_multiplied_block_by_block(n, n_rows, n_columns, block, data):
+    rng = np.random.default_rng(5)
+    values = rng.standard_normal((n, n_rows, n_columns), np.float32)
+    scales = rng.standard_normal((n, -(-n_rows // block[0]), -(-n_columns // block[1])), np.float32)
+    spread = scales.repeat(block[0], 1).repeat(block[1], 2)[:, :n_rows, :n_columns]
+    scaled = ScaledRows(ComputedRows(values), ComputedRows(scales), block)
+    start, stop = part_of(n * n_rows, data)
+    np.testing.assert_array_equal(scaled.read(start, stop), (values * spread).reshape(-1, n_columns)[start:stop])
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, "2", True, [2], None, 2**31, 1e300])
 def test_sizes_must_be_positive_integers(value):
     with pytest.raises(ConversionError, match=r"config\.json: size must be a positive integer"):
         Config({"size": value}, Path("config.json")).integer("size")
 
 
-@pytest.mark.parametrize("value", ["1e-5", False, float("nan"), float("inf"), None])
+@pytest.mark.parametrize("value", ["1e-5", False, float("nan"), float("inf"), None, 1e300, 10**400])
 def test_numbers_must_be_finite_numbers(value):
     with pytest.raises(ConversionError, match=r"config\.json: eps must be a number"):
         Config({"eps": value}, Path("config.json")).number("eps")
