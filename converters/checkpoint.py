@@ -561,11 +561,11 @@ def _parsed(text: bytes) -> Any:
     """JSON whose objects have no key twice; the same errors as json.loads."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-            raise ValueError(f"the key {shown(twice)} is there twice")
+        values: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in values:
+                raise ValueError(f"the key {shown(key)} is there twice")
+            values[key] = value
         return values
 
     return json.loads(text.decode("utf-8"), object_pairs_hook=unique)

@@ -27,7 +27,7 @@ from ggpy.quantization.model import in_order
 from . import deepseek2, llama, mixtral, olmoe, qwen
 from .card import read_card
 from .checkpoint import FILE_PATTERNS, Checkpoint, ComputedRows, Rows
-from .family import Family, refuse_unread
+from .family import Family, refuse_unread, rope_parameters
 from .vocabulary import check_vocabulary, read_encoder, write_vocabulary
 
 FAMILIES: tuple[Family, ...] = (llama.FAMILY, mixtral.FAMILY, *qwen.FAMILIES, olmoe.FAMILY, deepseek2.FAMILY)
@@ -156,6 +156,10 @@ def convert(
         )
     write_metadata(writer, checkpoint, family, type, hub_id)
     refuse_unread(checkpoint.config)
+    if rope_parameters(checkpoint.config).get("rope_type") == "dynamic":
+        checkpoint.notes.append(
+            f"{checkpoint.config.path}: dynamic rope scaling begins beyond the context and isn't written"
+        )
     metadata = _values(writer)
     if encoder is not None:
         checkpoint.notes += check_vocabulary(metadata, encoder)

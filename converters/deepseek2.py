@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 from gguf import ExpertGatingFuncType
 
-from ggpy.errors import ConversionError
+from ggpy.errors import ConversionError, UnsupportedError
 
 from .checkpoint import Config, PickedRows, Rows, TransposedRows
 from .experts import expert_shapes, gather_experts, write_expert_hparams
@@ -86,16 +86,25 @@ def write_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
 
 
 def _without_mscale(config: Config, rope: Config) -> Config:
-    """The same with YaRN's `attention_factor` instead of `mscale` and `mscale_all_dim`.
+    """The same without YaRN's `mscale` and `mscale_all_dim`, but so that their magnitudes' quotient is written as 1.
 
     Readers of a file with `yarn_log_multiplier` leave YaRN's own magnitude out of the cosines and sines, and multiply the
-    logits by the square of the magnitude for `mscale_all_dim`: what is left for `attn_factor` is the whole.
+    logits by the square of that for `mscale_all_dim`. Another quotient than 1 has no place there.
+
+    Raises
+    ------
+    UnsupportedError
+        Cosines and sines have another magnitude than 1.
     """
-    if rope.get("rope_type") != "yarn" or not rope.number("mscale_all_dim", 0.0):
+    if rope.get("rope_type") != "yarn":
         return config
-    whole = yarn_magnitude(config, rope) * magnitude(yarn_factor(config, rope))
-    changed = rope.values | {"attention_factor": whole, "mscale": None, "mscale_all_dim": None}
-    return config.replaced(rope_scaling=None, rope_parameters=changed)
+    whole = yarn_magnitude(config, rope)
+    if whole != 1 or not rope.number("mscale_all_dim", 0.0):
+        raise UnsupportedError(
+            f"{config.path}: rope's magnitude is {whole:g}; known: 1, of an mscale that is its mscale_all_dim"
+        )
+    changed = {"mscale": None, "mscale_all_dim": None, "attention_factor": magnitude(yarn_factor(config, rope))}
+    return config.replaced(rope_scaling=None, rope_parameters=rope.values | changed)
 
 
 def write_router_hparams(writer: gguf.GGUFWriter, config: Config) -> None:

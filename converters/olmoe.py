@@ -29,5 +29,5 @@ FAMILY = Family(
     write_hparams=write_hparams,
     shapes=shapes,
     gather=gather_experts,
-    defaults={"OlmoeForCausalLM": {"num_key_value_heads": 16, "rms_norm_eps": 1e-5}},
+    defaults={"OlmoeForCausalLM": {"rms_norm_eps": 1e-5}},
 )

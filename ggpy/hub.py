@@ -1,6 +1,7 @@
 """Finding models: files, checkpoint folders, the Hugging Face hub, and the model that comes with ggpy."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable
 from importlib.resources import files
@@ -45,7 +46,8 @@ def model_file(
         from converters import convert
 
         out.parent.mkdir(parents=True, exist_ok=True)
-        convert(source, out, type, progress=progress, kernel_progress=kernel_progress)
+        for note in convert(source, out, type, progress=progress, kernel_progress=kernel_progress).notes:
+            logging.getLogger("ggpy").warning(note)
     return out
 
 
@@ -71,7 +73,7 @@ def _place(model: str | os.PathLike[str], type: str) -> tuple[str, Path | None]:
     if path.is_file():
         return str(path), None
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise Error(f"{path}: a folder without config.json is no checkpoint; name a .gguf file or a checkpoint")
         stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(path.iterdir()) if p.is_file()]
         key = repr((str(path.resolve()), stamp, type))

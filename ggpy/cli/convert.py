@@ -22,14 +22,22 @@ def convert(
 
     target = out or Path(f"{Path(source).name or 'model'}-{type}.gguf")
     if dry_run:
-        _print_plan(convert_checkpoint(source, target, type, dry_run=True))
+        plan = convert_checkpoint(source, target, type, dry_run=True)
+        _print_plan(plan)
+        _print_notes(plan)
         return
     with kernel_progress() as compiling, conversion_progress() as progress:
-        convert_checkpoint(source, target, type, progress=progress, kernel_progress=compiling)
+        plan = convert_checkpoint(source, target, type, progress=progress, kernel_progress=compiling)
+    _print_notes(plan)
     from ..file import GGUFFile
 
     with GGUFFile(target) as file:
         print(f"{target}: {len(file.tensors)} tensors, {target.stat().st_size / 1e6:,.1f} MB")
+
+
+def _print_notes(plan: "Plan") -> None:
+    for note in plan.notes:
+        typer.echo(f"note: {note}", err=True)
 
 
 def _print_plan(plan: "Plan") -> None:

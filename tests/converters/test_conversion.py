@@ -424,7 +424,10 @@ def test_damaged_checkpoint_is_refused_in_one_line_and_leaves_nothing(damage, da
 UNSUPPORTED = {
     "architecture": ({"architectures": ["NemotronForCausalLM"]}, "known: LlamaForCausalLM, MistralForCausalLM"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu'; known: 'silu'"),
-    "rope": ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'; known: default, linear, dynamic, llama3, yarn"),
+    "rope": (
+        {"rope_parameters": {"rope_type": "longrope"}},
+        "rope_type 'longrope'; known: default, linear, dynamic, llama3, yarn",
+    ),
 }
 
 

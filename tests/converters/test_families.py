@@ -451,6 +451,9 @@ UNSUPPORTED = [
     ("deepseek2", {"scoring_func": "softplus"}, "scoring_func 'softplus'; known: softmax, sigmoid"),
     ("deepseek2", {"topk_method": "random"}, "topk_method 'random'; known: greedy, group_limited_greedy, noaux_tc"),
     ("deepseek2", {"moe_layer_freq": 2}, "moe_layer_freq 2; known: 1"),
+    ("deepseek2 yarn", {"rope_parameters": YARN | {"mscale": 1.0}}, "rope's magnitude is 1.08.*; known: 1"),
+    ("deepseek2 yarn", {"rope_parameters": YARN | {"mscale": 0.0}}, "rope's magnitude is 1.36.*; known: 1"),
+    ("deepseek2 yarn", {"rope_parameters": YARN | {"mscale": None, "mscale_all_dim": None}}, "rope's magnitude is 1.36"),
     ("deepseek3", {"rope_interleave": False}, "rope_interleave false; known: true"),
 ]
 
