@@ -19,7 +19,7 @@ from ..models import read_architecture
 from .chat import ChatTemplate
 from .embedding import POOLINGS, embed, hidden_states, pooling_of
 from .generation import Generation
-from .options import ChatOptions, GenerationOptions, Processor, Sampler, checked_option, with_options
+from .options import ChatOptions, GenerationOptions, JSONSchema, Processor, Sampler, checked_option, with_options
 from .runner import Runner
 from .sampling import StandardSampler
 from .scheduler import Request, Scheduler
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from ..graph import Batch, Hook
     from ..kernels.build import Progress
+    from .constraints import Constraints
     from .embedding import Pooling
     from .expert_memory import ExpertMemory
     from .options import SamplingOptions
@@ -152,6 +153,12 @@ class Model:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, rebuilt from the file's metadata."""
         return Tokenizer.from_metadata(self.file.metadata)
+
+    @cached_property
+    def _constraints(self) -> "Constraints":
+        from .constraints import Constraints
+
+        return Constraints(self.tokenizer, self.architecture.n_vocab)
 
     @cached_property
     def chat_template(self) -> ChatTemplate | None:
@@ -353,6 +360,9 @@ class Model:
         logprobs: int | None = None,
         sampler: Sampler | None = None,
         processors: Sequence[Processor] = (),
+        json_schema: JSONSchema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
         **sampling: "Unpack[SamplingOptions]",
     ) -> Request:
         if sampler is None:
@@ -374,7 +384,11 @@ class Model:
         if logprobs is not None:
             logprobs = _count("logprobs", logprobs, 0)
         stop = () if stop is None else stop
-        return Request(self.tokenizer, ids, sampler, _limit(max_tokens), stop, processors, logprobs, echo_from)
+        constraint = None
+        if not (json_schema is regex is grammar is None):
+            constraint = self._constraints.constraint(json_schema, regex, grammar)
+        how = (processors, logprobs, echo_from, constraint)
+        return Request(self.tokenizer, ids, sampler, _limit(max_tokens), stop, *how)
 
     @with_options(GenerationOptions)
     def generate_batch(

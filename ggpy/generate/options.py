@@ -12,7 +12,7 @@ from inspect import Parameter, signature
 from math import inf, isfinite
 from numbers import Integral, Real
 from textwrap import TextWrapper
-from typing import Annotated, Any, Protocol, TypeAlias, TypedDict, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Protocol, TypeAlias, TypedDict, TypeVar, get_args, get_type_hints, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +74,17 @@ class Sampler(Protocol):
             The ids so far, the prompt's among them.
         """
 
+
+@runtime_checkable
+class HasJSONSchema(Protocol):
+    """What has a JSON schema: pydantic's models."""
+
+    def model_json_schema(self) -> dict[str, Any]:
+        """The schema."""
+
+
+#: A mapping, its JSON text, a class with `model_json_schema()`, or True: any JSON object.
+JSONSchema: TypeAlias = Mapping[str, Any] | str | bool | HasJSONSchema
 
 _SHARE = (lambda x: 0 <= x <= 1, "a number from 0 to 1")
 _NOT_NEGATIVE = (lambda x: x >= 0, "a number, 0 or more")
@@ -191,6 +202,29 @@ class GenerationOptions(SamplingOptions, total=False):
             (),
             "Called before the sampler, in turn, as f(ids, logits) with the ids so far, the prompt's among them, and "
             "float32 logits (n_vocab,), a copy; each returns logits of the same shape. -inf rules a token out.",
+        ),
+    ]
+    json_schema: Annotated[
+        JSONSchema | None,
+        Other(
+            None,
+            "The text is JSON that this schema allows: a mapping, its JSON text, or a class with `model_json_schema()`, "
+            "as pydantic's models are; True: any JSON object. Keywords that can't be kept to are refused.",
+        ),
+    ]
+    regex: Annotated[
+        str | None,
+        Other(
+            None,
+            "The whole text matches this regular expression, in the syntax of Rust's: Python's without lookaround and "
+            "backreferences.",
+        ),
+    ]
+    grammar: Annotated[
+        str | None,
+        Other(
+            None,
+            "The text keeps to this grammar, in llguidance's form of Lark's syntax, or llama.cpp's (GBNF).",
         ),
     ]
 
@@ -316,7 +350,11 @@ def with_options(options: type) -> Callable[[F], F]:
 
 
 #: where the type would be hard to read
-_KIND_NAMES = {"sampler": "Sampler", "processors": "sequence of callable"}
+_KIND_NAMES = {
+    "sampler": "Sampler",
+    "processors": "sequence of callable",
+    "json_schema": "mapping, str, class or True",
+}
 
 
 def _kind_name(kind: Any) -> str:

@@ -21,6 +21,7 @@ from .options import Logits, Processor, Sampler, SamplingOptions, checked_option
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from .constraints import Constraint
     from .tokenizer import Tokenizer
 
 Ids: TypeAlias = NDArray[np.intp]
@@ -473,8 +474,15 @@ class StandardSampler:
         return candidates.ids, softmax(candidates, max(temperature, _COLDEST))
 
 
-def next_token(sampler: Sampler, processors: Sequence[Processor], logits: Logits, ids: Sequence[int]) -> int:
-    """What a sampler chooses after processors have seen the logits.
+def next_token(
+    sampler: Sampler,
+    processors: Sequence[Processor],
+    logits: Logits,
+    ids: Sequence[int],
+    constraint: Constraint | None = None,
+) -> int:
+    """What a sampler chooses after processors have seen the logits, of what a constraint leaves; neither is asked where it
+    leaves one token.
 
     Parameters
     ----------
@@ -484,14 +492,17 @@ def next_token(sampler: Sampler, processors: Sequence[Processor], logits: Logits
         Not changed: others get copies.
     ids : sequence of int
         Likewise.
+    constraint : Constraint, optional
 
     Raises
     ------
     Error
         What a processor or the sampler gives is no such thing.
     """
+    if constraint is not None and (forced := constraint.forced()):
+        return forced[0]
     if isinstance(sampler, StandardSampler) and not processors:
-        return sampler.sample(logits, ids)
+        return sampler.sample(logits if constraint is None else constraint.masked(logits), ids)
     seen = list(ids)
     logits = logits.copy()
     for processor in processors:
@@ -502,6 +513,8 @@ def next_token(sampler: Sampler, processors: Sequence[Processor], logits: Logits
             got = f"{given.dtype} {given.shape}" if isinstance(given, np.ndarray) else type(given).__name__
             raise Error(f"the processor {name} must return float32 logits of the shape {shape}, not {got}")
         logits = given
+    if constraint is not None:
+        logits = constraint.masked(logits)
     token = sampler.sample(logits, seen)
     if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < len(logits):
         raise Error(f"the sampler chose {token!r}, which is no token of {len(logits)}")

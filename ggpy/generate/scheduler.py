@@ -4,6 +4,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from .sampling import Processor, Sampler, log_probabilities, next_token
 from .sequence import TokenSequence
 from .streaming import StopMatcher, StreamDecoder
 from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .constraints import Constraint
 
 _MOST_RUNNING = 64  # generations at once; others wait
 _PIECE_SECONDS = 0.25  # that pieces of prompts may hold up those that generate
@@ -39,6 +43,8 @@ class Request:
     n_scored : int
         The token before which all log-probabilities that are wanted are known: the prompt's length, or less while some of
         the prompt's own are to come.
+    constraint : Constraint or None
+        What its text must keep to.
     finish_reason, error
         How it ended: one of the two, or None while it goes on.
     cancelled : bool
@@ -68,6 +74,7 @@ class Request:
         processors: Sequence[Processor] = (),
         logprobs: int | None = None,
         echo_from: int | None = None,
+        constraint: "Constraint | None" = None,
     ):
         self.tokens = list(prompt_ids)
         self.n_prompt = len(prompt_ids)
@@ -82,7 +89,9 @@ class Request:
         self.n_known = 0
         self._sampler, self._processors, self._max_tokens = sampler, tuple(processors), max_tokens
         self._end_tokens, self._bos = tokenizer.end_tokens, tokenizer.bos
-        self._decoder, self._stops = StreamDecoder(tokenizer, prompt_ids), StopMatcher(stop)
+        self.constraint = constraint
+        self._decoder = StreamDecoder(tokenizer, prompt_ids, whole=constraint is not None)
+        self._stops = StopMatcher(stop)
         self._started = self._first = 0.0
         self._logprobs = logprobs
         self.n_scored = self.n_prompt
@@ -151,16 +160,16 @@ class Request:
             self.decode_seconds = now - self._first
 
     def _choose(self, logits: np.ndarray, n_ctx: int) -> None:
-        token = next_token(self._sampler, self._processors, logits, self.tokens)
+        token = next_token(self._sampler, self._processors, logits, self.tokens, self.constraint)
+        # A constraint ends what is whole; and an end token that it wants in the middle ends nothing.
+        ended = token in self._end_tokens if self.constraint is None else self.constraint.accept(token)
         self.tokens.append(token)
         n = len(self.tokens) - self.n_prompt
         text, stopped = "", False
-        if token in self._end_tokens:
-            reason = "stop"
-        else:
+        if token not in self._end_tokens:
             text, stopped = self._stops.push(self._decoder.push(token))
-            full = len(self.tokens) > n_ctx
-            reason = "stop" if stopped else "length" if n == self._max_tokens else "context" if full else ""
+        full = len(self.tokens) > n_ctx
+        reason = "stop" if ended or stopped else "length" if n == self._max_tokens else "context" if full else ""
         if reason and not stopped:
             rest, _ = self._stops.push(self._decoder.flush())
             text += rest + self._stops.flush()

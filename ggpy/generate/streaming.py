@@ -21,13 +21,15 @@ class StreamDecoder:
         The ids that come before. Where they hold text, a space in front of the first new token is kept.
     special : bool
         Whether to write the names of control tokens.
+    whole : bool
+        Whether to keep a space in front anyway.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), special: bool = False):
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), special: bool = False, whole: bool = False):
         self._tokenizer = tokenizer
         self._special = special
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._at_start = tokenizer.space_prefix and all(map(self._is_left_out, prompt))
+        self._at_start = tokenizer.space_prefix and not whole and all(map(self._is_left_out, prompt))
 
     def _is_left_out(self, token: int) -> bool:
         return not self._special and self._tokenizer.is_hidden(token)

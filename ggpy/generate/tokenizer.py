@@ -230,10 +230,10 @@ class Tokenizer:
         except Exception as error:  # the package raises bare Exceptions
             raise TokenizerError(f"tokenizer.ggml.merges don't fit tokenizer.ggml.tokens: {error}") from None
 
-        def made(types: Iterable[int]) -> tokenizers.Tokenizer:
+        def made(types: Iterable[int], space_prefix: bool = self.space_prefix) -> tokenizers.Tokenizer:
             tokenizer = Tokenizer(model)
             if not self._byte_level:
-                spaces = [normalizers.Prepend(SPACE)] if self.space_prefix else []
+                spaces = [normalizers.Prepend(SPACE)] if space_prefix else []
                 tokenizer.normalizer = normalizers.Sequence([*spaces, normalizers.Replace(" ", SPACE)])
             elif pre is not None and pre.nfc:
                 tokenizer.normalizer = normalizers.NFC()
@@ -250,9 +250,10 @@ class Tokenizer:
             )
             return tokenizer
 
-        # Both share one model; they differ in what they take out of a text before it is cut.
+        # All share one model; they differ in what they take out of a text before it is cut, and what they put in front.
         self._plain = made({USER_DEFINED})
         self._with_control = made({USER_DEFINED, CONTROL, UNKNOWN})
+        self._inside = made({USER_DEFINED}, space_prefix=False) if self.space_prefix else self._plain
 
     def encode(self, text: str, special: bool = True, bos: bool | None = None) -> list[int]:
         """Token ids of a text.
@@ -293,6 +294,10 @@ class Tokenizer:
             ids.insert(0, self.bos)
         return ids
 
+    def encode_inside(self, text: str) -> list[int]:
+        """Token ids of a text that goes on with another: nothing is put in front, names of control tokens are text."""
+        return self._inside.encode(text, add_special_tokens=False).ids
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for; for control tokens, the UTF-8 of their names.
 
@@ -318,6 +323,10 @@ class Tokenizer:
     def is_hidden(self, token: int) -> bool:
         """Whether a token is left out of decoded text: control tokens and the unknown token."""
         return 0 <= token < self.n_vocab and self._types[token] in (CONTROL, UNKNOWN)
+
+    def is_unused(self, token: int) -> bool:
+        """Whether a token only fills the vocabulary up, so that no text has it."""
+        return 0 <= token < self.n_vocab and (self._types[token] == UNUSED or not self._tokens[token])
 
     def decode_bytes(self, ids: Iterable[int], special: bool = False) -> bytes:
         """The bytes of a sequence of tokens; see `decode`."""
