@@ -88,6 +88,24 @@ def byte_count(text: str) -> int:
     return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
 
 
+def text_of(file_or_text: str | None) -> str | None:
+    """The text in a file of that name; where there is none, what was given is the text.
+
+    Raises
+    ------
+    Error
+        The file can't be read as UTF-8 text.
+    """
+    if file_or_text is None or "\n" in file_or_text:
+        return file_or_text
+    try:
+        return Path(file_or_text).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise Error(f"{file_or_text}: not UTF-8 text: {error}") from None
+    except (OSError, ValueError):
+        return file_or_text
+
+
 def open_model(path: str, n_ctx: int | None, n_threads: int | None, **options: Any) -> "Model":
     """Loads the model of a MODEL argument, with progress; for the options see `Model`."""
     from ..generate.model import Model

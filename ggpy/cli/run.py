@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import KVType, byte_count, open_model
+from .common import KVType, byte_count, open_model, text_of
 from .sampling import sampling_values, with_sampling_flags
 
 if TYPE_CHECKING:
@@ -26,6 +26,19 @@ def run(
         int | None, typer.Option("-n", "--max-tokens", min=-1, help="Tokens at most; -1: no limit.")
     ] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="A text that ends the answer; may be repeated.")] = None,
+    json_schema: Annotated[
+        str | None,
+        typer.Option(
+            "--json-schema", help="The answer is JSON that this schema allows; {}: any.", metavar="FILE_OR_TEXT"
+        ),
+    ] = None,
+    grammar: Annotated[
+        str | None,
+        typer.Option("--grammar", help="The answer keeps to this grammar, in Lark or GBNF.", metavar="FILE_OR_TEXT"),
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option("--regex", help="This regular expression matches the whole answer.", metavar="TEXT")
+    ] = None,
     ctx: Annotated[int | None, typer.Option("-c", "--ctx", min=1, help="Tokens of context.")] = None,
     threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Default: physical cores.")] = None,
     kv_type: KVType = "f16",
@@ -46,7 +59,8 @@ def run(
     budget = None if ram_budget is None else byte_count(ram_budget)
     how = {"kv_type": kv_type, "mla": mla, "n_expert_used": n_expert_used, "ram_budget": budget}
     with open_model(model, ctx, threads, **how) as opened:
-        options = {"max_tokens": max_tokens, "stop": stop, **sampling_values(sampling)}
+        kept_to = {"json_schema": text_of(json_schema), "grammar": text_of(grammar), "regex": regex}
+        options = {"max_tokens": max_tokens, "stop": stop, **kept_to, **sampling_values(sampling)}
         first = [{"role": "system", "content": system}] if system else []
         if talk:
             _talk(opened, first, options, verbose)

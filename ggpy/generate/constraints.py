@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 # Space between JSON's parts: one, or a new line and its indentation. Without bound, models go on with space for ever.
 _SPACE = r" |\n[ \t]{0,20}"
 # What a byte of eight bits, the lowest first, adds to eight logits: nothing where a bit is set.
-_ADDED = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf).astype("f4")
+_ADDED = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf).astype(
+    "f4"
+)
 
 
 class _Next(NamedTuple):
@@ -125,15 +127,15 @@ class Constraints:
         if regex is not None:
             return self._made("regex", _from_regex(regex))
         if grammar is not None:
-            return self._made("grammar", _from_grammar(grammar))
+            return self._made("grammar", *_from_grammar(grammar))
         return None
 
-    def _made(self, name: str, grammar: str) -> Constraint:
+    def _made(self, name: str, grammar: str, in_lark: bool = False) -> Constraint:
         from llguidance import LLMatcher
 
         matcher = LLMatcher(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
-            raise Error(f"{name}: {_one_line(matcher.get_error())}")
+            raise Error(f"{name}: {_one_line(matcher.get_error(), in_lark)}")
         return Constraint(matcher, self._n_vocab, self._pool, self._tokenizer)
 
 
@@ -156,7 +158,7 @@ class _Vocabulary:
         # One token must end texts: where none does, llguidance adds one behind the last, which is never chosen.
         self.eos_token_id = ends[0] if ends else None
         self.bos_token_id = tokenizer.bos
-        self.trie = LLTokenizer(self, eos_token=ends or None)
+        self.trie = LLTokenizer(self, eos_token=ends or None)  # type: ignore[arg-type]  # any object with the above will do
 
     def __call__(self, text: str) -> list[int]:
         """The tokens of a text that a grammar forces."""
@@ -194,21 +196,25 @@ def _from_regex(regex: str) -> str:
     return LLMatcher.grammar_from_regex(regex)
 
 
-def _from_grammar(grammar: str) -> str:
-    from llguidance.gbnf_to_lark import any_to_lark
+def _from_grammar(grammar: str) -> tuple[str, bool]:
+    """The grammar in Lark's syntax, and whether it was."""
+    from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 
     if not isinstance(grammar, str):
         raise Error(f"grammar: a grammar is a text, not {type(grammar).__name__}")
+    if is_lark_syntax(grammar):
+        return grammar, True
     try:
-        return any_to_lark(grammar)
+        return gbnf_to_lark(grammar), False
     except Exception as error:  # the converter raises bare Exceptions
         raise Error(f"grammar: {error}") from None
 
 
-def _one_line(message: str) -> str:
-    """What llguidance says, without the text around the place and the parser's state."""
+def _one_line(message: str, in_lark: bool = False) -> str:
+    """What llguidance says, without the text around the place and the parser's state; places are those of Lark's text."""
     first, *more = [line.strip() for line in message.strip().splitlines()]
     found = re.fullmatch(r"(?:at )?(\d+)\((\d+)\): (.*)", first)
     if found:
-        first = f"line {found[1]}, column {found[2]}: {found[3]}"
-    return " ".join([first, *(line for line in more if line.startswith("error: "))])
+        first = f"line {found[1]}, column {found[2]}: {found[3]}" if in_lark else found[3]
+    why = [line.removeprefix("error: ") for line in more if line.startswith("error: ")]
+    return " ".join([first, *why])
