@@ -28,9 +28,7 @@ def run(
     stop: Annotated[list[str] | None, typer.Option("--stop", help="A text that ends the answer; may be repeated.")] = None,
     json_schema: Annotated[
         str | None,
-        typer.Option(
-            "--json-schema", help="The answer is JSON that this schema allows; {}: any.", metavar="FILE_OR_TEXT"
-        ),
+        typer.Option("--json-schema", help="The answer is JSON that this schema allows; {}: any.", metavar="FILE_OR_TEXT"),
     ] = None,
     grammar: Annotated[
         str | None,

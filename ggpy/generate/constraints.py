@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
 
 # Space between JSON's parts: one, or a new line and its indentation. Without bound, models go on with space for ever.
 _SPACE = r" |\n[ \t]{0,20}"
+# llguidance compiles grammars by recursion, a chain of rules by as deep a one: a stack for the longest chain that a text
+# can have, where it takes up to 700 bytes for each character, and a limit to that.
+_STACK_PER_CHARACTER, _LEAST_STACK, _LONGEST = 1400, 1 << 22, 1_000_000
+_LONGEST_MESSAGE = 400
+_NO_TOKEN = "no token of this model can go on with what the grammar wants next"
+_STACK_SIZE = threading.Lock()  # one size for all threads that start
 # What a byte of eight bits, the lowest first, adds to eight logits: nothing where a bit is set.
 _ADDED = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf).astype(
     "f4"
@@ -32,7 +39,7 @@ _ADDED = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1,
 
 
 class _Next(NamedTuple):
-    """What may come next: `forced` tokens, which will be chosen in turn, or what is added to the logits, 0 or -inf."""
+    """What may come next: `forced` tokens, one after the other, or all with 0 in `added`, where others have -inf."""
 
     forced: list[int]
     added: Logits | None
@@ -59,7 +66,7 @@ class Constraint:
         return logits + added
 
     def accept(self, token: int) -> bool:
-        """Takes the token that was chosen; True if that ends the text: it is whole, and nothing or nothing else may follow.
+        """Takes the token that was chosen; True if that ends the text: it is whole, and nothing else may follow.
 
         Raises
         ------
@@ -68,12 +75,17 @@ class Constraint:
         """
         forced, added = self._next.result()
         allowed = token == forced[0] if added is None else bool(added[token] == 0)
-        if not allowed or not self._matcher.consume_token(token):
+        if not allowed:
             text = self._tokenizer.decode([token], special=True) if token < self._tokenizer.n_vocab else ""
             raise Error(f"the sampler chose token {token}, {text!r}, which the grammar doesn't allow there")
+        if not self._matcher.consume_token(token):
+            raise self._error()
         if self._matcher.is_stopped():
             return True
-        self._next = self._pool.submit(self._compute)
+        if len(forced) > 1:
+            del forced[0]
+        else:
+            self._next = self._pool.submit(self._compute)
         return False
 
     def _compute(self) -> _Next:
@@ -82,15 +94,19 @@ class Constraint:
         if forced:
             return _Next(forced, None)
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-        if matcher.is_error():
-            raise Error(f"the grammar can't go on: {_one_line(matcher.get_error())}")
+        if matcher.is_error():  # the bits are those of the end tokens
+            raise self._error()
         added = _ADDED[bits].ravel()[: self._n_vocab]
-        n_allowed = np.count_nonzero(added == 0)
-        if not n_allowed:
-            raise Error("the grammar can't go on: none of the model's tokens may come next")
-        if n_allowed == 1:
-            return _Next([int(np.argmax(added))], None)
-        return _Next([], added)
+        allowed = np.flatnonzero(added == 0)
+        if not len(allowed):
+            raise Error(_NO_TOKEN)
+        return _Next([int(allowed[0])], None) if len(allowed) == 1 else _Next([], added)
+
+    def _error(self) -> Error:
+        message = self._matcher.get_error()
+        if message.startswith("NoExtension"):
+            return Error(_NO_TOKEN)
+        return Error(f"the grammar can't be followed further: {_one_line(message)}")
 
 
 class Constraints:
@@ -133,10 +149,38 @@ class Constraints:
     def _made(self, name: str, grammar: str, in_lark: bool = False) -> Constraint:
         from llguidance import LLMatcher
 
-        matcher = LLMatcher(self._vocabulary, grammar, log_level=0)
+        made: list[LLMatcher | Exception] = []
+
+        def make() -> None:
+            try:
+                made.append(LLMatcher(self._vocabulary, grammar, log_level=0))
+            except Exception as error:  # what isn't JSON or Unicode for it
+                made.append(error)
+
+        _on_a_stack(_LEAST_STACK + _STACK_PER_CHARACTER * len(grammar), make)
+        matcher = made[0]
+        if isinstance(matcher, Exception):
+            raise Error(f"{name}: {_one_line(str(matcher))}")
         if matcher.is_error():
             raise Error(f"{name}: {_one_line(matcher.get_error(), in_lark)}")
-        return Constraint(matcher, self._n_vocab, self._pool, self._tokenizer)
+        constraint = Constraint(matcher, self._n_vocab, self._pool, self._tokenizer)
+        try:
+            constraint.forced()
+        except Error as error:
+            raise Error(f"{name}: {error}") from None
+        return constraint
+
+
+def _on_a_stack(n_bytes: int, function: Callable[[], None]) -> None:
+    """Calls a function in a thread with a stack of that size."""
+    with _STACK_SIZE:
+        before = threading.stack_size(n_bytes & ~0xFFFF)
+        try:
+            thread = threading.Thread(target=function)
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    thread.join()
 
 
 class _Vocabulary:
@@ -185,29 +229,41 @@ def _from_json_schema(schema: JSONSchema) -> str:
         text = json.dumps(dict(schema), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise Error(f"json_schema: {error}") from None
-    return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _SPACE})
+    _check_text("json_schema", "a schema", text)
+    try:
+        return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _SPACE})
+    except ValueError as error:
+        raise Error(f"json_schema: {_one_line(str(error))}") from None
 
 
 def _from_regex(regex: str) -> str:
     from llguidance import LLMatcher
 
-    if not isinstance(regex, str):
-        raise Error(f"regex: a regular expression is a text, not {type(regex).__name__}")
-    return LLMatcher.grammar_from_regex(regex)
+    _check_text("regex", "a regular expression", regex)
+    try:
+        return LLMatcher.grammar_from_regex(regex)
+    except ValueError as error:
+        raise Error(f"regex: {_one_line(str(error))}") from None
 
 
 def _from_grammar(grammar: str) -> tuple[str, bool]:
     """The grammar in Lark's syntax, and whether it was."""
     from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 
-    if not isinstance(grammar, str):
-        raise Error(f"grammar: a grammar is a text, not {type(grammar).__name__}")
+    _check_text("grammar", "a grammar", grammar)
     if is_lark_syntax(grammar):
         return grammar, True
     try:
         return gbnf_to_lark(grammar), False
     except Exception as error:  # the converter raises bare Exceptions
-        raise Error(f"grammar: {error}") from None
+        raise Error(f"grammar: {_one_line(str(error))}") from None
+
+
+def _check_text(name: str, what: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise Error(f"{name}: {what} is a text, not {type(text).__name__}")
+    if len(text) > _LONGEST:
+        raise Error(f"{name}: longer than {_LONGEST} characters")
 
 
 def _one_line(message: str, in_lark: bool = False) -> str:
@@ -217,4 +273,5 @@ def _one_line(message: str, in_lark: bool = False) -> str:
     if found:
         first = f"line {found[1]}, column {found[2]}: {found[3]}" if in_lark else found[3]
     why = [line.removeprefix("error: ") for line in more if line.startswith("error: ")]
-    return " ".join([first, *why])
+    line = " ".join([first, *why])
+    return line if len(line) <= _LONGEST_MESSAGE else f"{line[: _LONGEST_MESSAGE // 2]} … {line[-_LONGEST_MESSAGE // 2 :]}"

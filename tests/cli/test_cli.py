@@ -180,3 +180,21 @@ def test_output_that_nobody_reads_is_no_error(folder):
     command = f"{sys.executable} -m ggpy inspect {folder / 'f32.gguf'} --json | head -c 10"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == ""
+
+
+def test_run_keeps_to_a_schema_a_grammar_or_an_expression(folder, tmp_path, capsys):
+    schema = '{"type": "object", "properties": {"a": {"enum": ["é", 2]}}, "required": ["a"], "additionalProperties": false}'
+    grammar = 'root ::= "yes" | "no"'
+    run = ("run", folder / "f32.gguf", "-p", "the hand", "-n", 60, "--temp", 2)
+    (tmp_path / "schema.json").write_text(schema)
+    (tmp_path / "grammar.gbnf").write_text(grammar)
+    for given in (schema, tmp_path / "schema.json"):
+        code, out, _ = call(capsys, *run, "--json-schema", given)
+        assert code == 0 and json.loads(out)["a"] in ("é", 2)
+    for given in (grammar, tmp_path / "grammar.gbnf"):
+        code, out, _ = call(capsys, *run, "--grammar", given)
+        assert code == 0 and out in ("yes\n", "no\n")
+    code, out, _ = call(capsys, *run, "--regex", "[0-9]{3}")
+    assert code == 0 and len(out) == 4 and out.strip().isdecimal()
+    code, _, err = call(capsys, *run, "--json-schema", tmp_path / "none.json")
+    assert code == 1 and "none.json' is not JSON" in err

@@ -1,0 +1,430 @@
+"""Text that keeps to schemas, regular expressions and grammars: checked by jsonschema, re, and llama.cpp's grammars."""
+
+import json
+import re
+
+import jsonschema
+import numpy as np
+import pydantic
+import pytest
+
+import ggpy
+from ggpy.generate.constraints import Constraints
+from ggpy.generate.streaming import StreamDecoder
+from ggpy.generate.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, Tokenizer
+from tests.generate.test_tokenizer import bpe_metadata, spm, spm_metadata, trained_bpe, trained_spm
+from tests.models.checkpoints import converted, ids
+from tests.models.test_moe import made
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 8},
+        "Größe": {"type": "number", "minimum": -2.5, "exclusiveMaximum": 3},
+        "tags": {
+            "type": "array",
+            "items": {"enum": ["rot", "grün", "日本語", 'a"\\b\n', None, 3]},
+            "minItems": 1,
+            "maxItems": 3,
+        },
+        "home": {"$ref": "#/$defs/place"},
+    },
+    "required": ["name", "Größe", "tags", "home"],
+    "additionalProperties": False,
+    "$defs": {
+        "place": {
+            "type": "object",
+            "properties": {"zip": {"type": "string", "pattern": "^[0-9]{5}$"}, "there": {"type": "boolean"}},
+            "required": ["zip"],
+            "additionalProperties": False,
+        },
+    },
+}
+SCHEMAS = {
+    "nested": PERSON,
+    "any of": {
+        "anyOf": [{"type": "integer", "minimum": 7, "maximum": 99}, {"type": "boolean"}, {"const": {"é": [1, None]}}]
+    },
+    "all of": {
+        "allOf": [
+            {"properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["a"]},
+            {"properties": {"b": {"enum": ["x", "y"]}, "a": {"multipleOf": 2}}, "required": ["b"]},
+        ],
+        "type": "object",
+        "properties": {"a": True, "b": True},
+        "additionalProperties": False,
+    },
+    "a map": {
+        "type": "object",
+        "additionalProperties": {"type": "integer", "maximum": 50, "minimum": 0},
+        "maxProperties": 2,
+    },
+    "tuple": {
+        "type": "array",
+        "prefixItems": [{"type": "string", "maxLength": 3}, {"type": "null"}],
+        "items": False,
+        "minItems": 2,
+    },
+    "formats": {
+        "type": "object",
+        "properties": {"on": {"type": "string", "format": "date"}, "ip": {"type": "string", "format": "ipv4"}},
+        "required": ["on", "ip"],
+        "additionalProperties": False,
+    },
+    "multiples": {"type": "integer", "multipleOf": 7, "minimum": 0, "maximum": 700},
+}
+
+
+class Place(pydantic.BaseModel):
+    town: str = pydantic.Field(max_length=6)
+    altitude: int = pydantic.Field(ge=0, le=9000)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = converted(tmp_path_factory.mktemp("constraints"), made("qwen3"), "q8_0")
+    with ggpy.load(path, n_ctx=512, n_threads=1) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def vocabularies():
+    """Constraints for each kind of tokenizer; the last with logits that no token has, and a token that nothing needs."""
+    tokens, _ = trained_bpe()
+    unused = bpe_metadata(token_type=[CONTROL] * 2 + [NORMAL] * (len(tokens) - 3) + [UNUSED])
+    kinds = {
+        "bpe": Tokenizer.from_metadata(bpe_metadata()),
+        "spm": spm(),
+        "padded": Tokenizer.from_metadata(unused),
+    }
+    padding = {"padded": 101}
+    return {name: (kind, Constraints(kind, kind.n_vocab + padding.get(name, 0))) for name, kind in kinds.items()}
+
+
+def followed(vocabulary, rng, most=5000, **how):
+    """The ids and the text of a generation whose every token is any of those allowed; None as its end if it had none."""
+    tokenizer, constraints = vocabulary
+    constraint, chosen = constraints.constraint(**how), []
+    logits = np.zeros(constraints._n_vocab, np.float32)
+    decoder, text = StreamDecoder(tokenizer, whole=True), ""
+    while len(chosen) < most:
+        forced = constraint.forced()
+        token = forced[0] if forced else int(rng.choice(np.flatnonzero(constraint.masked(logits) == 0)))
+        chosen.append(token)
+        text += decoder.push(token)
+        if constraint.accept(token):
+            return chosen, text + decoder.flush()
+    return chosen, None
+
+
+def valid(text, schema):
+    checker = jsonschema.Draft202012Validator
+    checker.check_schema(schema)
+    checker(schema, format_checker=checker.FORMAT_CHECKER).validate(json.loads(text))
+    return True
+
+
+# ---- Whatever is chosen ----
+
+
+@pytest.mark.parametrize("vocabulary", ["bpe", "spm", "padded"])
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_json_of_any_allowed_tokens_is_valid(vocabularies, vocabulary, name):
+    rng = np.random.default_rng(0)
+    texts = {followed(vocabularies[vocabulary], rng, json_schema=SCHEMAS[name])[1] for _ in range(12)}
+    assert all(valid(text, SCHEMAS[name]) for text in texts)
+    assert len(texts) > 5
+
+
+def test_any_json_object(vocabularies):
+    rng = np.random.default_rng(1)
+    for how in (True, {"type": "object"}):
+        texts = [followed(vocabularies["bpe"], rng, most=1500, json_schema=how)[1] for _ in range(6)]
+        assert all(isinstance(json.loads(text), dict) for text in texts if text)
+        assert sum(text is not None for text in texts) > 1
+
+
+def test_schemas_may_be_texts_and_classes(vocabularies):
+    for how in (Place, json.dumps(Place.model_json_schema())):
+        rng = np.random.default_rng(2)
+        assert Place.model_validate_json(followed(vocabularies["bpe"], rng, json_schema=how)[1])
+
+
+def test_properties_come_in_the_schemas_order(vocabularies):
+    names = ["z", "a", "m"]
+    schema = {"type": "object", "properties": {name: {"type": "null"} for name in names}, "required": names}
+    text = followed(vocabularies["bpe"], np.random.default_rng(0), json_schema={**schema, "additionalProperties": False})[1]
+    assert list(json.loads(text)) == names
+
+
+@pytest.mark.parametrize("vocabulary", ["bpe", "spm", "padded"])
+@pytest.mark.parametrize(
+    "regex",
+    [
+        r"[0-9]{3}-[a-f]{1,4}",
+        r"(Mon|Tues|Wednes)day",
+        r"^a+b*$",
+        " ?[ä-ü]{2,5}(日本|中国)?",
+        r"(?i)yes|no",
+        r"\w{1,3}\s\S",
+        "€?",
+    ],
+)
+def test_regular_expressions_match_the_whole_text(vocabularies, vocabulary, regex):
+    rng = np.random.default_rng(3)
+    texts = {followed(vocabularies[vocabulary], rng, regex=regex)[1] for _ in range(10)}
+    assert all(re.fullmatch(regex, text) for text in texts)
+    assert len(texts) > 1
+
+
+ARITHMETIC = {
+    "Lark": """
+        start: sum
+        sum: sum ("+" | "-") product | product
+        product: product "*" atom | atom
+        atom: NUMBER | "(" sum ")"
+        NUMBER: /[1-9][0-9]{0,2}/
+        """,
+    "GBNF": """
+        # left to right
+        root    ::= sum
+        sum     ::= product (("+" | "-") product){0,3}
+        product ::= atom ("*" atom)?
+        atom    ::= [1-9] [0-9]{0,2} | "(" sum ")"
+        """,
+}
+
+
+@pytest.mark.parametrize("syntax", ARITHMETIC)
+def test_grammars(vocabularies, syntax):
+    rng = np.random.default_rng(4)
+    texts = [followed(vocabularies["bpe"], rng, grammar=ARITHMETIC[syntax])[1] for _ in range(30)]
+    texts = [text for text in texts if text is not None]
+    assert len(texts) > 15 and len(set(texts)) > 10
+    for text in texts:
+        assert re.fullmatch(r"[0-9+*()-]+", text)
+        assert isinstance(eval(text), int)  # Python's own parser
+    assert any("(" in text for text in texts)
+
+
+def test_a_grammar_may_name_control_tokens_and_an_end_token_in_the_middle(vocabularies):
+    tokenizer, _ = vocabularies["bpe"]
+    chosen, text = followed(vocabularies["bpe"], np.random.default_rng(0), grammar='start: "a" <|im_end|> "b"')
+    assert text == "ab" and chosen[1] in tokenizer.end_tokens and chosen[-1] not in tokenizer.end_tokens
+
+
+def test_forced_text_is_tokenized_as_the_model_knows_it(vocabularies):
+    for tokenizer, constraints in vocabularies.values():
+        text = "größer als \t日本語 1234 in the other hand"
+        forced = constraints.constraint(regex=text).forced()
+        canonical = tokenizer.encode_inside(text)
+        assert forced[:-1] == canonical[: len(forced) - 1] and len(forced) > 3
+
+
+def test_text_that_the_tokenizer_would_change_is_forced_all_the_same():
+    """Qwen's tokenizer normalizes what it is given: here two characters to one."""
+    tokenizer = Tokenizer.from_metadata(bpe_metadata("qwen2"))
+    text = "Cafe\u0301 noir"
+    assert tokenizer.decode(tokenizer.encode(text)) != text
+    vocabulary = tokenizer, Constraints(tokenizer, tokenizer.n_vocab)
+    assert followed(vocabulary, np.random.default_rng(0), regex=text)[1] == text
+
+
+def test_a_space_in_front_is_text(vocabularies):
+    """SentencePiece's tokenizers put one before a text, and take it away again."""
+    assert followed(vocabularies["spm"], np.random.default_rng(0), regex=" the")[1] == " the"
+
+
+def test_tokens_that_users_define_are_text():
+    tokens, _ = trained_bpe()
+    types = [CONTROL] * 2 + [NORMAL] * (len(tokens) - 2) + [USER_DEFINED]
+    tokenizer = Tokenizer.from_metadata(bpe_metadata(tokens=[*tokens, "<think>"], token_type=types))
+    vocabulary = tokenizer, Constraints(tokenizer, tokenizer.n_vocab)
+    chosen, text = followed(vocabulary, np.random.default_rng(0), grammar='start: "<think>" /[a-z]{2}/')
+    assert chosen[0] == len(tokens) and re.fullmatch("<think>[a-z]{2}", text)
+
+
+def test_without_end_tokens_what_is_whole_ends():
+    tokenizer = Tokenizer.from_metadata(spm_metadata(trained_spm(), eos_token_id=3))
+    tokenizer.end_tokens = frozenset()
+    vocabulary = tokenizer, Constraints(tokenizer, tokenizer.n_vocab)
+    chosen, text = followed(vocabulary, np.random.default_rng(0), json_schema=PERSON)
+    assert valid(text, PERSON) and max(chosen) < tokenizer.n_vocab
+
+
+# ---- In a model ----
+
+
+def generations(model, prompts, **options):
+    return sorted(model.generate_batch(prompts, **options), key=lambda g: g.index)
+
+
+HOT = {"temperature": 3.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 400}
+
+
+def test_a_batch_gives_what_each_gives_alone(model):
+    prompts = [ids(5 + i, seed=i) for i in range(6)]
+    together = generations(model, prompts, json_schema=PERSON, seed=7, **HOT)
+    assert all(valid(g.text, PERSON) and g.finish_reason == "stop" for g in together)
+    for i in (0, 3, 5):
+        alone = model.generate(prompts[i], json_schema=PERSON, seed=7 + i, **HOT).run()
+        assert alone.ids == together[i].ids and alone.text == together[i].text
+    assert len({g.text for g in together}) == 6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"mirostat": 2},
+        {"repetition_penalty": 2.0, "dry_multiplier": 1.0, "xtc_probability": 1.0, "typical_p": 0.5},
+        {"top_n_sigma": 1.0, "dynatemp_range": 0.5},
+        {"logit_bias": {i: -20.0 if i % 2 else 20.0 for i in range(512)}},
+    ],
+)
+def test_whatever_samples_keeps_to_the_schema(model, options):
+    for generation in generations(model, [ids(6), ids(7)], json_schema=PERSON, seed=3, max_tokens=400, **options):
+        assert valid(generation.text, PERSON) and generation.finish_reason == "stop"
+
+
+def test_the_seam_is_the_models_logits(model):
+    """The likeliest of the tokens that the grammar allows, by logits that were computed without it."""
+    generation = model.generate(ids(9), regex="[a-z ]{12}", temperature=0).run()
+    logits = model.logits(generation.prompt_ids + generation.ids)
+    constraint = model._constraints.constraint(regex="[a-z ]{12}")
+    for i, token in enumerate(generation.ids):
+        if not constraint.forced():
+            assert token == np.argmax(constraint.masked(logits[len(generation.prompt_ids) - 1 + i]))
+        constraint.accept(token)
+
+
+def test_where_one_token_is_left_nobody_is_asked(model):
+    class First:
+        asked = 0
+
+        def sample(self, logits, ids):
+            self.asked += 1
+            assert np.count_nonzero(logits > -np.inf) > 1
+            return int(np.argmax(logits))
+
+    sampler = First()
+    generation = model.generate(ids(4), sampler=sampler, regex="(the|other) brother and the quick brown fox").run()
+    assert re.fullmatch("(the|other) brother and the quick brown fox", generation.text)
+    assert 0 < sampler.asked < len(generation.ids) - 3
+
+
+def test_processors_can_not_break_the_grammar(model):
+    def reversed_(ids, logits):
+        return -logits
+
+    generation = model.generate(ids(4), processors=[reversed_], regex="[0-9]{8}").run()
+    assert re.fullmatch("[0-9]{8}", generation.text)
+
+
+def test_a_sampler_that_breaks_the_grammar_is_told(model):
+    class Stubborn:
+        def sample(self, logits, ids):
+            return int(np.argmin(logits))
+
+    with pytest.raises(ggpy.Error, match=r"the sampler chose token \d+, .*, which the grammar doesn't allow there"):
+        model.generate(ids(4), sampler=Stubborn(), regex="[0-9]{8}").run()
+
+
+def test_ends(model):
+    cut = model.generate(ids(4), json_schema=PERSON, max_tokens=5).run()
+    assert cut.finish_reason == "length" and len(cut.ids) == 5
+    stopped = model.generate(ids(4), regex="ab[0-9]{4}zz[0-9]{4}", stop="zz").run()
+    assert stopped.finish_reason == "stop" and re.fullmatch("ab[0-9]{4}", stopped.text)
+    whole = model.generate(ids(4), regex="ab[0-9]{4}").run()
+    assert whole.finish_reason == "stop" and whole.pieces[-1] and whole.ids[-1] not in model.tokenizer.end_tokens
+    empty = model.generate(ids(4), regex="").run()
+    assert empty.finish_reason == "stop" and empty.text == "" and empty.ids[0] in model.tokenizer.end_tokens
+    cancelled = model.generate(ids(4), regex="a*", logit_bias=dict.fromkeys(model.tokenizer.end_tokens, -np.inf))
+    next(cancelled)
+    cancelled.cancel()
+    assert cancelled.finish_reason == "cancelled" and not list(cancelled)
+
+
+def test_constraints_beside_each_other_and_beside_none(model):
+    how = [{"regex": "[0-9]{9}"}, {}, {"json_schema": PERSON}, {"grammar": ARITHMETIC["Lark"]}]
+    alone = [model.generate(ids(8), seed=1, max_tokens=60, **h).run().text for h in how]
+    together = [model.generate(ids(8), seed=1, max_tokens=60, **h) for h in how]
+    assert [g.run().text for g in together] == alone
+
+
+def test_hooked_runs_keep_to_the_grammar(model):
+    with model.hooked({"blk.1.out": lambda name, value: -value}):
+        text = model.generate(ids(8), seed=1, regex="[a-d]{20}").run().text
+    assert re.fullmatch("[a-d]{20}", text)
+    assert text != model.generate(ids(8), seed=1, regex="[a-d]{20}").run().text
+
+
+def test_a_chat_keeps_to_the_schema(model):
+    reply = model.chat([{"role": "user", "content": "the hand"}], json_schema=Place, seed=2, **HOT)
+    assert Place.model_validate_json(reply.run().text)
+
+
+# ---- What isn't understood ----
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"json_schema": "{"}, "json_schema: '{' is not JSON: .* line 1 column 2"),
+        ({"json_schema": "[1]"}, r"json_schema: a schema is an object, not \[1\]"),
+        ({"json_schema": False}, "json_schema: a schema is an object, not False"),
+        ({"json_schema": {"type": "strin"}}, "json_schema: Invalid type: strin"),
+        ({"json_schema": {"type": "array", "uniqueItems": True}}, "json_schema: .*uniqueItems"),
+        ({"json_schema": {"not": {"type": "null"}}}, "json_schema: .*not"),
+        ({"json_schema": {"$ref": "#/$defs/none"}}, r"json_schema: Pointer '/\$defs/none' does not exist"),
+        ({"json_schema": {"$ref": "http://example.org/schema"}}, "json_schema: .*example.org"),
+        ({"json_schema": {"$ref": "#"}}, "json_schema: no token"),
+        ({"json_schema": {"type": "integer", "minimum": 3, "maximum": 2}}, "json_schema: Unsatisfiable schema"),
+        ({"json_schema": {"type": "string", "pattern": "(a"}}, "json_schema: .*unclosed group"),
+        ({"json_schema": {"type": "string", "format": "poem"}}, "json_schema: Unknown format: poem"),
+        ({"json_schema": {"const": {1, 2}}}, "json_schema: .*set is not JSON serializable"),
+        ({"json_schema": {"const": float("nan")}}, "json_schema: "),
+        ({"json_schema": {"const": "\ud800"}}, "json_schema: .*hex escape"),
+        ({"json_schema": '{"items":' * 100_000 + "{}" + "}" * 100_000}, "json_schema: .*recursion"),
+        ({"regex": "(a"}, r'regex: invalid regex "\(a" .*unclosed group'),
+        ({"regex": "a(?=b)"}, "regex: .*look-around"),
+        ({"regex": r"(a)\1"}, "regex: .*backreferences are not supported"),
+        ({"regex": "a$b"}, "regex: "),
+        ({"regex": "\ud800"}, "regex: .*surrogates"),
+        ({"regex": b"a"}, "regex: a regular expression is a text, not bytes"),
+        ({"regex": "(" * 10_000 + ")" * 10_000}, "regex: "),
+        ({"grammar": "start: a\nb: foo"}, 'grammar: line 1, column 8: unknown name: "a"'),
+        ({"grammar": 'start: "a'}, "grammar: line 1, column 10: "),
+        ({"grammar": "start: start"}, "grammar: no token"),
+        ({"grammar": "start: <|nothing|>"}, "grammar: line 1, column 8: unknown special token"),
+        ({"grammar": 'root ::= "a" b'}, "grammar: Rule 'b' not found"),
+        ({"grammar": 'rute ::= "a"'}, "grammar: No 'root' rule found"),
+        ({"grammar": 'root = "a"'}, "grammar: Expected ::= at line 1"),
+        ({"grammar": "root ::= " + "(" * 10_000 + '"a"' + ")" * 10_000}, "grammar: .*recursion"),
+        ({"grammar": "# " + "x" * 1_000_000}, "grammar: longer than 1000000 characters"),
+        ({"json_schema": {"const": "x" * 1_000_000}}, "json_schema: longer than 1000000 characters"),
+        ({"grammar": 3}, "grammar: a grammar is a text, not int"),
+        ({"regex": "a", "json_schema": True}, "give one of json_schema, regex and grammar, not json_schema and regex"),
+    ],
+)
+def test_what_is_not_understood_is_said_at_once_in_a_line(model, how, words):
+    with pytest.raises(ggpy.Error, match=words) as caught:
+        model.generate(ids(4), **how)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_chains_of_rules_overflow_no_stack(model):
+    n = 5000
+    rules = [f"r{i}: r{i + 1}" for i in range(n)]
+    assert model.generate(ids(4), grammar="\n".join(["start: r0", *rules, f'r{n}: "ab"'])).run().text == "ab"
+    defs = {f"d{i}": {"type": "array", "items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(n)}
+    schema = {"$ref": "#/$defs/d0", "$defs": {**defs, f"d{n}": {"type": "null"}}}
+    assert model.generate(ids(4), json_schema=schema, max_tokens=4).run().finish_reason in ("length", "stop")
+
+
+def test_a_grammar_too_complex_to_follow_is_an_error(model):
+    rules = [f'r{i}: "a" "{i}"' for i in range(2200)]
+    grammar = "\n".join(['start: "b" ' + "(" + " | ".join(f"r{i}" for i in range(2200)) + ")", *rules])
+    with pytest.raises(ggpy.Error, match=r"the grammar can't be followed further: .*Current row has \d+ items") as caught:
+        model.generate(ids(4), grammar=grammar).run()
+    assert "\n" not in str(caught.value)
