@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -220,11 +221,11 @@ def _from_json_schema(schema: JSONSchema) -> str:
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
-            raise Error(f"json_schema: {schema!r:.60} is not JSON: {error}") from None
+            raise Error(f"json_schema: {reprlib.repr(schema)} is not JSON: {error}") from None
     if schema is True:
         schema = {"type": "object"}
     if not isinstance(schema, Mapping):
-        raise Error(f"json_schema: a schema is an object, not {schema!r:.60}")
+        raise Error(f"json_schema: a schema is an object, not {reprlib.repr(schema)}")
     try:
         text = json.dumps(dict(schema), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:

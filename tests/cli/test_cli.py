@@ -197,4 +197,4 @@ def test_run_keeps_to_a_schema_a_grammar_or_an_expression(folder, tmp_path, caps
     code, out, _ = call(capsys, *run, "--regex", "[0-9]{3}")
     assert code == 0 and len(out) == 4 and out.strip().isdecimal()
     code, _, err = call(capsys, *run, "--json-schema", tmp_path / "none.json")
-    assert code == 1 and "none.json' is not JSON" in err
+    assert code == 1 and "none.json' is not JSON: Expecting value" in err
