@@ -88,6 +88,8 @@ TOKENIZER_CONFIG = {
     "add_bos_token": True,
     "add_eos_token": False,
     "bos_token": END,
+    # No dialogue: what was said stands line by line, and the model goes on with the last line.
+    "chat_template": "{% for message in messages %}{{ message['content'] }}{% if not loop.last %}\n{% endif %}{% endfor %}",
     "clean_up_tokenization_spaces": False,
     "eos_token": END,
     "model_max_length": CONFIG["max_position_embeddings"],

@@ -12,6 +12,7 @@ from ..errors import Error
 from ..generate.model import Model
 
 try:
+    import lm_eval.models  # noqa: F401 — the harness's own models are known only then
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window

@@ -1,0 +1,46 @@
+"""The examples run on the model that comes with ggpy, and the page of the API is what the docstrings say."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+#: What each must have printed.
+EXPECTED = {
+    "batch": r"(?s)0: In the beginning .*The two likeliest of eight:\n *-\d\.\d\d In the beginning .*\n *-\d\.\d\d In the",
+    "chat": r"(?s)> And the king said.*40 tokens; 0 of \d+ .*\n> And the woman.*\(40 tokens; [1-9]\d* of \d+ of the prompt",
+    "expert_trace": r"(?s)token +layer 1 +layer 2 +layer 3 *\n.*\n' LORD' +\d, \d +\d, \d +\d, \d *\n.*of the 24 experts",
+    "layer_off": r"all layers: \d\.\d\d nats a token\n(without layer \d: \d\.\d\d\n){3}",
+    "logit_lens": r"(?s)before layer 0 .*before layer 3 .*at the end +' the'",
+    "quantization_sweep": r"(?s)q8_0 +4\.\d +0\.00\d\d .*\nq2_k +2\.\d +0\.0",
+    "search": r"(?s)They did eat.*\n  0\.\d+ And they sat down to eat bread.*He climbed.*\n  0\.\d+ And he went up into",
+    "tasks": r"(?s)Then said Jesus.*\nAnd the angel of the[^.]*\.\nNow there was a man",
+}
+
+
+def loaded(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs_and_says_what_it_should(path, capsys):
+    loaded(path).main("demo")
+    printed = capsys.readouterr().out
+    assert re.search(EXPECTED[path.stem], printed), printed
+
+
+def test_every_example_is_known_and_named_in_the_readme():
+    assert {path.stem for path in EXAMPLES} == set(EXPECTED)
+    assert "examples/" in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_api_page_is_current():
+    make_api = loaded(ROOT / "docs" / "make_api.py")
+    assert make_api.OUT.read_text("utf-8") == make_api.page(), "run: python docs/make_api.py"
