@@ -118,7 +118,7 @@ def embed(
         room = min(scheduler.give_way(), runner.n_batch)
         with runner.lock:
             work: list[tuple[_Text, int]] = []
-            while room and (not work or runner.pages.n_free):
+            while room and (not work or runner.has_room):
                 if begun:
                     text = begun.pop()
                 elif (following := next(todo, None)) is not None:
@@ -134,7 +134,7 @@ def embed(
                 room -= n
             spans = [t.sequence.span(t.rest[:n], t.n_outputs(n)) for t, n in work]
             for (text, n), rows in zip(work, runner.run(spans, output="embeddings"), strict=True):
-                text.sequence.ids.extend(text.rest[:n])
+                text.sequence.advance(text.rest[:n])
                 runner.check_finite(rows)
                 if len(rows):
                     text.take(rows)
@@ -156,7 +156,7 @@ def hidden_states(runner: "Runner", ids: list[int], layers: Sequence[int]) -> np
         with runner.lock:
             sequence.make_room(len(chunk))
             states = runner.run_states(sequence.span(chunk, len(chunk)))
-            sequence.ids.extend(chunk)
+            sequence.advance(chunk)
             for place, layer in zip(out, layers, strict=True):
                 place[first : len(sequence)] = states[layer]
     sequence.close()

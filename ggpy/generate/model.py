@@ -141,8 +141,8 @@ class Model:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes that cached keys and values may take."""
-        return self._runner.pages.n_bytes
+        """Bytes that cached keys and values, and states, may take."""
+        return self._runner.pages.n_bytes + self._runner.pages.states.n_bytes
 
     @property
     def metadata(self) -> Any:

@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from ..graph import Pages
+from .snapshots import Snapshot
 
 
 class Prefix:
@@ -20,14 +21,22 @@ class Prefix:
         Pages that come after, by their ids.
     in_order : list of tuple of int
         Their ids in rising order: those that begin most alike are neighbours.
+    snapshot : Snapshot or None
+        Of the state after these ids, in models with states.
     """
 
-    __slots__ = ("children", "ids", "in_order", "page", "parent")
+    __slots__ = ("children", "ids", "in_order", "page", "parent", "snapshot")
 
     def __init__(self, page: int, ids: tuple[int, ...], parent: "Prefix | None"):
         self.page, self.ids, self.parent = page, ids, parent
         self.children: dict[tuple[int, ...], Prefix] = {}
         self.in_order: list[tuple[int, ...]] = []
+        self.snapshot: Snapshot | None = None
+
+    @property
+    def slot(self) -> int:
+        """That of its snapshot; -1 without."""
+        return -1 if self.snapshot is None else self.snapshot.slot
 
 
 class Prefixes:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import ContextFullError, Error
-from ..graph import Batch, Hook, Pages, Program, Span, pack, pages_of
+from ..graph import Batch, Hook, Pages, Program, Span, pack, pages_of, slot_bytes
 from ..kernels.build import Progress, load
 from ..kernels.table import SLAB
 from ..models import Architecture, Output, build_graph, run_inputs
 from .expert_memory import ExpertMemory
 from .prefixes import Prefixes
+from .snapshots import Snapshots
 
 if TYPE_CHECKING:
     from ..file import GGUFFile
@@ -25,6 +26,8 @@ _LOGITS_BYTES = 64 << 20  # that a run may take for its logits
 _PROGRAMS = 6  # that are kept: for one token, for many, for embeddings; without hooks and with those of now
 #: contexts that the pages of keys and values hold, if a quarter of the machine's memory is enough for them
 _CONTEXTS = 4
+#: slots of states beside each of them, and the fewest in all: two sequences, and what they were before a run
+_SLOTS, _LEAST_SLOTS = 16, 4
 
 
 class Runner:
@@ -43,8 +46,8 @@ class Runner:
     kv_type : {"F16", "Q8_0", "F32"}
         Of the cached keys and values.
     kv_memory : int, optional
-        Bytes for the pages of keys and values, at most; by default what four contexts take (one beside a RAM budget), but
-        no more than a quarter of the machine's memory.
+        Bytes for the pages of keys and values and the slots of states, at most; by default what four contexts take (one
+        beside a RAM budget), but no more than a quarter of the machine's memory.
     ram_budget : int, optional
         Bytes that the process may take; see `expert_memory`.
     progress : callable, optional
@@ -60,6 +63,8 @@ class Runner:
         What runs now.
     n_outputs : int
         For how many tokens of a run, at most, logits can be had.
+    has_states : bool
+        Whether the model has layers with states: then a sequence can't simply forget its last tokens (`snapshots`).
 
     Raises
     ------
@@ -88,22 +93,25 @@ class Runner:
         self.closed = False
         self._pid, self._thread = os.getpid(), 0
         self._dropped: list[int] = []
+        self._dropped_slots: list[int] = []
         self._derived: dict[str, DerivedWeight] = {}
         self._programs: OrderedDict[tuple, Program] = OrderedDict()
         graph = self.graph(1)
-        page_bytes = Pages(0, kv_type).page_bytes(graph)
+        piece_bytes = (Pages(0, kv_type).page_bytes(graph), slot_bytes(graph))
         contexts = _CONTEXTS if ram_budget is None else 1
-        n_pages = _page_count(page_bytes, pages_of(n_ctx), contexts, None if kv_memory is None else int(kv_memory))
-        self.pages = Pages(n_pages, kv_type, pages_of(n_ctx) * SLAB)
-        self.prefixes = Prefixes(self.pages)
+        n_pages, n_slots = _counts(*piece_bytes, pages_of(n_ctx), contexts, None if kv_memory is None else int(kv_memory))
+        kv_bytes = n_pages * piece_bytes[0] + n_slots * piece_bytes[1]
+        self.has_states = n_slots > 0
+        self.pages = Pages(n_pages, kv_type, pages_of(n_ctx) * SLAB, n_slots)
+        self.prefixes, self.snapshots = Prefixes(self.pages), Snapshots(self.pages.states)
         self.expert_memory: ExpertMemory | None = None
         if ram_budget is not None:
-            self.expert_memory = ExpertMemory(file, graph, ram_budget, n_pages * page_bytes)
+            self.expert_memory = ExpertMemory(file, graph, ram_budget, kv_bytes)
         # One token, and a prompt: both are sure to be needed, so their kernels are compiled together.
         try:
             names = [name for n in {1, n_batch} for name in self._program(n).plan.names]
         except MemoryError:
-            raise Error(f"no memory for {n_pages * page_bytes:,} bytes of keys and values; kv_memory takes less") from None
+            raise Error(f"no memory for {kv_bytes:,} bytes of keys and values; kv_memory takes less") from None
         load(names, progress)
 
     def graph(self, n_tokens: int, n_outputs: int | None = None, output: Output = "logits") -> "Graph":
@@ -221,14 +229,47 @@ class Runner:
         return self.pages.own(page)
 
     def _free_one(self) -> None:
-        while self._dropped:
-            self.pages.give(self._dropped.pop())
+        self._give_dropped()
         if not self.pages.n_free and not self.prefixes.evict():
             raise ContextFullError(f"all {self.pages.n_pages} pages of keys and values are in use; kv_memory gives more")
 
-    def drop(self, pages: list[int]) -> None:
-        """Gives pages back from a finalizer, which may run anywhere: they are free with the next that is taken."""
+    def own_slot(self, slot: int) -> int:
+        """The slot, or a copy of it if others hold it too: what may be written. A new one for -1.
+
+        Raises
+        ------
+        ContextFullError
+            All are in use.
+        """
+        states = self.pages.states
+        if slot >= 0 and states.holders(slot) == 1:
+            return slot
+        self._give_dropped()
+        if not states.n_free and not self.snapshots.evict():
+            self.snapshots.drop(slot)
+            if slot < 0 or states.holders(slot) > 1:
+                raise ContextFullError(f"all {states.n_slots} slots of states are in use; kv_memory gives more")
+            return slot
+        return states.take() if slot < 0 else states.own(slot)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more sequence can have a page and a slot without taking a known prefix's page."""
+        self._give_dropped()
+        return self.pages.n_free > 0 and (not self.has_states or self.pages.states.n_free > 0 or self.snapshots.can_evict())
+
+    def drop(self, pages: list[int], slot: int) -> None:
+        """Gives pages and a slot, if it isn't -1, back from a finalizer, which may run anywhere: they are free with the
+        next that is taken."""
         self._dropped.extend(pages)
+        if slot >= 0:
+            self._dropped_slots.append(slot)
+
+    def _give_dropped(self) -> None:
+        while self._dropped:
+            self.pages.give(self._dropped.pop())
+        while self._dropped_slots:
+            self.pages.states.give(self._dropped_slots.pop())
 
     def close(self) -> None:
         """Lets go of everything. Waits for a run of another thread."""
@@ -238,15 +279,21 @@ class Runner:
             self._derived.clear()
 
 
-def _page_count(page_bytes: int, pages_per_context: int, contexts: int, kv_memory: int | None) -> int:
-    if kv_memory is not None:
-        n = min(kv_memory, _memory()) // page_bytes if page_bytes else pages_per_context
-        if n < pages_per_context:
-            need = pages_per_context * page_bytes
-            raise Error(f"kv_memory of {kv_memory:,} bytes; {need:,} hold one context, less with a smaller n_ctx")
-        return n
-    fitting = _memory() // 4 // max(page_bytes, 1)
-    return max(pages_per_context, min(contexts * pages_per_context, fitting))
+def _counts(
+    page_bytes: int, slot_bytes: int, pages_per_context: int, contexts: int, kv_memory: int | None
+) -> tuple[int, int]:
+    """How many pages and slots there are."""
+    n_slots = _SLOTS * contexts if slot_bytes else 0
+    least = pages_per_context * page_bytes + min(n_slots, _LEAST_SLOTS) * slot_bytes
+    room = _memory() // 4 if kv_memory is None else min(kv_memory, _memory())
+    if kv_memory is not None and room < least:
+        raise Error(f"kv_memory of {kv_memory:,} bytes; {least:,} hold one context, less with a smaller n_ctx")
+    if slot_bytes:
+        n_slots = min(n_slots, _LEAST_SLOTS + max(room - least, 0) // 2 // slot_bytes)
+    if not page_bytes:
+        return contexts * pages_per_context, n_slots
+    n_pages = max(pages_per_context, (room - n_slots * slot_bytes) // page_bytes)
+    return (n_pages if kv_memory is not None else min(n_pages, contexts * pages_per_context)), n_slots
 
 
 def _memory() -> int:

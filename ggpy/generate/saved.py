@@ -40,7 +40,9 @@ def save_sequence(sequence: "TokenSequence", runner: "Runner", path: Path) -> No
     if runner.hooks:
         raise Error(f"{path}: not written; the model has hooks, which may have changed the sequence's values")
     with runner.lock:
+        sequence.settle()
         arrays = runner.pages.read(sequence.pages[: pages_of(len(sequence.ids))])
+        arrays |= runner.pages.states.read([sequence.slot] if sequence.slot >= 0 else [])
         arrays["ids"] = np.array(sequence.ids, np.int32)
     try:
         with writing_aside(path) as aside:
@@ -69,7 +71,9 @@ def load_sequence(sequence: "TokenSequence", runner: "Runner", path: Path) -> No
                 stored = file.get_slice(name)
                 found[name] = (stored.get_dtype(), tuple(stored.get_shape()))
             n = _n_ids(found.pop("ids", ("", ())))
-            if found != {name: ("U8", (pages_of(n), a.shape[1])) for name, a in runner.pages.read([]).items()}:
+            expected = {name: ("U8", (pages_of(n), a.shape[1])) for name, a in runner.pages.read([]).items()}
+            expected |= {name: ("U8", (int(n > 0), a.shape[1])) for name, a in runner.pages.states.read([]).items()}
+            if found != expected:
                 raise Error(f"{path}: damaged: its arrays have other shapes than a sequence of {n} tokens")
             if n > runner.n_ctx:
                 raise ContextFullError(f"{path}: {n} tokens don't fit into a context of {runner.n_ctx}")
@@ -81,7 +85,9 @@ def load_sequence(sequence: "TokenSequence", runner: "Runner", path: Path) -> No
         runner.check_ids(ids)
         sequence.make_room(n)
         runner.pages.write(sequence.pages, arrays)
-        sequence.ids.extend(ids)
+        if sequence.slot >= 0:
+            runner.pages.states.write([sequence.slot], arrays)
+        sequence.advance(ids)
 
 
 def _n_ids(stored: tuple[str, tuple[int, ...]]) -> int:

@@ -16,6 +16,7 @@ from .prefixes import Prefix, common
 from .runner import Runner
 from .sampling import Processor, Sampler, log_probabilities, next_token
 from .sequence import TokenSequence
+from .snapshots import SNAPSHOT_TOKENS
 from .streaming import StopMatcher, StreamDecoder
 from .tokenizer import Tokenizer
 
@@ -27,6 +28,7 @@ _PIECE_SECONDS = 0.25  # that pieces of prompts may hold up those that generate
 _FIRST_PIECE = 2 * SLAB  # tokens of them before their rate is known
 _WORTH_COPYING = 4  # tokens of a page that others have computed
 _GIVEN_WAY = 0.001  # seconds in which a thread takes a lock that it waits for: else who released it has it again first
+_TEMPLATE_END = 8  # tokens at a prompt's end that the next prompt of a conversation may not have
 _AHEAD = 256  # pieces that nobody takes, before their generation waits
 
 
@@ -55,6 +57,8 @@ class Request:
         The last of its pages that the tree of prefixes knows; None where its values aren't fit for others.
     n_known : int
         How many pages that are.
+    stops : set of int
+        Positions at which a snapshot is to be left, in models with states.
 
     Parameters
     ----------
@@ -87,6 +91,7 @@ class Request:
         self.sequence: TokenSequence | None = None
         self.prefix: Prefix | None = None
         self.n_known = 0
+        self.stops: set[int] = set()
         self._sampler, self._processors, self._max_tokens = sampler, tuple(processors), max_tokens
         self._end_tokens, self._bos = tokenizer.end_tokens, tokenizer.bos
         self.constraint = constraint
@@ -197,6 +202,8 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # by age
         self._most = min(_MOST_RUNNING, runner.n_batch, runner.n_outputs)
+        if runner.has_states:
+            self._most = min(self._most, runner.pages.states.n_slots // 2)
         self._hooks: tuple = ()
         self._rate = 0.0  # tokens of prompts per second
 
@@ -273,7 +280,7 @@ class Scheduler:
             if n_tokens >= SLAB:
                 self._rate = n_tokens / (time.perf_counter() - started)
             for r, ids in work:
-                _sequence(r).ids.extend(ids)
+                _sequence(r).advance(ids)
             self._check_hooks()  # another thread may have set some before the run
             for (r, _), logits in zip(work, results, strict=True):
                 self._share(r)
@@ -340,9 +347,9 @@ class Scheduler:
         for r in self._running:
             if len(r.pieces) >= _AHEAD and r is not wanted:
                 continue
-            if len(_sequence(r).ids) > r.first_wanted:
+            if len(_sequence(r).ids) > r.first_wanted or not _sequence(r).is_current:
                 # An interrupt came between its run and what its logits are for: once more, with the same bits.
-                self._cut(r, r.first_wanted)
+                self._cut(r, min(r.first_wanted, len(_sequence(r).ids)))
             (single if _n_left(r) == 1 else prompts).append(r)
         return single, prompts
 
@@ -360,7 +367,8 @@ class Scheduler:
             if r.prefix is not None:
                 pages.setdefault(r.prefix, []).append(r)
         for r in requests:
-            if not self._reuse(r, pages):
+            waits = self._reuse_states(r, active) if self._runner.has_states else self._reuse(r, pages)
+            if not waits:
                 active.append(r)
         work = []
         n_outputs = self._runner.n_outputs - len(single)
@@ -370,6 +378,8 @@ class Scheduler:
             past = len(r.sequence.ids)
             share = max(SLAB, limit // (len(active) - i))
             n = min(_n_left(r), share, limit, r.first_wanted - past + n_outputs)
+            if self._runner.has_states:
+                n = min(n, _next_stop(r) - past)
             if n > 0 and self._make_room(r, n):
                 work.append((r, r.tokens[past : past + n]))
                 limit -= n
@@ -410,6 +420,43 @@ class Scheduler:
         workers.append(r)
         return False
 
+    def _reuse_states(self, r: Request, active: list[Request]) -> bool:
+        """The same in models with states, where what others have computed is of use up to a snapshot, and one who waits
+        asks for it."""
+        sequence, tokens, n_most = _sequence(r), r.tokens, r.first_wanted
+        if r.prefix is None:
+            return False
+        past = len(sequence.ids)
+        if past == r.n_known * SLAB:
+            path, at = [r.prefix], past
+            while at + SLAB <= n_most and (child := path[-1].children.get(tuple(tokens[at : at + SLAB]))) is not None:
+                path.append(child)
+                at += SLAB
+            reached = at
+            for n in range(min(SLAB - 1, n_most - at), 0, -1):  # where a sequence ended
+                if (child := path[-1].children.get(tuple(tokens[at : at + n]))) is not None and child.slot >= 0:
+                    path.append(child)
+                    at += n
+                    break
+            while len(path) > 1 and path[-1].slot < 0:
+                at -= len(path.pop().ids)
+            if at > past:
+                sequence.adopt([p.page for p in path[1:]], tokens[past:at], path[-1].slot)
+                self._runner.snapshots.touch(path[-1].slot)
+                r.prefix = path[-1] if at % SLAB == 0 else path[-2]
+                r.n_known = at // SLAB
+                self._runner.prefixes.touch(path[-1])
+                self._count_reused(r, at - past)
+            if reached > at:  # others began alike: there may be more
+                r.stops.add(reached)
+        past = len(sequence.ids)
+        for other in active:
+            alike = _pages_alike(tokens[:n_most], other.tokens) * SLAB
+            if alike > max(past, len(_sequence(other).ids)):
+                other.stops.add(alike)
+                return True
+        return False
+
     def _count_reused(self, r: Request, n: int) -> None:
         if len(r.tokens) == r.n_prompt:  # not when it comes back after it was sent away
             r.n_reused += n
@@ -426,11 +473,27 @@ class Scheduler:
                 self._runner.pages.share(r.prefix.page)
                 sequence.pages[at] = r.prefix.page
                 self._runner.pages.give(page)
+        n = len(sequence.ids)
+        if n in r.stops or n % SNAPSHOT_TOKENS == 0:
+            r.stops.discard(n)
+            self._leave_snapshot(sequence, r.prefix if n == r.n_known * SLAB else None)
+
+    def _leave_snapshot(self, sequence: TokenSequence, prefix: Prefix | None) -> None:
+        """Makes a sequence's state that of a prefix, which has all of its tokens."""
+        if sequence.slot >= 0 and sequence.is_current and prefix is not None and prefix.slot < 0:
+            prefix.snapshot = self._runner.snapshots.add(sequence.slot, len(sequence.ids))
 
     def _cut(self, r: Request, n: int) -> None:
-        _sequence(r).keep(n)
-        while r.prefix is not None and r.n_known * SLAB > n:
+        """Lets a sequence forget all but its first n tokens, or some more in models with states."""
+        has_states = self._runner.has_states
+        while r.prefix is not None and r.n_known and (r.n_known * SLAB > n or (has_states and r.prefix.slot < 0)):
             r.prefix, r.n_known = r.prefix.parent, r.n_known - 1
+        if not has_states:
+            _sequence(r).go_back(n)
+        elif r.prefix is None or not r.n_known:
+            _sequence(r).go_back(0)
+        else:
+            _sequence(r).go_back(r.n_known * SLAB, r.prefix.slot)
 
     def _make_room(self, r: Request, n: int) -> bool:
         """Takes pages for n tokens, if need be from the youngest, which waits; False if that is the request itself."""
@@ -456,10 +519,12 @@ class Scheduler:
         if sequence is None:
             return
         rest = tuple(sequence.ids[r.n_known * SLAB :])
+        whole = None if rest else r.prefix
         if r.prefix is not None and rest and len(rest) < SLAB:
             page = sequence.pages[r.n_known]
             if self._runner.pages.holders(page) == 1:  # a page of two prefixes would never be free again
-                self._runner.prefixes.add(r.prefix, rest, page)
+                whole = self._runner.prefixes.add(r.prefix, rest, page)
+        self._leave_snapshot(sequence, whole)
         sequence.close()
         r.sequence = r.prefix = None
 
@@ -478,6 +543,23 @@ class Scheduler:
 def _n_left(r: Request) -> int:
     """Tokens that must be evaluated before the next one can be chosen."""
     return len(r.tokens) - len(_sequence(r).ids)
+
+
+def _next_stop(r: Request) -> int:
+    """Where a request leaves its next snapshot: where others may go on, at the last page of its prompt, and every
+    SNAPSHOT_TOKENS tokens."""
+    past = len(_sequence(r).ids)
+    r.stops.add((len(r.tokens) - _TEMPLATE_END) // SLAB * SLAB)
+    r.stops = {stop for stop in r.stops if stop > past}
+    return min(r.stops | {past // SNAPSHOT_TOKENS * SNAPSHOT_TOKENS + SNAPSHOT_TOKENS})
+
+
+def _pages_alike(a: list[int], b: list[int]) -> int:
+    """How many pages two sequences have in common at their beginning."""
+    n = 0
+    while (n + 1) * SLAB <= min(len(a), len(b)) and a[n * SLAB : (n + 1) * SLAB] == b[n * SLAB : (n + 1) * SLAB]:
+        n += 1
+    return n
 
 
 def _n_wanted(r: Request, n: int) -> int:

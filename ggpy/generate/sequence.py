@@ -10,10 +10,14 @@ import numpy as np
 from ..errors import ContextFullError, Error
 from ..graph import Span, pages_of
 from ..kernels.table import SLAB
+from .snapshots import SNAPSHOT_TOKENS, Snapshot
 
 if TYPE_CHECKING:
     from ..graph.plan import Step
     from .runner import Runner
+
+
+_MOST_SNAPSHOTS = 4  # of a sequence
 
 
 class TokenSequence:
@@ -27,12 +31,17 @@ class TokenSequence:
         The tokens evaluated so far.
     pages : list of int
         The numbers of its pages.
+    slot : int
+        Its slot, in models with states; -1 before its first token.
     """
 
     def __init__(self, runner: "Runner"):
         self._runner = runner
         self.ids: list[int] = []
         self.pages: list[int] = []
+        self.slot = -1
+        self._n_in_slot = 0  # tokens; -1 while a run writes there
+        self._snapshots: list[Snapshot] = []  # by their tokens
         runner.check()
 
     @property
@@ -44,7 +53,7 @@ class TokenSequence:
         return len(self.ids)
 
     def __del__(self) -> None:
-        self._runner.drop(self.pages)
+        self._runner.drop(self.pages, self.slot)
 
     def __reduce__(self) -> NoReturn:
         raise Error("a sequence can't be pickled; save() writes it to a file")
@@ -60,42 +69,87 @@ class TokenSequence:
         self.keep(0)
 
     def keep(self, n: int) -> None:
-        """Forgets all but the first n tokens."""
+        """Forgets all but the first n tokens. Models with states go back to a snapshot, SNAPSHOT_TOKENS tokens or fewer
+        before, and evaluate the rest again; where others have needed its room, to an earlier one."""
         if self._runner.is_elsewhere:  # where the lock may be held for ever
             return
         with self._runner.lock:
-            del self.ids[n:]
-            self._trim()
+            ids = self.ids[:n]
+            if len(ids) == len(self.ids) and self.is_current:
+                self._trim()
+                return
+            if self._runner.has_states:
+                usable = [s for s in self._snapshots if s.slot >= 0 and s.n_tokens <= len(ids)]
+                self.go_back(*((usable[-1].n_tokens, usable[-1].slot) if usable else (0, -1)))
+                try:
+                    for chunk, _ in self.chunks(ids[len(self.ids) :], self._runner.n_batch):
+                        self._run(chunk, 0)
+                except BaseException:  # the tokens stay; the next run is preceded by another try
+                    self.ids, self._n_in_slot = ids, -1
+                    raise
+            else:
+                self.go_back(len(ids))
+
+    def go_back(self, n: int, slot: int = -1) -> None:
+        """Forgets all but the first n tokens; in models with states, `slot` is how it was then, unless n is 0."""
+        del self.ids[n:]
+        if slot >= 0:
+            self._runner.pages.states.share(slot)
+        self._set_slot(slot)
+        self._trim()
+
+    def _set_slot(self, slot: int) -> None:
+        """Takes a slot, which it holds, for its own tokens."""
+        if self.slot >= 0:
+            self._runner.pages.states.give(self.slot)
+        self.slot, self._n_in_slot = slot, len(self.ids)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether its state is that after its tokens: not where a run failed, or an interrupt came before it ended."""
+        return not self._runner.has_states or self._n_in_slot == len(self.ids)
+
+    def settle(self) -> None:
+        """Makes its state that after its tokens; see `is_current`."""
+        if not self.is_current:
+            self.keep(len(self.ids))
 
     def _trim(self) -> None:
         """Gives back pages beyond its tokens: runs that failed leave some."""
         used = pages_of(len(self.ids))
         while len(self.pages) > used:
             self._runner.pages.give(self.pages.pop())
+        if not self.ids:
+            self._set_slot(-1)
 
     def fork(self) -> "TokenSequence":
         """Another sequence of the same tokens. Pages are shared until one of the two writes."""
         other = TokenSequence(self._runner)
         with self._runner.lock:
+            self.settle()
             self._trim()
-            other.adopt(self.pages, self.ids)
+            other.adopt(self.pages, self.ids, self.slot)
+            other._snapshots = list(self._snapshots)
         return other
 
-    def adopt(self, pages: Sequence[int], ids: Sequence[int]) -> None:
-        """Goes on with `ids`, whose keys and values others have computed in `pages`."""
+    def adopt(self, pages: Sequence[int], ids: Sequence[int], slot: int = -1) -> None:
+        """Goes on with `ids`, whose keys and values others have computed in `pages`, and what came of them in `slot`."""
         self._trim()
         for page in pages:
             self._runner.pages.share(page)
             self.pages.append(page)
         self.ids.extend(ids)
+        if slot >= 0:
+            self._runner.pages.states.share(slot)
+            self._set_slot(slot)
 
     def make_room(self, n: int) -> None:
-        """Takes pages for n more tokens.
+        """Takes pages for n more tokens, and a slot.
 
         Raises
         ------
         ContextFullError
-            They don't fit into the context, or all pages are in use.
+            They don't fit into the context, or all pages or slots are in use.
         """
         past = len(self.ids)
         if past + n > self.n_ctx:
@@ -105,13 +159,21 @@ class TokenSequence:
                 self.pages[past // SLAB] = self._runner.own_page(self.pages[past // SLAB])
             while len(self.pages) * SLAB < past + n:
                 self.pages.append(self._runner.take_page())
+            if self._runner.has_states and n:
+                self.slot = self._runner.own_slot(self.slot)
         except ContextFullError:
             self._trim()
             raise
 
     def span(self, ids: Sequence[int], n_outputs: int) -> Span:
-        """These tokens as the sequence's next."""
-        return Span(ids, len(self.ids), self.pages, n_outputs)
+        """These tokens as the sequence's next, for a run; `advance` follows it."""
+        self._n_in_slot = -1
+        return Span(ids, len(self.ids), self.pages, n_outputs, max(self.slot, 0))
+
+    def advance(self, ids: Sequence[int]) -> None:
+        """Notes that a run has evaluated these tokens."""
+        self.ids.extend(ids)
+        self._n_in_slot = len(self.ids)
 
     # Evaluating
 
@@ -187,10 +249,11 @@ class TokenSequence:
             for more in ids:
                 runner.check_ids(more)
             for sequence, more in zip(sequences, ids, strict=True):
+                sequence.settle()
                 sequence.make_room(len(more))
             logits = runner.run([s.span(more, 1) for s, more in zip(sequences, ids, strict=True)])
             for sequence, more in zip(sequences, ids, strict=True):
-                sequence.ids.extend(more)
+                sequence.advance(more)
         for rows in logits:
             runner.check_finite(rows)
         return [rows[0] for rows in logits]
@@ -209,14 +272,24 @@ class TokenSequence:
         runner = self._runner
         runner.check()
         with runner.lock:
+            self.settle()
             self.make_room(len(ids))
             (logits,) = runner.run([self.span(ids, n_outputs)], profile)
-            self.ids.extend(ids)
+            self.advance(ids)
             runner.check_finite(logits)
+            self._remember()
             if to is None:
                 return logits.copy()
             to[: len(logits)] = logits
         return to[: len(logits)]
+
+    def _remember(self) -> None:
+        """Leaves a snapshot, if the last one is long ago."""
+        if not self._runner.has_states:
+            return
+        self._snapshots = [s for s in self._snapshots if s.slot >= 0 and s.n_tokens <= len(self.ids)][-_MOST_SNAPSHOTS:]
+        if len(self.ids) >= SNAPSHOT_TOKENS + (self._snapshots[-1].n_tokens if self._snapshots else 0):
+            self._snapshots.append(self._runner.snapshots.add(self.slot, len(self.ids)))
 
     # Files
 

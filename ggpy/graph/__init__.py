@@ -5,7 +5,7 @@ from .batch import Batch, Span, pack
 from .pages import Pages, pages_of
 from .program import Hook, Program
 from .reference import Reference
-from .states import slot_bytes
+from .states import States, slot_bytes
 from .tensor import Graph, Tensor
 from .threads import Team
 
@@ -17,6 +17,7 @@ __all__ = [
     "Program",
     "Reference",
     "Span",
+    "States",
     "Team",
     "Tensor",
     "default_threads",
