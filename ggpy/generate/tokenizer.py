@@ -1,13 +1,13 @@
 """From text to token ids and back, as a GGUF file's metadata describes it.
 
-The merging itself is done by the `tokenizers` package. Two vocabularies are known: byte-level byte pair encoding
-(`tokenizer.ggml.model` = "gpt2", or "gemma4" for its UTF-8 sister) and SentencePiece's (= "llama").
+The merging itself is done by the `tokenizers` package. `tokenizer.ggml.model` says which kind: byte-level byte pairs
+("gpt2", or "gemma4" for its UTF-8 sister), SentencePiece's pairs ("llama") or unigrams ("t5"), BERT's word pieces ("bert").
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import repeat
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,6 +19,7 @@ from .pretokenizers import PRETOKENIZERS, PreTokenizer
 
 if TYPE_CHECKING:
     import tokenizers
+    from tokenizers import models, normalizers, pre_tokenizers
 
 T = TypeVar("T")
 
@@ -27,7 +28,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 SPACE = "\u2581"  # how SentencePiece spells a space
 
-_MODELS = ("gpt2", "llama", "gemma4")
+_MODELS = ("gpt2", "llama", "gemma4", "bert", "t5")
+# Beginning, end and unknown token where a file doesn't say, as in llama.cpp.
+_SPECIAL = {"llama": (1, 2, 0), "bert": (101, 102, 100), "t5": (None, 1, 2)}
 
 #: Tokens that end a turn, by their names: files often name just one of them in `eos_token_id`.
 END_NAMES = (
@@ -78,9 +81,11 @@ class _Fields:
             raise _wrong(name, "a boolean", value)
         return bool(value)
 
-    def array(self, name: str, kind: type[T], length: int | None = None) -> list[T]:
+    def array(self, name: str, kind: type[T], length: int | None = None, default: list[T] | None = None) -> list[T]:
         """The array as a list; `length`: how many elements it must have."""
         value = self._value(name)
+        if value is None and default is not None:
+            return default
         if value is None or isinstance(value, (str, bytes)) or not hasattr(value, "__len__"):
             raise _wrong(name, f"an array of {kind.__name__}", value)
         items = value.tolist() if hasattr(value, "tolist") else list(value)
@@ -143,27 +148,26 @@ class Tokenizer:
             if type_ == BYTE and not _BYTE_TOKEN.fullmatch(text):
                 raise TokenizerError(f"tokenizer.ggml.tokens has {text!r}, whose type says that it is a byte like <0x0A>")
 
-        pre = None if kind == "llama" else _pretokenizer("gemma4" if kind == "gemma4" else fields.string("pre", "default"))
+        self._kind, pre = kind, None
+        if kind in ("gpt2", "gemma4"):
+            pre = _pretokenizer("gemma4" if kind == "gemma4" else fields.string("pre", "default"))
         self._byte_level = pre is not None and pre.byte_level
         vocab = self._vocabulary()
         ends = self._mark_ends(vocab, typed)
 
-        first, last, unknown = (1, 2, 0) if kind == "llama" else (None, None, None)
+        first, last, unknown = _SPECIAL.get(kind, (None, None, None))
         self.bos = fields.token_id("bos_token_id", n_vocab, first)
-        self.eos = fields.token_id("eos_token_id", n_vocab, last)
+        # BERT's texts end with the token that separates two; so it is spelled in GGUF.
+        self.eos = fields.token_id("seperator_token_id" if kind == "bert" else "eos_token_id", n_vocab, last)
         unknown = fields.token_id("unknown_token_id", n_vocab, unknown)
         named = [fields.token_id(f"{name}_token_id", n_vocab) for name in ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")]
         self.end_tokens = frozenset(ends) | {i for i in (self.eos, *named) if i is not None}
-        self.add_bos = fields.flag("add_bos_token", pre.add_bos if pre else True) and self.bos is not None
-        self.add_eos = fields.flag("add_eos_token", False) and self.eos is not None
-        self.space_prefix = pre is None and fields.flag("add_space_prefix", True)
-
-        if pre is None:
-            merges = _merges_by_score(vocab, fields.array("scores", float, n_vocab), self._types)
-        else:
-            merges = _split_merges(fields.array("merges", str))
-        unknown_token = None if unknown is None or self._byte_level else self._spelling(unknown)
-        self._build(vocab, merges, unknown_token, pre)
+        # Whatever the flags say, BERT's texts stand between two tokens.
+        add_bos, add_eos = pre.add_bos if pre else kind != "t5", kind == "t5"
+        self.add_bos = (kind == "bert" or fields.flag("add_bos_token", add_bos)) and self.bos is not None
+        self.add_eos = (kind == "bert" or fields.flag("add_eos_token", add_eos)) and self.eos is not None
+        self.space_prefix = pre is None and (kind == "bert" or fields.flag("add_space_prefix", True))
+        self._build(vocab, unknown, pre, fields)
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> Tokenizer:
@@ -186,6 +190,8 @@ class Tokenizer:
     def _spelling(self, token: int) -> str:
         """A token as it is matched against text. User-defined ones are matched before spaces are respelled."""
         text = self._tokens[token]
+        if self._kind == "bert":
+            return _word_piece(text, self._types[token])
         return text.replace(SPACE, " ") if self._types[token] == USER_DEFINED and not self._byte_level else text
 
     def _vocabulary(self) -> dict[str, int]:
@@ -193,6 +199,11 @@ class Tokenizer:
         if len(vocab) != self.n_vocab:
             twice = next(text for i, text in enumerate(self._tokens) if vocab[text] != i)
             raise TokenizerError(f"tokenizer.ggml.tokens has {twice!r} more than once")
+        if self._kind == "bert":
+            vocab = {self._spelling(i): i for i in range(self.n_vocab)}
+            if len(vocab) != self.n_vocab:
+                raise TokenizerError("tokenizer.ggml.tokens has a word that is spelled like a control token")
+            return vocab
         if not self._byte_level:
             for i, type_ in enumerate(self._types):
                 if type_ == USER_DEFINED and SPACE in self._tokens[i]:
@@ -213,34 +224,20 @@ class Tokenizer:
             self._types[i] = CONTROL
         return set(ends.values())
 
-    def _build(
-        self, vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str | None, pre: PreTokenizer | None
-    ) -> None:
-        from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+    def _build(self, vocab: dict[str, int], unknown: int | None, pre: PreTokenizer | None, fields: _Fields) -> None:
+        from tokenizers import AddedToken, Tokenizer
 
-        try:
-            model = models.BPE(
-                vocab,
-                merges,
-                unk_token=unknown,
-                fuse_unk=not self._byte_level,
-                byte_fallback=not self._byte_level,
-                ignore_merges=pre is not None and pre.ignore_merges,
-            )
-        except Exception as error:  # the package raises bare Exceptions
-            raise TokenizerError(f"tokenizer.ggml.merges don't fit tokenizer.ggml.tokens: {error}") from None
+        model = self._model(vocab, unknown, pre, fields)
 
-        def made(types: Iterable[int], space_prefix: bool = self.space_prefix) -> tokenizers.Tokenizer:
+        def made(
+            types: Iterable[int], model: models.Model = model, space_prefix: bool = self.space_prefix
+        ) -> tokenizers.Tokenizer:
             tokenizer = Tokenizer(model)
-            if not self._byte_level:
-                spaces = [normalizers.Prepend(SPACE)] if space_prefix else []
-                tokenizer.normalizer = normalizers.Sequence([*spaces, normalizers.Replace(" ", SPACE)])
-            elif pre is not None and pre.nfc:
-                tokenizer.normalizer = normalizers.NFC()
-            if pre is not None:
-                splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
-                spell = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)] if pre.byte_level else []
-                tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, *spell])
+            normalizer, pre_tokenizer = self._cuts(pre, fields, space_prefix)
+            if normalizer is not None:
+                tokenizer.normalizer = normalizer
+            if pre_tokenizer is not None:
+                tokenizer.pre_tokenizer = pre_tokenizer
             tokenizer.add_tokens(
                 [
                     AddedToken(self._spelling(i), normalized=False)
@@ -250,10 +247,87 @@ class Tokenizer:
             )
             return tokenizer
 
-        # All share one model; they differ in what they take out of a text before it is cut, and what they put in front.
-        self._plain = made({USER_DEFINED})
+        # They share their model and differ in what they take out of a text before it is cut, and what they put in front.
+        # Unigrams would find control tokens in what is left: there, texts that hide them need a model without these.
+        hidden = {CONTROL, UNKNOWN, UNUSED}
+        plain = self._unigrams(unknown, fields, hidden) if self._kind == "t5" else model
+        self._plain = made({USER_DEFINED}, plain)
         self._with_control = made({USER_DEFINED, CONTROL, UNKNOWN})
-        self._inside = made({USER_DEFINED}, space_prefix=False) if self.space_prefix else self._plain
+        self._inside = made({USER_DEFINED}, plain, space_prefix=False) if self.space_prefix else self._plain
+
+    def _model(self, vocab: dict[str, int], unknown: int | None, pre: PreTokenizer | None, fields: _Fields) -> models.Model:
+        """What turns a piece of text into tokens."""
+        from tokenizers import models
+
+        if self._kind == "t5":
+            return self._unigrams(unknown, fields)
+        if self._kind == "bert":
+            if unknown is None:
+                raise TokenizerError("tokenizer.ggml.unknown_token_id is missing")
+            return models.WordPiece(vocab, unk_token=self._spelling(unknown), max_input_chars_per_word=100)
+        if pre is None:
+            merges = _merges_by_score(vocab, fields.array("scores", float, self.n_vocab), self._types)
+        else:
+            merges = _split_merges(fields.array("merges", str))
+        try:
+            return models.BPE(
+                vocab,
+                merges,
+                unk_token=None if unknown is None or self._byte_level else self._spelling(unknown),
+                fuse_unk=not self._byte_level,
+                byte_fallback=not self._byte_level,
+                ignore_merges=pre is not None and pre.ignore_merges,
+            )
+        except Exception as error:  # the package raises bare Exceptions
+            raise TokenizerError(f"tokenizer.ggml.merges don't fit tokenizer.ggml.tokens: {error}") from None
+
+    def _cuts(
+        self, pre: PreTokenizer | None, fields: _Fields, space_prefix: bool
+    ) -> tuple[normalizers.Normalizer | None, pre_tokenizers.PreTokenizer | None]:
+        """What changes a text before it becomes tokens, and what cuts it into pieces."""
+        from tokenizers import Regex, normalizers, pre_tokenizers
+
+        if self._kind == "bert":
+            lowercase = fields.flag("normalizer.lowercase", True)
+            strip_accents = fields.flag("normalizer.strip_accents", lowercase)
+            return (
+                normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip_accents),
+                pre_tokenizers.BertPreTokenizer(),
+            )
+        spaces: list[normalizers.Normalizer] = [normalizers.Prepend(SPACE)] if space_prefix else []
+        spaces.append(normalizers.Replace(" ", SPACE))
+        if self._kind == "t5":
+            if fields.flag("remove_extra_whitespaces", False):
+                spaces = [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip(), *spaces]
+            charsmap = bytes(x & 255 for x in fields.array("precompiled_charsmap", int, default=[]))
+            try:
+                first = [normalizers.Precompiled(charsmap)] if charsmap else []
+            except Exception as error:  # the package raises bare Exceptions
+                raise TokenizerError(f"tokenizer.ggml.precompiled_charsmap: {error}") from None
+            return normalizers.Sequence([*first, *spaces]), None
+        escaped = normalizers.Sequence(spaces)
+        if pre is None:
+            return escaped, None
+        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
+        spell = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)] if pre.byte_level else []
+        composed = normalizers.NFC() if pre.nfc else None
+        return composed if pre.byte_level else escaped, pre_tokenizers.Sequence([*splits, *spell])
+
+    def _unigrams(self, unknown: int | None, fields: _Fields, hidden: Collection[int] = ()) -> models.Model:
+        """SentencePiece's model of unigrams; tokens of the hidden types aren't found in a text."""
+        from tokenizers import models
+
+        scores = fields.array("scores", float, self.n_vocab)
+        # The unknown token's score lies below the lowest one: let that be one of a text's own tokens.
+        lowest = min((x for x, type_ in zip(scores, self._types, strict=True) if type_ == NORMAL), default=0.0)
+        pieces = [
+            (f"\0{text}" if type_ in hidden else text, max(score, lowest))
+            for text, score, type_ in zip(self._tokens, scores, self._types, strict=True)
+        ]
+        try:
+            return models.Unigram(pieces, unknown, False)
+        except Exception as error:  # the package raises bare Exceptions
+            raise TokenizerError(f"tokenizer.ggml.scores: {error}") from None
 
     def encode(self, text: str, special: bool = True, bos: bool | None = None) -> list[int]:
         """Token ids of a text.
@@ -353,6 +427,13 @@ class Tokenizer:
             An id is outside the vocabulary.
         """
         return self.decode_bytes(ids, special).decode("utf-8", "replace")
+
+
+def _word_piece(text: str, type_: int) -> str:
+    """BERT's own spelling of a token: GGUF marks the beginnings of words, BERT what continues them."""
+    if type_ in (CONTROL, UNKNOWN):
+        return text
+    return text.removeprefix(SPACE) if text.startswith(SPACE) else f"##{text}"
 
 
 def _pretokenizer(name: str) -> PreTokenizer:

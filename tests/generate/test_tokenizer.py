@@ -182,6 +182,10 @@ def write_vocabulary(path, metadata):
     names = {"tokens": writer.add_token_list, "scores": writer.add_token_scores, "token_type": writer.add_token_types}
     names |= {"model": writer.add_tokenizer_model, "pre": writer.add_tokenizer_pre, "merges": writer.add_token_merges}
     names |= {"bos_token_id": writer.add_bos_token_id, "eos_token_id": writer.add_eos_token_id}
+    names |= {"unknown_token_id": writer.add_unk_token_id, "seperator_token_id": writer.add_sep_token_id}
+    names |= {"add_space_prefix": writer.add_add_space_prefix}
+    names |= {"remove_extra_whitespaces": writer.add_remove_extra_whitespaces}
+    names |= {"precompiled_charsmap": lambda values: writer.add_precompiled_charsmap(bytes(values))}
     for key, value in metadata.items():
         names[key.rpartition(".")[2]](value.tolist() if isinstance(value, np.ndarray) else value)
     writer.write_header_to_file()
@@ -484,7 +488,7 @@ def test_bad_byte_tokens_are_named():
         Tokenizer.from_metadata(bpe_metadata(tokens=["x", "y"], token_type=[BYTE, NORMAL], merges=[], eos_token_id=None))
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"pre": "novel"}, "llama-bpe"), ({"model": "t5"}, "gpt2, llama")])
+@pytest.mark.parametrize(("changes", "message"), [({"pre": "novel"}, "llama-bpe"), ({"model": "rwkv"}, "gpt2, llama")])
 def test_unknown_kinds_list_the_known(changes, message):
     with pytest.raises(UnsupportedError, match=message):
         Tokenizer.from_metadata(bpe_metadata(**changes))
