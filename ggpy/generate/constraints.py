@@ -18,6 +18,7 @@ import numpy as np
 
 from ..cpus import usable_cpus
 from ..errors import Error
+from .gbnf import lark_of_gbnf
 from .options import HasJSONSchema, JSONSchema, Logits
 from .tokenizer import Tokenizer
 
@@ -30,6 +31,8 @@ _SPACE = r" |\n[ \t]{0,20}"
 # llguidance compiles grammars by recursion, a chain of rules by as deep a one: a stack for the longest chain that a text
 # can have, where it takes up to 700 bytes for each character, and a limit to that.
 _STACK_PER_CHARACTER, _LEAST_STACK, _LONGEST = 1400, 1 << 22, 1_000_000
+# What tells Lark's syntax from GBNF.
+_LARK = re.compile(r"^[ \t]*(?:%llguidance\b|start\b[^:\n]*:(?!:=))", re.MULTILINE)
 _LONGEST_MESSAGE = 400
 _NO_TOKEN = "no token of this model can go on with what the grammar wants next"
 _STACK_SIZE = threading.Lock()  # one size for all threads that start
@@ -249,15 +252,12 @@ def _from_regex(regex: str) -> str:
 
 def _from_grammar(grammar: str) -> tuple[str, bool]:
     """The grammar in Lark's syntax, and whether it was."""
-    from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
-
     _check_text("grammar", "a grammar", grammar)
-    if is_lark_syntax(grammar):
+    if _LARK.search(grammar):
         return grammar, True
-    try:
-        return gbnf_to_lark(grammar), False
-    except Exception as error:  # the converter raises bare Exceptions
-        raise Error(f"grammar: {_one_line(str(error))}") from None
+    if "::=" not in grammar:
+        raise Error("grammar: no rule 'start: …', as Lark has, and no 'root ::= …', as GBNF has")
+    return lark_of_gbnf(grammar), False
 
 
 def _check_text(name: str, what: str, text: object) -> None:

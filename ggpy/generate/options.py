@@ -224,7 +224,8 @@ class GenerationOptions(SamplingOptions, total=False):
         str | None,
         Other(
             None,
-            "The text keeps to this grammar, in llguidance's form of Lark's syntax, or llama.cpp's (GBNF).",
+            "The text keeps to this grammar: in Lark's syntax as llguidance has it, where terminals are cut off as long as "
+            "they can be, or in llama.cpp's (GBNF).",
         ),
     ]
 
