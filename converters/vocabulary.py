@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,51 +16,7 @@ from gguf import TokenType
 
 from ggpy.errors import ConversionError, Error, UnsupportedError
 
-from .checkpoint import Checkpoint
-
-WORDS_WITH_SIGN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-WORDS_BY_CASE = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*|\p{{N}}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-# DeepSeek V2's tokenizer lists all letters that have case, in hundreds of ranges; this stands for the list.
-CASED_LETTERS = "\\s?[letters with case]+"
-CASED_LETTERS_LISTED = re.compile(r"\\s\?\[A-Za-zµÀ-ÖØ-öø-[^\]]*\]\+")
-DEEPSEEK3_WORDS = (
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
-    r" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-# How a tokenizer.json splits text before merging (see `_splitting`) -> GGUF's name for it, tokenizer.ggml.pre.
-SPLITTINGS: dict[tuple[tuple[Any, ...], ...], str] = {
-    (("ByteLevel", True),): "gpt-2",
-    (("Digits", True), ("ByteLevel", True)): "smollm",
-    (("Split", WORDS_WITH_SIGN % r"\p{N}{1,3}", "Isolated"), ("ByteLevel", False)): "smaug-bpe",
-    (("Split", WORDS_WITH_SIGN % r"\p{N}{1,3}", "Isolated"), ("ByteLevel", False), ("ignore_merges",)): "llama-bpe",
-    (("Split", WORDS_WITH_SIGN % r"\p{N}", "Isolated"), ("ByteLevel", False)): "deepseek-r1-qwen",
-    (("NFC",), ("Split", WORDS_WITH_SIGN % r"\p{N}", "Isolated"), ("ByteLevel", False)): "qwen2",
-    (("Split", WORDS_BY_CASE, "Isolated"), ("ByteLevel", False), ("ignore_merges",)): "tekken",
-    (("NFC",), ("ByteLevel", True)): "olmo",
-    (
-        ("Split", r"[\r\n]", "Isolated"),
-        ("Split", CASED_LETTERS, "Isolated"),
-        ("Split", "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+", "Isolated"),
-        ("Split", r"\s+$", "Isolated"),
-        ("Split", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", "Isolated"),
-        ("Digits", True),
-        ("ByteLevel", False),
-    ): "deepseek-llm",
-    (
-        ("Split", r"\p{N}{1,3}", "Isolated"),
-        ("Split", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", "Isolated"),
-        ("Split", DEEPSEEK3_WORDS, "Isolated"),
-        ("ByteLevel", False),
-    ): "deepseek-v3",
-}
+from .checkpoint import Checkpoint, read_bytes, shown
 
 # It warns of templates for pairs of texts, which no conversion needs.
 logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
@@ -82,6 +37,7 @@ CHECK_TEXTS = (
     "我想在苹果公司工作。日本語のテキスト、カタカナ。「引用」！",
     "😀 👍🏽 👩‍👩‍👧‍👦 🇨🇭 ✅ ♥ \u200b zero\u00a0width ideographic\u3000space",
     "!!!???... ---===+++ ((())) [[]] {{}} <<>> ``` $$$ @#%^&*~ |\\/ __init__ a/b/c",
+    "two  12, three   345;it'sabc we'llx I'Mx 12  34",
     "CamelCaseWordsHTTPServer snake_case_words kebab-case aaaaaaaaaaaaaaaaaaaaaaaa",
 )
 
@@ -97,6 +53,9 @@ class Piece:
 
 def write_vocabulary(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     """Add the ``tokenizer.*`` metadata.
+
+    Of a tokenizer.json and a tokenizer.model the former decides, as for transformers; the latter gives its scores where
+    both have the same tokens.
 
     Parameters
     ----------
@@ -114,13 +73,14 @@ def write_vocabulary(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     n_vocab = checkpoint.config.integer("vocab_size")
     settings = checkpoint.json("tokenizer_config.json", optional=True)
     tokenizer = checkpoint.json("tokenizer.json", optional=True)
-    model = checkpoint.folder / "tokenizer.model"
     add_space_prefix = settings.get("add_prefix_space")
-    if model.is_file():
-        kind = "llama"
-        pieces, adds_prefix = read_sentencepiece(model)
-        tokens = [(piece.text, piece.score, piece.type) for piece in pieces]
-        rows = dict(enumerate(tokens)) | _added_tokens(checkpoint, settings)
+    pieces = _pieces(checkpoint, tokenizer)
+    if pieces is not None:
+        kind, (tokens, adds_prefix) = "llama", pieces
+        rows = {i: (piece.text, piece.score, piece.type) for i, piece in enumerate(tokens)}
+        for i, row in (_added_tokens(checkpoint, settings) | _added_of_json(checkpoint, tokenizer, kind)).items():
+            if i not in rows or rows[i][2] != TokenType.UNKNOWN:
+                rows[i] = row
     elif tokenizer:
         kind, adds_prefix = _kind(checkpoint, tokenizer)
         rows = _tokens_of_json(checkpoint, tokenizer, kind)
@@ -143,7 +103,33 @@ def write_vocabulary(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     writer.add_token_types([int(type_) for _, _, type_ in filled])
     if isinstance(add_space_prefix, bool):
         writer.add_add_space_prefix(add_space_prefix)
-    _write_special(writer, checkpoint, tokenizer, [text for text, _, _ in filled], load_merges=kind == "gpt2")
+    _write_special(writer, checkpoint, tokenizer, settings, [text for text, _, _ in filled], load_merges=kind == "gpt2")
+
+
+def _pieces(checkpoint: Checkpoint, tokenizer: dict[str, Any]) -> tuple[list[Piece], bool] | None:
+    """The pieces of tokenizer.model, and whether it puts a space before the text; None where there is no such file or
+    tokenizer.json has another vocabulary."""
+    path = checkpoint.folder / "tokenizer.model"
+    if not path.exists():
+        return None
+    if not tokenizer:
+        return read_sentencepiece(path)
+    try:
+        pieces, adds_prefix = read_sentencepiece(path)
+    except Error as error:  # Llama 3 and others have a tokenizer of another form under this name
+        checkpoint.notes.append(f"{error}; tokenizer.json is taken instead")
+        return None
+    kind, adds_prefix = _kind(checkpoint, tokenizer)
+    texts = {i: text for text, i in tokenizer["model"]["vocab"].items()}
+    texts |= {token["id"]: token["content"] for token in tokenizer.get("added_tokens") or []}
+    for i, piece in enumerate(pieces):
+        theirs = texts.get(i, piece.text)
+        if kind != "llama" or theirs.replace("▁", " ") != piece.text.replace("▁", " "):
+            checkpoint.notes.append(
+                f"{path}: left aside, its token {i} is {piece.text!r}; tokenizer.json is taken, whose is {theirs!r}"
+            )
+            return None
+    return pieces, adds_prefix
 
 
 def _kind(checkpoint: Checkpoint, tokenizer: dict[str, Any]) -> tuple[str, bool]:
@@ -175,36 +161,40 @@ def _steps(part: Any, parts: str) -> list[dict[str, Any]]:
     return [part]
 
 
-def _splitting(tokenizer: dict[str, Any]) -> tuple[tuple[Any, ...], ...]:
-    """The steps that a text takes before its pieces are merged, each as its type and what in it changes the pieces."""
-    splitting: list[tuple[Any, ...]] = [(step.get("type"),) for step in _steps(tokenizer.get("normalizer"), "normalizers")]
-    for step in _steps(tokenizer.get("pre_tokenizer"), "pretokenizers"):
-        match step.get("type"):
-            case "Split":
-                pattern = (step.get("pattern") or {}).get("Regex") or ""
-                # Some files have the line breaks themselves.
-                pattern = pattern.replace("\r", r"\r").replace("\n", r"\n")
-                if CASED_LETTERS_LISTED.fullmatch(pattern):
-                    pattern = CASED_LETTERS
-                splitting.append(("Split", pattern, step.get("behavior")))
-            case "Digits":
-                splitting.append(("Digits", step.get("individual_digits", False)))
-            case "ByteLevel" if not step.get("add_prefix_space"):
-                splitting.append(("ByteLevel", step.get("use_regex", True)))
-            case other:
-                splitting.append((other, json.dumps(step)))
-    if tokenizer["model"].get("ignore_merges"):
-        splitting.append(("ignore_merges",))
-    return tuple(splitting)
-
-
 def _pre(checkpoint: Checkpoint, tokenizer: dict[str, Any]) -> str:
-    splitting = _splitting(tokenizer)
-    if splitting not in SPLITTINGS:
-        known = ", ".join(SPLITTINGS.values())
-        where = checkpoint.folder / "tokenizer.json"
-        raise UnsupportedError(f"{where}: splits text by {list(splitting)}, which none of {known} does")
-    return SPLITTINGS[splitting]
+    """GGUF's name for how a tokenizer.json cuts texts: the first row of ggpy's table that cuts `CHECK_TEXTS` alike."""
+    from tokenizers import Tokenizer
+
+    # Only here: what reads GGUF's tokenizers stands to the right of what converts.
+    from ggpy.generate.pretokenizers import ROWS
+
+    where, model = checkpoint.folder / "tokenizer.json", tokenizer["model"]
+    try:
+        own = Tokenizer.from_file(str(where))
+    except Exception as error:  # the package raises plain Exceptions
+        raise ConversionError(f"{where}: not a tokenizer: {error}") from error
+    ignore_merges = bool(model.get("ignore_merges"))
+    # Whether merges are ignored matters for tokens that no merge makes.
+    made = {"".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]}
+    added = {token["content"] for token in tokenizer.get("added_tokens") or []}
+    matters = any(len(text) > 1 and text not in made and text not in added for text in model["vocab"])
+    wanted = [_cut(own.normalizer, own.pre_tokenizer, text) for text in CHECK_TEXTS]
+    for names, row in sorted(ROWS.items(), key=lambda item: item[1].ignore_merges != ignore_merges):
+        if not row.byte_level or (matters and row.ignore_merges != ignore_merges):
+            continue
+        normalizer, splitter = row.normalizer(), row.splitter()
+        if all(_cut(normalizer, splitter, text) == cut for text, cut in zip(CHECK_TEXTS, wanted, strict=True)):
+            return names.split()[0]
+    known = ", ".join(names.split()[0] for names in ROWS)
+    steps = {key: tokenizer[key] for key in ("normalizer", "pre_tokenizer") if tokenizer.get(key)}
+    described = shown(steps | ({"ignore_merges": True} if ignore_merges else {}))
+    raise UnsupportedError(f"{where}: splits text by {described}, which none of {known} does")
+
+
+def _cut(normalizer: Any, splitter: Any, text: str) -> list[str]:
+    """A text's pieces, in the spelling that they are merged in."""
+    normal = text if normalizer is None else normalizer.normalize_str(text)
+    return [normal] if splitter is None else [piece for piece, _ in splitter.pre_tokenize_str(normal)]
 
 
 def _tokens_of_json(checkpoint: Checkpoint, tokenizer: dict[str, Any], kind: str) -> dict[int, tuple[str, float, int]]:
@@ -228,20 +218,30 @@ def _tokens_of_json(checkpoint: Checkpoint, tokenizer: dict[str, Any], kind: str
         if not isinstance(i, int) or i < 0 or i in rows:
             raise ConversionError(f"{where}: token {text!r} has no id of its own")
         rows[i] = (text, scores.get(text, lowest), type_)
-    for token in tokenizer.get("added_tokens") or []:
-        i, text = token["id"], token["content"]
-        if rows.get(i, (text,))[0] != text:
-            raise ConversionError(f"{where}: tokens {rows[i][0]!r} and {text!r} both have id {i}")
+    for i, row in _added_of_json(checkpoint, tokenizer, kind).items():
+        if rows.get(i, (row[0],))[0].replace("▁", " ") != row[0].replace("▁", " "):
+            raise ConversionError(f"{where}: tokens {rows[i][0]!r} and {row[0]!r} both have id {i}")
         if i not in rows or rows[i][2] != TokenType.UNKNOWN:
-            rows[i] = _added(text, bool(token.get("special")))
+            rows[i] = row
     return rows
 
 
-def _added(text: str, special: bool) -> tuple[str, float, int]:
+def _added_of_json(checkpoint: Checkpoint, tokenizer: dict[str, Any], kind: str) -> dict[int, tuple[str, float, int]]:
+    """The tokens that a tokenizer.json adds to its vocabulary, or takes out of texts beforehand."""
+    rows: dict[int, tuple[str, float, int]] = {}
+    try:
+        for token in tokenizer.get("added_tokens") or []:
+            rows[int(token["id"])] = _added(token["content"], bool(token.get("special")), kind)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConversionError(f"{checkpoint.folder / 'tokenizer.json'}: its added tokens can't be read: {error}") from error
+    return rows
+
+
+def _added(text: str, special: bool, kind: str) -> tuple[str, float, int]:
     if special or FORMAT_TOKENS.fullmatch(text):
         return text, -1000.0, TokenType.CONTROL
-    # These are looked for in the text as the user wrote it, with spaces.
-    return text.replace("▁", " "), -1000.0, TokenType.USER_DEFINED
+    # Pieces are looked for in the text as the user wrote it, with spaces; a BPE of bytes has nothing that stands for them.
+    return text.replace("▁", " ") if kind == "llama" else text, -1000.0, TokenType.USER_DEFINED
 
 
 def _added_tokens(checkpoint: Checkpoint, settings: dict[str, Any]) -> dict[int, tuple[str, float, int]]:
@@ -251,37 +251,82 @@ def _added_tokens(checkpoint: Checkpoint, settings: dict[str, Any]) -> dict[int,
         for text, i in checkpoint.json("added_tokens.json", optional=True).items():
             rows[int(i)] = (text, -1000.0, TokenType.USER_DEFINED)
         for i, token in (settings.get("added_tokens_decoder") or {}).items():
-            rows[int(i)] = _added(token["content"], bool(token.get("special")))
+            rows[int(i)] = _added(token["content"], bool(token.get("special")), "llama")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConversionError(f"{checkpoint.folder}: its added tokens can't be read: {error}") from error
     return rows
 
 
+class _SpecialVocab(gguf.SpecialVocab):
+    """Ids below zero or beyond the vocabulary count as none."""
+
+    def _set_special_token(self, typ: str, tid: Any) -> None:
+        if isinstance(tid, int) and not isinstance(tid, bool) and 0 <= tid < (self.n_vocab or 0):
+            super()._set_special_token(typ, tid)
+
+
 def _write_special(
-    writer: gguf.GGUFWriter, checkpoint: Checkpoint, tokenizer: dict[str, Any], tokens: list[str], load_merges: bool
+    writer: gguf.GGUFWriter,
+    checkpoint: Checkpoint,
+    tokenizer: dict[str, Any],
+    settings: dict[str, Any],
+    tokens: list[str],
+    load_merges: bool,
 ) -> None:
     """Merges, ids of special tokens, whether to add them, and the chat template."""
+    template = _chat_template(checkpoint, settings)
+    checkpoint.text("merges.txt")  # so that it is a file
     try:
-        special = gguf.SpecialVocab(checkpoint.folder, load_merges=load_merges, n_vocab=len(tokens))
-    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        special = _SpecialVocab(checkpoint.folder, load_merges=load_merges, n_vocab=len(tokens))
+    except (ValueError, KeyError, AttributeError, TypeError, IndexError, OSError) as error:
         raise ConversionError(f"{checkpoint.folder}: its special tokens can't be read: {error}") from error
     if load_merges and not special.merges:
         raise ConversionError(f"{checkpoint.folder / 'tokenizer.json'}: has no merges")
-    if special.chat_template is None:
-        special.chat_template = checkpoint.text("chat_template.jinja")
+    special.chat_template = template
     if load_merges:  # llama.cpp would add a token of its own accord for some vocabularies: say what this one does
         special.add_special_token.setdefault("bos", _adds_first(tokenizer))
 
-    # Chat models end their turns with one of several tokens, which generation_config.json lists.
+    # Chat models end their turns with one of several tokens, which generation_config.json lists, or config.json.
     ends = checkpoint.json("generation_config.json", optional=True).get("eos_token_id")
+    if ends is None:
+        ends = checkpoint.config.get("eos_token_id")
     for i in ends if isinstance(ends, list) else [ends]:
         if not isinstance(i, int) or not 0 <= i < len(tokens):
             continue
         unset = [kind for kind in ("eos", "eot", "eom") if kind not in special.special_token_ids]
-        if i not in (special.special_token_ids.get(kind) for kind in ("eos", "eot", "eom")) and unset:
-            kind = "eom" if "eom" in tokens[i] and "eom" in unset else unset[0]
-            special.special_token_ids[kind] = i
+        if i in (special.special_token_ids.get(kind) for kind in ("eos", "eot", "eom")):
+            continue
+        if not unset:
+            checkpoint.notes.append(f"{checkpoint.folder}: {tokens[i]!r} is a fourth token that ends texts; GGUF has three")
+            continue
+        kind = "eom" if "eom" in tokens[i] and "eom" in unset else unset[0]
+        special.special_token_ids[kind] = i
     special.add_to_gguf(writer, quiet=True)
+
+
+def _chat_template(checkpoint: Checkpoint, settings: dict[str, Any]) -> str | list[dict[str, str]] | None:
+    """The chat template, or several with their names. As for transformers, chat_template.jinja counts before what
+    tokenizer_config.json says."""
+    found: Any = checkpoint.text("chat_template.jinja")
+    more = sorted((checkpoint.folder / "additional_chat_templates").glob("*.jinja"))
+    if more:
+        found = {"default": found} if isinstance(found, str) else {}
+        found |= {path.stem: checkpoint.text(str(path.relative_to(checkpoint.folder))) for path in more}
+    if found is None:
+        found = settings.get("chat_template")
+    if found is None:
+        found = checkpoint.json("chat_template.json", optional=True).get("chat_template")
+    if isinstance(found, dict):
+        found = [{"name": name, "template": template} for name, template in found.items()]
+    several = found if isinstance(found, list) else [{"name": "default", "template": found}]
+    for template in several:
+        text = template.get("template") if isinstance(template, dict) and isinstance(template.get("name"), str) else None
+        if found is not None and (not isinstance(text, str) or re.search("[\ud800-\udfff]", text)):
+            checkpoint.notes.append(
+                f"{checkpoint.folder}: its chat template is left aside: neither text nor texts with names"
+            )
+            return None
+    return found
 
 
 def _adds_first(tokenizer: dict[str, Any]) -> bool:
@@ -308,7 +353,7 @@ def read_sentencepiece(path: Path) -> tuple[list[Piece], bool]:
     pieces: list[Piece] = []
     model_type, adds_prefix = 1, True
     try:
-        for number, value in _fields(path.read_bytes()):
+        for number, value in _fields(read_bytes(path)):
             if number not in (1, 2, 3) or not isinstance(value, bytes):
                 continue
             message = dict(_fields(value))
@@ -370,10 +415,12 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A checkpoint's own tokenizer: the file that it was read from, and text -> token ids without special ones."""
+    """A checkpoint's own tokenizer: the file that it was read from, text -> token ids without special ones, and the tokens
+    that are looked for in a text before it is cut, by their ids."""
 
     file: Path
     encode: Callable[[str], list[int]]
+    added: Mapping[int, str] = field(default_factory=dict)
 
 
 def read_encoder(checkpoint: Checkpoint) -> Encoder | None:
@@ -394,7 +441,8 @@ def read_encoder(checkpoint: Checkpoint) -> Encoder | None:
             raise ConversionError(f"{file}: not a tokenizer: {error}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        return Encoder(file, lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
+        added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
+        return Encoder(file, lambda text: tokenizer.encode(text, add_special_tokens=False).ids, added)
     file = checkpoint.folder / "tokenizer.model"
     if file.is_file() and importlib.util.find_spec("sentencepiece") is not None:
         from sentencepiece import SentencePieceProcessor
@@ -407,7 +455,12 @@ def read_encoder(checkpoint: Checkpoint) -> Encoder | None:
 
 
 def check_vocabulary(metadata: Mapping[str, Any], own: Encoder) -> list[str]:
-    """Compare the tokenizer that GGUF metadata makes with the checkpoint's own, on `CHECK_TEXTS`.
+    """Compare the tokenizer that GGUF metadata makes with the checkpoint's own, on `CHECK_TEXTS` and around added tokens.
+
+    Returns
+    -------
+    list of str
+        Notes: what added tokens do to the text around them, which GGUF can't say.
 
     Raises
     ------
@@ -422,17 +475,36 @@ def check_vocabulary(metadata: Mapping[str, Any], own: Encoder) -> list[str]:
         written = Tokenizer.from_metadata(metadata)
     except Error as error:
         raise ConversionError(f"{own.file}: as GGUF it would be refused: {error}") from error
+
+    def difference(text: str) -> str | None:
+        theirs, ours = own.encode(text), written.encode(text, special=True, bos=False)
+        if theirs == ours:
+            return None
+        at = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours)))
+        a, b = (" ".join(repr(tokens[i]) for i in ids[at : at + 3]) or "nothing" for ids in (theirs, ours))
+        return f"for {text!r}, {b} instead of {a} at {at}"
+
     for text in CHECK_TEXTS:
         if metadata["tokenizer.ggml.model"] == "llama":
             # Before a text that begins with a space, some tokenizer.json put no second one; GGUF's readers always do.
             text = text.lstrip(" ")
-        theirs, ours = own.encode(text), written.encode(text, special=True, bos=False)
-        if theirs != ours:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours))
-            )
-            a, b = (" ".join(repr(tokens[i]) for i in ids[at : at + 3]) or "nothing" for ids in (theirs, ours))
-            raise ConversionError(
-                f"{own.file}: as GGUF it would give other tokens: for {text!r}, {b} instead of {a} at {at}"
-            )
-    return []
+        found = difference(text)
+        if found is not None:
+            raise ConversionError(f"{own.file}: as GGUF it would give other tokens: {found}")
+    others = []
+    for i in own.added:
+        name = own.added[i]
+        for text in (f"x{name}y", f"x {name} y"):
+            found = difference(text)
+            if found is None:
+                continue
+            if i in own.encode(text) and i not in written.encode(text, special=True, bos=False):
+                raise ConversionError(f"{own.file}: as GGUF it would give other tokens: {found}")
+            others.append(found)
+    if not others:
+        return []
+    return [
+        f"{own.file}: around added tokens GGUF's readers cut texts otherwise, {others[0]}"
+        + (f" (and in {len(others) - 1} more tries)" if len(others) > 1 else "")
+        + ": GGUF can't say what lstrip, rstrip, single_word and normalized say"
+    ]

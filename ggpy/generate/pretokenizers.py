@@ -5,7 +5,13 @@ They are in Oniguruma's syntax, which the tokenizers package reads. Patterns of 
 pieces that the one before left; what a pattern doesn't match stays a piece of its own.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import tokenizers
 
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -61,7 +67,7 @@ _THREES_FROM_RIGHT = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """A row of `PRETOKENIZERS`.
+    """A row of `ROWS`.
 
     Attributes
     ----------
@@ -84,19 +90,34 @@ class PreTokenizer:
     nfc: bool = False
     byte_level: bool = True
 
+    def normalizer(self) -> tokenizers.normalizers.Normalizer | None:
+        """What the tokenizers package does to a text before it is cut; None for nothing."""
+        from tokenizers import normalizers
 
-_ROWS: dict[str, PreTokenizer] = {
+        return normalizers.NFC() if self.nfc else None
+
+    def splitter(self) -> tokenizers.pre_tokenizers.PreTokenizer:
+        """What cuts a text for the tokenizers package."""
+        from tokenizers import Regex, pre_tokenizers
+
+        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in self.patterns]
+        spell = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)] if self.byte_level else []
+        return pre_tokenizers.Sequence([*splits, *spell])
+
+
+#: names -> row; the first name is what a conversion writes
+ROWS: dict[str, PreTokenizer] = {
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
     "gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de gigachat a.x-4.0 mellum jais trillion granite-docling exaone4": (
         PreTokenizer((_GPT2,))
     ),
-    "mpt olmo modern-bert": PreTokenizer((_GPT2,), nfc=True),
-    "starcoder refact smollm codeshell exaone minerva-7b mellum2": PreTokenizer((r"\p{N}", _GPT2)),
+    "olmo mpt modern-bert": PreTokenizer((_GPT2,), nfc=True),
+    "smollm starcoder refact codeshell exaone minerva-7b mellum2": PreTokenizer((r"\p{N}", _GPT2)),
     "command-r": PreTokenizer((r"\p{N}", _GPT2), nfc=True),
-    "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano": PreTokenizer(
+    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano": PreTokenizer(
         (_LLAMA3,), ignore_merges=True, add_bos=True
     ),
-    "dbrx smaug-bpe chatglm-bpe": PreTokenizer((_LLAMA3,)),
+    "smaug-bpe dbrx chatglm-bpe": PreTokenizer((_LLAMA3,)),
     "glm4 glm5": PreTokenizer((_LLAMA3,), ignore_merges=True),
     "minicpm5": PreTokenizer(
         (r"\p{N}{1,3}", _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}+" + _LLAMA3_TAIL), ignore_merges=True
@@ -147,7 +168,7 @@ _ROWS: dict[str, PreTokenizer] = {
             r"\s?[!-/:-~\x{ff01}-\x{ff0f}\x{ff1a}-\x{ff5e}\x{2018}-\x{201f}\x{3000}-\x{3002}]+",
             r"\s+$",
             _DEEPSEEK_CJK,
-            r"\p{N}+",
+            r"\p{N}",
         )
     ),
     "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_CJK, r"\p{N}")),
@@ -182,4 +203,4 @@ _ROWS: dict[str, PreTokenizer] = {
 }
 
 #: What `tokenizer.ggml.pre` may be.
-PRETOKENIZERS: dict[str, PreTokenizer] = {name: row for names, row in _ROWS.items() for name in names.split()}
+PRETOKENIZERS: dict[str, PreTokenizer] = {name: row for names, row in ROWS.items() for name in names.split()}

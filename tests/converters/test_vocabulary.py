@@ -6,18 +6,22 @@ import shutil
 import gguf
 import pytest
 import sentencepiece
+import transformers
 from gguf import TokenType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from converters import convert
 from converters.checkpoint import Checkpoint
 from converters.vocabulary import CHECK_TEXTS, check_vocabulary, read_encoder, read_sentencepiece, write_vocabulary
 from ggpy.errors import ConversionError, Error, UnsupportedError
+from ggpy.generate.pretokenizers import PRETOKENIZERS, ROWS
 from ggpy.generate.tokenizer import Tokenizer as WrittenTokenizer
 
 from .conftest import CHAT_TEMPLATE, SPLITTINGS, TRAINING_TEXT, train_tokenizer
+
+ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 
 
 def metadata_of(folder):
@@ -172,7 +176,7 @@ def test_unknown_splitting_is_refused_with_those_known(damaged_folder):
         [pre_tokenizers.Split("-", "removed"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.save(str(damaged_folder / "tokenizer.json"))
-    with pytest.raises(UnsupportedError, match=r"tokenizer\.json: splits text by .*Split.*gpt-2, smollm, .*llama-bpe"):
+    with pytest.raises(UnsupportedError, match=r"tokenizer\.json: splits text by .*Split.*gpt-2, .*smollm, .*llama-bpe"):
         metadata_of(damaged_folder)
 
 
@@ -191,7 +195,7 @@ def test_tokens_merges_and_types_are_the_tokenizers(damaged_folder):
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     n = tokenizer.get_vocab_size()
     assert tokens[: n - 2] == [tokenizer.id_to_token(i) for i in range(n - 2)]
-    assert tokens[n - 2 :] == ["a b", "<|new|>"] + [f"[PAD{i}]" for i in range(n, 512)]
+    assert tokens[n - 2 :] == ["a▁b", "<|new|>"] + [f"[PAD{i}]" for i in range(n, 512)]
     assert types == [3] * 3 + [1] * (n - 5) + [4, 3] + [5] * (512 - n)
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     assert metadata["tokenizer.ggml.merges"] == [" ".join(merge) for merge in merges]
@@ -253,3 +257,158 @@ def test_broken_files_beside_the_tokenizer_are_refused_in_one_line(file, content
     with pytest.raises(ConversionError) as caught:
         metadata_of(sentencepiece_folder)
     assert "\n" not in str(caught.value)
+
+
+# Tokenizers as people have them.
+
+
+def sentencepiece_as_json(folder, **changes):
+    """The folder's tokenizer.model as transformers 5 saves it: a tokenizer.json beside it, with added tokens."""
+    own = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    pieces = [own.id_to_piece(i) for i in range(own.vocab_size())]
+    plain = {piece for i, piece in enumerate(pieces) if not (own.is_control(i) or own.is_unknown(i) or own.is_byte(i))}
+    ranked = sorted(plain, key=lambda piece: -own.get_score(pieces.index(piece)))
+    merges = [(p[:i], p[i:]) for p in ranked for i in range(1, len(p)) if p[:i] in plain and p[i:] in plain]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in ("<unk>", "<s>", "</s>")])
+    tokenizer.add_special_tokens([AddedToken("<|turn|>", normalized=False, **changes)])
+    tokenizer.add_tokens([AddedToken("<extra>", normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
+
+
+@pytest.fixture
+def both_folder(damaged_folder, tmp_path):
+    """A checkpoint with a tokenizer.model, and the same with added tokens in tokenizer.json alone."""
+    (damaged_folder / "tokenizer_config.json").unlink()
+    shutil.copy(train_sentencepiece(tmp_path), damaged_folder)
+    return damaged_folder
+
+
+def test_added_tokens_of_tokenizer_json_are_taken_beside_a_tokenizer_model(both_folder, tmp_path):
+    tokenizer = sentencepiece_as_json(both_folder)
+    plan = convert(both_folder, tmp_path / "model.gguf", "f32", dry_run=True)
+    tokens, types = (plan.metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type"))
+    turn, extra = tokenizer.token_to_id("<|turn|>"), tokenizer.token_to_id("<extra>")
+    assert (tokens[turn], types[turn]) == ("<|turn|>", TokenType.CONTROL)
+    assert (tokens[extra], types[extra]) == ("<extra>", TokenType.USER_DEFINED)
+    assert (types[0], types[1]) == (TokenType.UNKNOWN, TokenType.CONTROL)
+    own = sentencepiece.SentencePieceProcessor(model_file=str(both_folder / "tokenizer.model"))
+    assert plan.metadata["tokenizer.ggml.scores"][400 - 10] == own.get_score(400 - 10)
+    written = WrittenTokenizer.from_metadata(plan.metadata)
+    text = "<|turn|>the other brother<extra>stands<|turn|>"
+    assert written.encode(text, bos=False) == tokenizer.encode(text, add_special_tokens=False).ids
+    assert plan.notes == ()
+
+
+@pytest.mark.parametrize("kind", ["tiktoken", "another vocabulary"])
+def test_tokenizer_json_decides_where_tokenizer_model_is_another(kind, damaged_folder, tmp_path):
+    before = metadata_of(damaged_folder)
+    if kind == "tiktoken":
+        (damaged_folder / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    else:
+        shutil.copy(train_sentencepiece(tmp_path), damaged_folder)
+    plan = convert(damaged_folder, tmp_path / "model.gguf", "f32", dry_run=True)
+    assert {key: plan.metadata[key] for key in before} == before
+    assert any("tokenizer.json is taken" in note for note in plan.notes)
+
+
+FLAGS = [{"lstrip": True}, {"rstrip": True}, {"single_word": True}]
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_what_gguf_cannot_say_of_added_tokens_is_said(flags, kind, both_folder, tmp_path):
+    if kind == "pieces":
+        sentencepiece_as_json(both_folder, **flags)
+    else:
+        (both_folder / "tokenizer.model").unlink()
+        tokenizer = train_tokenizer("qwen2")
+        tokenizer.add_tokens([AddedToken("<new>", **flags)])
+        tokenizer.save(str(both_folder / "tokenizer.json"))
+    (note,) = convert(both_folder, tmp_path / "model.gguf", "f32", dry_run=True).notes
+    assert "around added tokens" in note and ("<new>" in note or "<|turn|>" in note)
+
+
+def test_added_tokens_of_a_byte_tokenizer_keep_their_characters(damaged_folder, tmp_path):
+    tokenizer = train_tokenizer("qwen2")
+    tokenizer.add_tokens([AddedToken("a▁b", normalized=False)])
+    tokenizer.save(str(damaged_folder / "tokenizer.json"))
+    plan = convert(damaged_folder, tmp_path / "model.gguf", "f32", dry_run=True)
+    written = WrittenTokenizer.from_metadata(plan.metadata)
+    for text in ("xa▁by", "xa by"):
+        assert written.encode(text, bos=False) == tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_an_added_token_that_would_not_be_found_is_refused(damaged_folder, monkeypatch):
+    metadata = metadata_of(damaged_folder)
+    metadata["tokenizer.ggml.token_type"][1] = TokenType.NORMAL  # <|im_start|>
+    with pytest.raises(ConversionError, match=r"for 'x<\|im_start\|>y'"):
+        check_vocabulary(metadata, read_encoder(Checkpoint(damaged_folder)))
+
+
+def test_the_templates_file_counts_before_an_older_one(damaged_folder):
+    """As for transformers."""
+    (damaged_folder / "chat_template.jinja").write_text("new")
+    edit_json(damaged_folder / "tokenizer_config.json", unk_token=None)
+    assert metadata_of(damaged_folder)["tokenizer.chat_template"] == "new"
+    assert transformers.AutoTokenizer.from_pretrained(damaged_folder).chat_template == "new"
+
+
+@pytest.mark.parametrize("form", ["list", "folder"])
+def test_templates_with_names_keep_them(form, damaged_folder):
+    if form == "list":
+        named = [{"name": "default", "template": "{{ 1 }}"}, {"name": "tool_use", "template": "{{ 2 }}"}]
+        edit_json(damaged_folder / "tokenizer_config.json", chat_template=named)
+    else:
+        (damaged_folder / "chat_template.jinja").write_text("{{ 1 }}")
+        (damaged_folder / "additional_chat_templates").mkdir()
+        (damaged_folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ 2 }}")
+    metadata = metadata_of(damaged_folder)
+    assert metadata["tokenizer.chat_template"] == "{{ 1 }}"
+    assert metadata["tokenizer.chat_template.tool_use"] == "{{ 2 }}"
+
+
+@pytest.mark.parametrize("template", [7, [7], [{"name": "x"}], {"default": 1}, "\ud800"])
+def test_other_forms_of_templates_are_left_aside(template, damaged_folder):
+    path = damaged_folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    checkpoint = Checkpoint(damaged_folder)
+    writer = gguf.GGUFWriter(None, "llama")
+    write_vocabulary(writer, checkpoint)
+    assert "tokenizer.chat_template" not in writer.kv_data[0]
+    assert any("chat template is left aside" in note for note in checkpoint.notes)
+
+
+def test_all_end_tokens_of_config_json_count_without_a_generation_config(damaged_folder):
+    (damaged_folder / "generation_config.json").unlink(missing_ok=True)
+    edit_json(damaged_folder / "tokenizer_config.json", eos_token=None)
+    edit_json(damaged_folder / "config.json", eos_token_id=[2, 1])
+    metadata = metadata_of(damaged_folder)
+    assert {1, 2} <= WrittenTokenizer.from_metadata(metadata).end_tokens
+
+
+@pytest.mark.parametrize("value", [-1, 2**32 - 1, 512, True, "x", [1]])
+def test_special_ids_out_of_the_vocabulary_count_as_none(value, damaged_folder):
+    edit_json(damaged_folder / "config.json", pad_token_id=value, sep_token_id=value)
+    metadata = metadata_of(damaged_folder)
+    assert not {"tokenizer.ggml.padding_token_id", "tokenizer.ggml.seperator_token_id"} & metadata.keys()
+
+
+@pytest.mark.parametrize("names", [names for names, row in ROWS.items() if row.byte_level])
+def test_every_known_splitting_is_found_by_trying(names, damaged_folder):
+    """Rows that cut alike share the first one's name, which gives the same tokens."""
+    row = ROWS[names]
+    tokenizer = Tokenizer(models.BPE(ignore_merges=row.ignore_merges))
+    tokenizer.normalizer = row.normalizer() or normalizers.Sequence([])
+    tokenizer.pre_tokenizer, tokenizer.decoder = row.splitter(), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=ALPHABET, show_progress=False)
+    tokenizer.train_from_iterator(TRAINING_TEXT, trainer)
+    tokenizer.save(str(damaged_folder / "tokenizer.json"))
+    found = PRETOKENIZERS[metadata_of(damaged_folder)["tokenizer.ggml.pre"]]
+    assert (found.ignore_merges, found.nfc) == (row.ignore_merges, row.nfc)
+    for text in (*CHECK_TEXTS, *TRAINING_TEXT):
+        assert found.splitter().pre_tokenize_str(text) == row.splitter().pre_tokenize_str(text)
