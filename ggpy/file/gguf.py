@@ -16,6 +16,7 @@ from typing import Any, TypeVar, overload
 from ..errors import GGUFError
 from . import metadata, tensors
 from .cursor import Cursor, shorten
+from .foreign import N_BYTES, what_is
 from .mapped import Mapped
 from .metadata import Metadata
 from .tensors import GGUFTensor
@@ -162,7 +163,8 @@ class _Part:
 def _read_version(cursor: Cursor) -> int:
     magic = bytes(cursor.buffer[:4])
     if magic != b"GGUF":
-        raise cursor.error(f"not a GGUF file, it starts with {magic!r}")
+        what = what_is(bytes(cursor.buffer[:N_BYTES]))
+        raise cursor.error(f"not a GGUF file, {f'but {what}' if what else f'it starts with {magic!r}'}")
     cursor.position += 4
     (version,) = cursor.numbers(_U32)
     if version not in VERSIONS:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UnsupportedError
-from ..quant import BlockType, block_type
+from ..quant import BlockType, block_type, foreign_type
 from .cursor import Cursor, shorten
 from .mapped import Mapped
 
@@ -148,7 +148,8 @@ def _check_size(cursor: Cursor, info: _Info) -> tuple[BlockType, int]:
     try:
         kind = block_type(info.type_id)
     except UnsupportedError:
-        raise cursor.error(f"unknown tensor type {info.type_id}") from None
+        what = foreign_type(info.type_id)
+        raise cursor.error(f"unknown tensor type {info.type_id}{f': {what}' if what else ''}") from None
     if info.dims[0] % kind.block_size:
         raise cursor.error(f"rows of {info.dims[0]} values can't be cut into {kind.name} blocks of {kind.block_size}")
     # a dimension of 0 doesn't excuse the others: numpy refuses such shapes too

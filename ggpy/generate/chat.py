@@ -41,6 +41,10 @@ class ChatTemplate:
         The Jinja template (`tokenizer.chat_template`).
     bos, eos : str
         The texts of the tokens that begin and end a text; templates know them as `bos_token` and `eos_token`.
+    tool_use : str, optional
+        The template for conversations with tools, where it is another (`tokenizer.chat_template.tool_use`).
+    more : mapping, optional
+        Texts of other special tokens, such as `pad_token` and `unk_token`.
 
     Raises
     ------
@@ -48,10 +52,14 @@ class ChatTemplate:
         The template isn't valid Jinja.
     """
 
-    def __init__(self, source: str, bos: str = "", eos: str = ""):
+    def __init__(
+        self, source: str, bos: str = "", eos: str = "", tool_use: str = "", more: Mapping[str, str] | None = None
+    ):
         self.source = source
         self.bos = bos
         self.eos = eos
+        self.more = dict(more or {})
+        self.tool_use = ChatTemplate(tool_use, bos, eos, more=more) if tool_use else None
         self._process: _Process | None = None
         try:
             self._template = templates.compile_template(source, counted=True)
@@ -86,6 +94,8 @@ class ChatTemplate:
         TokenizerError
             The template refuses the conversation, fails, or uses up too much time, memory or text.
         """
+        if tools is not None and self.tool_use is not None:
+            return self.tool_use.render(messages, add_generation_prompt, tools, **extra)
         context = {
             "messages": [_with_reasoning(message) for message in messages],
             "tools": tools,
@@ -93,6 +103,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
             "bos_token": self.bos,
             "eos_token": self.eos,
+            **self.more,
             **extra,
         }
         if self._process is None:

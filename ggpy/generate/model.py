@@ -170,7 +170,13 @@ class Model:
         def text(token: int | None) -> str:
             return "" if token is None else self.tokenizer.token_bytes(token).decode(errors="replace")
 
-        return ChatTemplate(source, text(self.tokenizer.bos), text(self.tokenizer.eos))
+        tool_use = self.file.get("tokenizer.chat_template.tool_use", str, default="")
+        ids = {
+            f"{name}_token": self.file.get(f"tokenizer.ggml.{key}_token_id", int, default=None)
+            for name, key in (("pad", "padding"), ("unk", "unknown"))
+        }
+        more = {name: text(token) for name, token in ids.items() if token is not None and token < self.tokenizer.n_vocab}
+        return ChatTemplate(source, text(self.tokenizer.bos), text(self.tokenizer.eos), tool_use, more)
 
     def tokenize(self, text: str, special: bool = True, bos: bool | None = None) -> list[int]:
         """Token ids of a text.

@@ -6,6 +6,7 @@ The merging itself is done by the `tokenizers` package. `tokenizer.ggml.model` s
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import repeat
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from tokenizers import models, normalizers, pre_tokenizers
 
 T = TypeVar("T")
+_log = logging.getLogger("ggpy")
 
 # `tokenizer.ggml.token_type`
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -105,8 +107,9 @@ class _Fields:
         if not isinstance(value, Integral):
             raise _wrong(name, "a token id", value)
         token = int(value)
-        if not 0 <= token < n_vocab:
-            raise TokenizerError(f"tokenizer.ggml.{name} is {token}, but the vocabulary has {n_vocab} tokens")
+        if not 0 <= token < n_vocab:  # 4294967295 in files from before there was a way to say none
+            _log.warning("tokenizer.ggml.%s is %d, but the vocabulary has %d tokens: left aside", name, token, n_vocab)
+            return default if default is None or default < n_vocab else None
         return token
 
 
@@ -195,9 +198,10 @@ class Tokenizer:
         return text.replace(SPACE, " ") if self._types[token] == USER_DEFINED and not self._byte_level else text
 
     def _vocabulary(self) -> dict[str, int]:
-        vocab = {text: i for i, text in enumerate(self._tokens)}
+        # Empty tokens, of which there may be several, get names that no text has.
+        vocab = {text or f"\ufffe{i}": i for i, text in enumerate(self._tokens)}
         if len(vocab) != self.n_vocab:
-            twice = next(text for i, text in enumerate(self._tokens) if vocab[text] != i)
+            twice = next(text for i, text in enumerate(self._tokens) if text and vocab[text] != i)
             raise TokenizerError(f"tokenizer.ggml.tokens has {twice!r} more than once")
         if self._kind == "bert":
             vocab = {self._spelling(i): i for i in range(self.n_vocab)}
@@ -308,10 +312,7 @@ class Tokenizer:
         escaped = normalizers.Sequence(spaces)
         if pre is None:
             return escaped, None
-        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
-        spell = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)] if pre.byte_level else []
-        composed = normalizers.NFC() if pre.nfc else None
-        return composed if pre.byte_level else escaped, pre_tokenizers.Sequence([*splits, *spell])
+        return pre.normalizer() if pre.byte_level else escaped, pre.splitter()
 
     def _unigrams(self, unknown: int | None, fields: _Fields, hidden: Collection[int] = ()) -> models.Model:
         """SentencePiece's model of unigrams; tokens of the hidden types aren't found in a text."""

@@ -7,7 +7,7 @@ from ..errors import UnsupportedError
 from . import codebooks, floats, i_quants, k_quants, opaque, plain, ternary
 from .blocks import BlockType
 
-__all__ = ["BLOCK_TYPES", "BlockType", "block_type"]
+__all__ = ["BLOCK_TYPES", "BlockType", "block_type", "foreign_type"]
 
 _FAMILIES = (floats, plain, k_quants, codebooks, i_quants, ternary, opaque)
 
@@ -19,6 +19,11 @@ BLOCK_TYPES: dict[str, BlockType] = {
 _BY_NAME_OR_ID: dict[str | int, BlockType] = {
     key: known for known in BLOCK_TYPES.values() for key in (known.name, known.id)
 }
+
+
+def foreign_type(id: int) -> str | None:
+    """What is known of a type by its number that isn't among BLOCK_TYPES, and what to do; None for nothing."""
+    return next((what for ids, what in opaque.FOREIGN if id in ids), None)
 
 
 def block_type(name_or_id: str | int) -> BlockType:

@@ -13,3 +13,11 @@ TYPES = tuple(
         ("Q1_0", 41, 128, 18),
     )
 )
+
+# ggml's numbers of types that no longer are, or that another program added -> what they are and what to do.
+FOREIGN: tuple[tuple[range, str], ...] = (
+    (range(4, 6), "Q4_2 or Q4_3, which ggml gave up in 2023; get a newer file"),
+    (range(31, 34), "Q4_0 in an order for ARM, which ggml gave up in 2024; get a Q4_0 file"),
+    (range(36, 39), "IQ4_NL in an order for ARM, which ggml gave up in 2024; get an IQ4_NL file"),
+    (range(96, 400), "of ik_llama.cpp, which reads it; get a file for llama.cpp"),
+)

@@ -8,10 +8,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import ggpy
 from converters import convert
 from converters.checkpoint import Config
 from converters.conversion import FAMILIES
@@ -214,6 +216,31 @@ def test_windows_that_would_be_ignored_are_refused(model, changes, message, tmp_
         return
     with pytest.raises(UnsupportedError, match=message):
         refuse_windows(config)
+
+
+# Templates.
+
+
+def test_a_converted_models_template_has_its_tools_and_tokens(damaged_folder, tmp_path):
+    """As transformers renders it: the template named tool_use where tools are given; pad_token and unk_token."""
+    named = [
+        {"name": "default", "template": "{{ pad_token }}"},
+        {"name": "tool_use", "template": "{{ tools }}{{ unk_token }}"},
+    ]
+    path = damaged_folder / "tokenizer_config.json"
+    values = json.loads(path.read_text()) | {
+        "chat_template": named,
+        "pad_token": "<|im_end|>",
+        "unk_token": "<|endoftext|>",
+    }
+    path.write_text(json.dumps(values))
+    convert(damaged_folder, tmp_path / "model.gguf", "f32")
+    own = transformers.AutoTokenizer.from_pretrained(damaged_folder)
+    messages = [{"role": "user", "content": "?"}]
+    with ggpy.load(tmp_path / "model.gguf", n_threads=1) as model:
+        for tools in (None, [{"name": "search"}]):
+            expected = own.apply_chat_template(messages, tools=tools, tokenize=False)
+            assert model.chat_template.render(messages, tools=tools) == expected
 
 
 # Which files.

@@ -381,3 +381,30 @@ def fuzz(tmp_path_factory, content):
     path.write_bytes(content)
     with contextlib.suppress(GGUFError):
         use_everything(path)
+
+
+FOREIGN = {
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n": "but a Git LFS pointer",
+    b"\n<!DOCTYPE html>\n<html>": "but a web page",
+    b'{"error":"Access to this model is restricted"}': "but a server's error message",
+    b'\x40\x00\x00\x00\x00\x00\x00\x00{"a":{}}': "but a safetensors file: name the checkpoint's folder",
+    b"PK\x03\x04 and more": "but a zip archive or PyTorch's weights",
+    b"tjgg\x03\x00\x00\x00": "but a GGML file from before GGUF",
+    b"\x1f\x8b\x08": "but a compressed archive",
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_other_files_are_called_what_they_are(content, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(GGUFError, match=f"model.gguf: header, byte 0: not a GGUF file, {FOREIGN[content]}"):
+        GGUFFile(path)
+
+
+@pytest.mark.parametrize(("type_id", "what"), [(4, "2023"), (31, "Q4_0 file"), (38, "IQ4_NL file"), (137, "ik_llama.cpp")])
+def test_types_of_other_times_and_programs_are_called_what_they_are(type_id, what, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(make.gguf(infos=[make.info("w", [256], type_id)], data=bytes(1024)))
+    with pytest.raises(GGUFError, match=f"model.gguf: tensor 'w'.* unknown tensor type {type_id}: .*{what}"):
+        GGUFFile(path)

@@ -311,3 +311,14 @@ def test_a_conversation_has_one_bos_token_and_no_eos_token_behind_it(template_ha
     ids = ChatTemplate(source, bos, eos).encode(tokenizer, [{"role": "user", "content": "hello"}])
     hello = tokenizer.encode("hello", bos=False)
     assert ids == ([tokenizer.bos] if add_bos or template_has_bos else []) + hello
+
+
+def test_a_template_for_tools_is_used_where_there_are_tools():
+    template = ChatTemplate("plain", tool_use="{{ tools[0].name }}{{ bos_token }}", bos="<s>")
+    assert template.render([]) == "plain"
+    assert template.render([], tools=[{"name": "search"}]) == "search<s>"
+
+
+def test_other_special_tokens_are_known_where_there_are_any():
+    source = "{{ pad_token }}|{{ unk_token }}"
+    assert ChatTemplate(source, more={"pad_token": "<pad>"}).render([]) == "<pad>|"

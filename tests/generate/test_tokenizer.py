@@ -284,7 +284,7 @@ def test_deepseek_cuts_cased_words_ideographs_and_numbers():
         bpe_metadata("deepseek-llm", tokens=tokens, token_type=None, merges=merges, eos_token_id=None)
     )
     pieces = [tokenizer.token_bytes(i).decode() for i in tokenizer.encode(" a.12 1a a")]
-    assert pieces == [" a", ".", "12", " ", "1", "a", " a"]
+    assert pieces == [" a", ".", "1", "2", " ", "1", "a", " a"]  # digits one by one, as in the model's tokenizer.json
 
 
 @pytest.mark.parametrize("prefix", [True, False])
@@ -467,8 +467,6 @@ def test_spm_spells_unknown_characters_in_bytes():
         ({"merges": None}, r"tokenizer\.ggml\.merges is missing"),
         ({"merges": ["ab"]}, r"tokenizer\.ggml\.merges has 'ab', which is no pair"),
         ({"merges": ["\u4e00 \u4e8c"]}, r"tokenizer\.ggml\.merges don't fit"),
-        ({"eos_token_id": 10**6}, r"tokenizer\.ggml\.eos_token_id is 1000000, but the vocabulary has"),
-        ({"bos_token_id": -1}, r"tokenizer\.ggml\.bos_token_id is -1"),
         ({"bos_token_id": "x"}, r"tokenizer\.ggml\.bos_token_id should be a token id"),
         ({"add_bos_token": "yes"}, r"tokenizer\.ggml\.add_bos_token should be a boolean"),
     ],
@@ -476,6 +474,25 @@ def test_spm_spells_unknown_characters_in_bytes():
 def test_bad_metadata_is_named(changes, message):
     with pytest.raises(TokenizerError, match=message):
         Tokenizer.from_metadata(bpe_metadata(**changes))
+
+
+@pytest.mark.parametrize("value", [-1, 10**6, 2**32 - 1])
+def test_special_ids_beyond_the_vocabulary_count_as_none_and_are_told(value, caplog):
+    tokenizer = Tokenizer.from_metadata(bpe_metadata(bos_token_id=value, eom_token_id=value))
+    assert tokenizer.bos is None and value not in tokenizer.end_tokens
+    assert f"tokenizer.ggml.bos_token_id is {value}, but the vocabulary has" in caplog.text
+
+
+def test_several_empty_tokens_are_taken():
+    """As llama.cpp takes them; no text becomes one."""
+    metadata = bpe_metadata()
+    n = len(metadata["tokenizer.ggml.tokens"])
+    before = Tokenizer.from_metadata(metadata)
+    metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], "", ""]
+    metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], 1, 1]
+    tokenizer = Tokenizer.from_metadata(metadata)
+    assert tokenizer.n_vocab == n + 2 and tokenizer.token_bytes(n) == tokenizer.token_bytes(n + 1) == b""
+    assert tokenizer.encode("hello there") == before.encode("hello there")
 
 
 def test_spm_without_scores_is_named():
