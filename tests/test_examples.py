@@ -14,6 +14,7 @@ EXPECTED = {
     "batch": r"(?s)0: In the beginning .*The two likeliest of eight:\n *-\d\.\d\d In the beginning .*\n *-\d\.\d\d In the",
     "chat": r"(?s)> And the king said.*40 tokens; 0 of \d+ .*\n> And the woman.*\(40 tokens; [1-9]\d* of \d+ of the prompt",
     "expert_trace": r"(?s)token +layer 1 +layer 2 +layer 3 *\n.*\n' LORD' +\d, \d +\d, \d +\d, \d *\n.*of the 24 experts",
+    "json_schema": r"(\{'name': '.{0,20}', 'age': \d+, 'tribe': '\w+'\}\n){3}And [a-z ]+, and [a-z ]+\.\n\d+(\+\d+)+=\d+\n",
     "layer_off": r"all layers: \d\.\d\d nats a token\n(without layer \d: \d\.\d\d\n){3}",
     "logit_lens": r"(?s)before layer 0 .*before layer 3 .*at the end +' the'",
     "quantization_sweep": r"(?s)q8_0 +4\.\d +0\.00\d\d .*\nq2_k +2\.\d +0\.0",
