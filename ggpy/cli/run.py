@@ -1,6 +1,7 @@
 """`ggpy run`: continue a prompt, or talk."""
 
 import sys
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -47,6 +48,14 @@ def run(
     ram_budget: Annotated[
         str | None, typer.Option("--ram-budget", help="Memory for a bigger mixture of experts: 6G, 512M.")
     ] = None,
+    lookup: Annotated[
+        bool,
+        typer.Option("--lookup", help="Guess tokens where the text repeats what came before."),
+    ] = False,
+    draft: Annotated[
+        str | None,
+        typer.Option("--draft", help="A smaller model that guesses tokens; same vocabulary.", metavar="MODEL"),
+    ] = None,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print timings at the end.")] = False,
     **sampling: Any,
 ) -> None:
@@ -56,9 +65,12 @@ def run(
         prompt = sys.stdin.read()
     budget = None if ram_budget is None else byte_count(ram_budget)
     how = {"kv_type": kv_type, "mla": mla, "n_expert_used": n_expert_used, "ram_budget": budget}
-    with open_model(model, ctx, threads, **how) as opened:
+    with ExitStack() as models:
+        opened = models.enter_context(open_model(model, ctx, threads, **how))
         kept_to = {"json_schema": text_of(json_schema), "grammar": text_of(grammar), "regex": regex}
-        options = {"max_tokens": max_tokens, "stop": stop, **kept_to, **sampling_values(sampling)}
+        options = {"max_tokens": max_tokens, "stop": stop, "lookup": lookup, **kept_to, **sampling_values(sampling)}
+        if draft is not None:
+            options["draft"] = models.enter_context(open_model(draft, opened.n_ctx, threads))
         first = [{"role": "system", "content": system}] if system else []
         if talk:
             _talk(opened, first, options, verbose)
@@ -123,6 +135,9 @@ def _timings(model: "Model", generation: "Generation") -> None:
         f"decode  {generation.decode_seconds:8.2f} s  {len(generation.ids):6} tokens  {generation.decode_rate:9.1f} tok/s",
         f"ended   by {generation.finish_reason}",
     ]
+    if generation.n_drafted:
+        right = generation.n_accepted / generation.n_drafted
+        lines.append(f"guesses {generation.n_drafted:8} tokens, {right:.1%} right")
     memory = model.expert_memory
     if memory is not None:
         found = memory.n_found / memory.n_chosen

@@ -127,6 +127,16 @@ class Generation:
         return self._request.n_reused
 
     @property
+    def n_drafted(self) -> int:
+        """Tokens that speculation proposed and the model checked."""
+        return self._request.n_drafted
+
+    @property
+    def n_accepted(self) -> int:
+        """Of them, those that were the model's own choice: each saved a run."""
+        return self._request.n_accepted
+
+    @property
     def prompt_seconds(self) -> float:
         """Time from its start to its first token."""
         return self._request.prompt_seconds

@@ -19,13 +19,14 @@ from ..models import read_architecture
 from .chat import ChatTemplate
 from .embedding import POOLINGS, embed, hidden_states, pooling_of
 from .generation import Generation
-from .options import ChatOptions, GenerationOptions, JSONSchema, Processor, Sampler, checked_option, with_options
+from .options import ChatOptions, Drafter, GenerationOptions, JSONSchema, Processor, Sampler, checked_option, with_options
 from .runner import Runner
 from .sampling import StandardSampler
 from .scheduler import Request, Scheduler
 from .score import Score
 from .sequence import TokenSequence
 from .session import Message, Reply, Session, checked_messages
+from .speculation import MOST, DraftModel, Lookup
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -369,6 +370,8 @@ class Model:
         json_schema: JSONSchema | None = None,
         regex: str | None = None,
         grammar: str | None = None,
+        lookup: bool | int = False,
+        draft: "Model | Drafter | None" = None,
         **sampling: "Unpack[SamplingOptions]",
     ) -> Request:
         if sampler is None:
@@ -394,7 +397,34 @@ class Model:
         if not (json_schema is regex is grammar is None):
             constraint = self._constraints.constraint(json_schema, regex, grammar)
         how = (processors, logprobs, echo_from, constraint)
-        return Request(self.tokenizer, ids, sampler, _limit(max_tokens), stop, *how)
+        request = Request(self.tokenizer, ids, sampler, _limit(max_tokens), stop, *how)
+        request.drafter = self._drafter(lookup, draft)
+        return request
+
+    def _drafter(self, lookup: bool | int, draft: "Model | Drafter | None") -> Drafter | None:
+        most = MOST if lookup is True else _count("lookup", int(lookup) if lookup is False else lookup, 0)
+        if not most and draft is None:
+            return None
+        self._runner.check_can_go_back()
+        if draft is None:
+            return Lookup(most)
+        if most:
+            raise Error("guesses come from lookup or from a draft, not from both")
+        if not isinstance(draft, Model):
+            if not callable(getattr(draft, "propose", None)):
+                raise Error(f"a draft is a model or has a method propose(ids, most); {type(draft).__name__} has none")
+            return draft
+        draft._runner.check()
+        draft._runner.check_can_go_back()
+        difference = draft.tokenizer.difference(self.tokenizer)
+        if difference:
+            raise Error(f"{draft.file.path}: not the vocabulary of {self.file.path}: {difference}")
+        cost = draft._weight_bytes / self._weight_bytes
+        return DraftModel(draft._runner, self.architecture.n_vocab, cost)
+
+    @cached_property
+    def _weight_bytes(self) -> int:
+        return sum(tensor.n_bytes for tensor in self.file.tensors.values())
 
     @with_options(GenerationOptions)
     def generate_batch(

@@ -12,12 +12,26 @@ from inspect import Parameter, signature
 from math import inf, isfinite
 from numbers import Integral, Real
 from textwrap import TextWrapper
-from typing import Annotated, Any, Protocol, TypeAlias, TypedDict, TypeVar, get_args, get_type_hints, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Protocol,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+    get_args,
+    get_type_hints,
+    runtime_checkable,
+)
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import Error
+
+if TYPE_CHECKING:
+    from .model import Model
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -85,6 +99,27 @@ class HasJSONSchema(Protocol):
 
 #: A mapping, its JSON text, a class with `model_json_schema()`, or True: any JSON object.
 JSONSchema: TypeAlias = Mapping[str, Any] | str | bool | HasJSONSchema
+
+
+class Drafter(Protocol):
+    """What guesses the next tokens of one generation, for the model to check in one run."""
+
+    def propose(self, ids: Sequence[int], most: int, /) -> Sequence[int]:
+        """Guess how a sequence goes on.
+
+        Parameters
+        ----------
+        ids : sequence of int
+            The ids so far, the prompt's among them. They begin with those of the call before.
+        most : int
+            How many guesses can be used, 1 or more.
+
+        Returns
+        -------
+        sequence of int
+            Token ids; none where nothing likely is known.
+        """
+
 
 _SHARE = (lambda x: 0 <= x <= 1, "a number from 0 to 1")
 _NOT_NEGATIVE = (lambda x: x >= 0, "a number, 0 or more")
@@ -228,6 +263,22 @@ class GenerationOptions(SamplingOptions, total=False):
             "they can be, or in llama.cpp's (GBNF).",
         ),
     ]
+    lookup: Annotated[
+        bool | int,
+        Other(
+            False,
+            "Guesses several tokens at once where the text repeats what came before, as copies and edits do, and checks "
+            "them in one run. Changes speed, never text. A number: how many at most.",
+        ),
+    ]
+    draft: Annotated[
+        "Model | Drafter | None",
+        Other(
+            None,
+            "A smaller model with the same vocabulary, or a `Drafter`, that guesses the next tokens instead. One that "
+            "keeps a state is for one generation.",
+        ),
+    ]
 
 
 class ChatOptions(GenerationOptions, total=False):
@@ -331,12 +382,13 @@ def with_options(options: type) -> Callable[[F], F]:
     def written(function: F) -> F:
         kept = [p for p in signature(function).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
         added, lines = [], []
-        for name, hint in get_type_hints(options, include_extras=True).items():
+        hints = get_type_hints(options, localns={"Model": _Model}, include_extras=True)
+        for name, hint in hints.items():
             kind, option = get_args(hint)[0], get_args(hint)[1]
             added.append(Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=kind))
             lines.append((f"{name} : {_KIND_NAMES.get(name) or _kind_name(kind)}, default {option.default!r}", option.help))
         # Those of the generation first, then how tokens are chosen.
-        own = [name for name in get_type_hints(options) if name not in option_table()]
+        own = [name for name in hints if name not in option_table()]
         order = sorted(range(len(added)), key=lambda i: added[i].name not in own)
         function.__signature__ = signature(function).replace(parameters=[*kept, *(added[i] for i in order)])  # type: ignore[attr-defined]
         before, mark, after = (function.__doc__ or "").partition("**options\n")
@@ -355,7 +407,12 @@ _KIND_NAMES = {
     "sampler": "Sampler",
     "processors": "sequence of callable",
     "json_schema": "mapping, str, class or True",
+    "draft": "Model | Drafter | None",
 }
+
+
+class _Model:
+    """Stands for `Model` in annotations, which is made of this module's parts."""
 
 
 def _kind_name(kind: Any) -> str:

@@ -17,6 +17,7 @@ from .runner import Runner
 from .sampling import Processor, Sampler, log_probabilities, next_token
 from .sequence import TokenSequence
 from .snapshots import SNAPSHOT_TOKENS
+from .speculation import Drafter, propose
 from .streaming import StopMatcher, StreamDecoder
 from .tokenizer import Tokenizer
 
@@ -29,6 +30,7 @@ _FIRST_PIECE = 2 * SLAB  # tokens of them before their rate is known
 _WORTH_COPYING = 4  # tokens of a page that others have computed
 _GIVEN_WAY = 0.001  # seconds in which a thread takes a lock that it waits for: else who released it has it again first
 _TEMPLATE_END = 8  # tokens at a prompt's end that the next prompt of a conversation may not have
+_MOST_DRAFTED = 32  # tokens of all in a run: where many generate, a guess costs what a token does
 _AHEAD = 256  # pieces that nobody takes, before their generation waits
 
 
@@ -59,6 +61,10 @@ class Request:
         How many pages that are.
     stops : set of int
         Positions at which a snapshot is to be left, in models with states.
+    drafter : Drafter or None
+        Guesses its next tokens, until it has ended.
+    n_drafted, n_accepted : int
+        How many guesses were evaluated, and were right.
 
     Parameters
     ----------
@@ -92,6 +98,8 @@ class Request:
         self.prefix: Prefix | None = None
         self.n_known = 0
         self.stops: set[int] = set()
+        self.drafter: Drafter | None = None
+        self.n_drafted = self.n_accepted = 0
         self._sampler, self._processors, self._max_tokens = sampler, tuple(processors), max_tokens
         self._end_tokens, self._bos = tokenizer.end_tokens, tokenizer.bos
         self.constraint = constraint
@@ -117,6 +125,11 @@ class Request:
         """The first position whose logits are wanted: none before the one that is to give the next token, or the next
         log-probability of the prompt."""
         return (self.n_scored if self.n_scored < self.n_prompt else len(self.tokens)) - 1
+
+    def n_draftable(self, n_ctx: int) -> int:
+        """How many guesses can be of use; the last token of all needs none behind it."""
+        n = n_ctx - len(self.tokens)
+        return n if self._max_tokens is None else min(n, self._max_tokens - (len(self.tokens) - self.n_prompt) - 1)
 
     def start(self) -> None:
         """Notes the time, unless it was at work before."""
@@ -262,35 +275,103 @@ class Scheduler:
             self._drop_ended()
             self._find(wanted)
             self._admit()
+        drafts = self._drafts(wanted)
+        with runner.lock:
+            runner.check()
+            self._check_hooks()
+            self._drop_ended()
+            if wanted.done:  # its drafter failed
+                return
             single, prompts = self._ready(wanted)
             work = [(r, r.tokens[-1:]) for r in single if self._make_room(r, 1)]
             # A request may have been sent away to make room for another.
             work = [(r, ids) for r, ids in work if r.sequence is not None]
-            n_left = runner.n_batch - len(work)
-            limit = min(n_left, self._limit(bool(work)))
-            work += self._pieces([r for r in prompts if r.sequence is not None], limit, [r for r, _ in work])
+            taken = len(work) + sum(map(len, drafts.values()))
+            limit = min(runner.n_batch - taken, self._limit(bool(work)))
+            prompts = [r for r in prompts if r.sequence is not None]
+            work += self._pieces(prompts, limit, runner.n_outputs - taken, [r for r, _ in work])
             work = [(r, ids) for r, ids in work if r.sequence is not None]
             if not work:
                 self._prefer(wanted)
                 return
-            spans = [_sequence(r).span(ids, _n_wanted(r, len(ids))) for r, ids in work]
+            guesses = [self._fitting(r, len(ids), drafts.get(r, [])) for r, ids in work]
+            spans = [
+                _sequence(r).span(ids + draft, _n_wanted(r, len(ids)) + len(draft))
+                for (r, ids), draft in zip(work, guesses, strict=True)
+            ]
             started = time.perf_counter()
             results = runner.run(spans)
-            n_tokens = sum(len(ids) for _, ids in work)
+            n_tokens = sum(len(span.ids) for span in spans)
             if n_tokens >= SLAB:
                 self._rate = n_tokens / (time.perf_counter() - started)
             for r, ids in work:
                 _sequence(r).advance(ids)
             self._check_hooks()  # another thread may have set some before the run
-            for (r, _), logits in zip(work, results, strict=True):
+            for (r, _), draft, logits in zip(work, guesses, results, strict=True):
+                self._take(r, draft, logits)
                 self._share(r)
-                try:
-                    runner.check_finite(logits)
-                except Error as error:
-                    r.error = error
-                else:
-                    r.take(logits, runner.n_ctx)
             self._drop_ended()
+
+    def _drafts(self, wanted: Request) -> dict[Request, list[int]]:
+        """What the drafters of those that generate guess: in equal shares, and so few that room for prompts is left.
+
+        The runner isn't locked here: a draft model's lock is never waited for by who holds another's.
+        """
+        runner, n = self._runner, len(self._running)
+        asking = [
+            (r, drafter)
+            for r in self._running
+            if (drafter := r.drafter) is not None
+            and _may_go_on(r, wanted)
+            and len(_sequence(r).ids) == r.first_wanted == len(r.tokens) - 1
+        ]
+        share = min((runner.n_batch - n) // 2, runner.n_outputs - n, _MOST_DRAFTED) // max(1, len(asking))
+        asked = [(r, drafter, most) for r, drafter in asking if (most := min(share, r.n_draftable(runner.n_ctx))) > 0]
+        proposals = propose([(drafter, r.tokens, most) for r, drafter, most in asked], runner.arch.n_vocab)
+        drafts = {}
+        for (r, _, _), proposal in zip(asked, proposals, strict=True):
+            if isinstance(proposal, Exception):
+                r.error = proposal
+            else:
+                drafts[r] = proposal
+        return drafts
+
+    def _fitting(self, r: Request, n: int, draft: list[int]) -> list[int]:
+        """As much of a draft, behind n tokens, as there are pages for: nobody is sent away for it."""
+        if not draft:
+            return []
+        sequence = _sequence(r)
+        try:
+            while len(sequence.pages) * SLAB < len(sequence.ids) + n + len(draft):
+                sequence.pages.append(self._runner.take_page())
+        except ContextFullError:
+            pass
+        return draft[: len(sequence.pages) * SLAB - len(sequence.ids) - n]
+
+    def _take(self, r: Request, draft: list[int], logits: np.ndarray) -> None:
+        """Chooses tokens as long as they are those of the draft; its rest is dropped."""
+        sequence, n = _sequence(r), len(logits) - len(draft)
+        self._choose(r, logits[:n])
+        if not draft:
+            return
+        r.n_drafted += len(draft)
+        for guess, row in zip(draft, logits[n:], strict=True):
+            if r.error is not None or r.tokens[-1] != guess:
+                break
+            r.n_accepted += 1
+            sequence.advance([guess])
+            if r.done:
+                break
+            self._choose(r, row[None])
+        sequence.keep(len(sequence.ids))
+
+    def _choose(self, r: Request, logits: np.ndarray) -> None:
+        try:
+            self._runner.check_finite(logits)
+        except Error as error:
+            r.error = error
+        else:
+            r.take(logits, self._runner.n_ctx)
 
     def _check_hooks(self) -> None:
         """Under other hooks, other values: nothing that was computed before is shared."""
@@ -308,6 +389,7 @@ class Scheduler:
         for r in [r for r in self._running if r.done or r.cancelled]:
             self._release(r)
             self._running.remove(r)
+            r.drafter = None
         if any(r.cancelled for r in self._waiting):
             self._waiting = deque(r for r in self._waiting if not r.cancelled)
 
@@ -345,7 +427,7 @@ class Scheduler:
         single: list[Request] = []
         prompts: list[Request] = []
         for r in self._running:
-            if len(r.pieces) >= _AHEAD and r is not wanted:
+            if not _may_go_on(r, wanted):
                 continue
             if len(_sequence(r).ids) > r.first_wanted or not _sequence(r).is_current:
                 # An interrupt came between its run and what its logits are for: once more, with the same bits.
@@ -359,7 +441,9 @@ class Scheduler:
             return self._runner.n_batch
         return max(SLAB, int(self._rate * _PIECE_SECONDS)) if self._rate else _FIRST_PIECE
 
-    def _pieces(self, requests: list[Request], limit: int, single: list[Request]) -> list[tuple[Request, list[int]]]:
+    def _pieces(
+        self, requests: list[Request], limit: int, n_outputs: int, single: list[Request]
+    ) -> list[tuple[Request, list[int]]]:
         """The next tokens of prompts: equal shares, and the rest to the oldest."""
         active: list[Request] = []
         pages: dict[Prefix, list[Request]] = {}  # who works on a page after these
@@ -371,7 +455,6 @@ class Scheduler:
             if not waits:
                 active.append(r)
         work = []
-        n_outputs = self._runner.n_outputs - len(single)
         for i, r in enumerate(active):
             if r.sequence is None:  # sent away for an older one
                 continue
@@ -538,6 +621,11 @@ class Scheduler:
             self._running.clear()
             self._waiting.clear()
             self._submitted.clear()
+
+
+def _may_go_on(r: Request, wanted: Request) -> bool:
+    """Whether its text is taken, or will be."""
+    return len(r.pieces) < _AHEAD or r is wanted
 
 
 def _n_left(r: Request) -> int:

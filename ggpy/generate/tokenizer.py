@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import repeat
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -171,6 +172,23 @@ class Tokenizer:
         self.add_eos = (kind == "bert" or fields.flag("add_eos_token", add_eos)) and self.eos is not None
         self.space_prefix = pre is None and (kind == "bert" or fields.flag("add_space_prefix", True))
         self._build(vocab, unknown, pre, fields)
+
+    @cached_property
+    def _used_tokens(self) -> tuple[int, int]:
+        """How many tokens there are without those at the end that only fill the vocabulary up, and a hash of these."""
+        n = self.n_vocab
+        while n and self._types[n - 1] == UNUSED:
+            n -= 1
+        return n, hash(tuple(self._tokens[:n]))
+
+    def difference(self, other: Tokenizer) -> str:
+        """In what this vocabulary differs from another: words for a message, none if all used tokens are the same."""
+        if self._used_tokens == other._used_tokens:
+            return ""
+        for i, (own, others) in enumerate(zip(self._tokens, other._tokens, strict=False)):
+            if own != others:
+                return f"token {i} is {own!r}, not {others!r}"
+        return f"{self._used_tokens[0]} tokens, not {other._used_tokens[0]}"
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> Tokenizer:

@@ -38,6 +38,19 @@ def test_run_streams_the_text_that_the_api_gives(folder, capsys):
     assert "decode" in err and "tok/s" in err
 
 
+def test_run_guesses_tokens_and_says_how_many_were_right(folder, capsys):
+    path = folder / "f32.gguf"
+    arguments = ["run", path, "-p", "the hand", "-n", 40, "-t", 1, "--logit-bias", "70=1000"]
+    _, expected, plain = call(capsys, *arguments, "-v")
+    assert "guesses" not in plain
+    code, out, err = call(capsys, *arguments, "-v", "--lookup")
+    assert code == 0 and out == expected and "% right" in err
+    code, out, _ = call(capsys, *arguments, "--draft", path)
+    assert code == 0 and out == expected
+    code, _, err = call(capsys, *arguments, "--draft", "demo")
+    assert code == 1 and "not the vocabulary of" in err and err.count("\n") == 1
+
+
 def test_run_has_a_flag_for_each_sampling_option(folder, capsys):
     import ggpy
     from ggpy.generate.options import option_table

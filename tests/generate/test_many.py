@@ -21,6 +21,7 @@ from ggpy.generate.generation import Generation
 from ggpy.generate.sampling import StandardSampler
 from ggpy.generate.scheduler import Request, Scheduler
 from ggpy.generate.sequence import TokenSequence
+from ggpy.generate.speculation import DraftModel, Lookup
 from tests.converters.conftest import N_VOCAB
 from tests.models.checkpoints import converted, ids
 from tests.models.test_moe import made
@@ -113,6 +114,10 @@ def in_any_company(path, tmp_path, steps, **options):
             if what == "start":
                 prompt = SYSTEM[: x % 151] + ids(1 + x % 40, seed=x)
                 generations.append(start(model, prompt, seed=x))
+                if x % 3 and not model._runner.has_states:
+                    drafter = Lookup() if x % 3 == 1 else DraftModel(model._runner, N_VOCAB, 0.0)
+                    generations[-1][0]._request.drafter = drafter
+                    del drafter  # which holds pages
             elif what == "advance" and generations:
                 try:
                     next(generations[x % len(generations)][0], None)
