@@ -100,11 +100,11 @@ class Constraint:
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         if matcher.is_error():  # the bits are those of the end tokens
             raise self._error()
-        added = _ADDED[bits].ravel()[: self._n_vocab]
-        allowed = np.flatnonzero(added == 0)
-        if not len(allowed):
+        added = _ADDED.take(bits, axis=0).ravel()[: self._n_vocab]
+        n_allowed = np.count_nonzero(added == 0)
+        if not n_allowed:
             raise Error(_NO_TOKEN)
-        return _Next([int(allowed[0])], None) if len(allowed) == 1 else _Next([], added)
+        return _Next([int(np.argmax(added))], None) if n_allowed == 1 else _Next([], added)
 
     def _error(self) -> Error:
         message = self._matcher.get_error()
