@@ -3,9 +3,9 @@
     python benchmarks/constrained.py MODEL.gguf [-n 500] [-g 50] [-t 2] [--temp 1.0]
 
 -n JSON answers, by five schemas, as many at once as ggpy takes; `jsonschema` checks them. -g answers by regular expressions
-and grammars in Lark's syntax and GBNF, checked by `re` and Python's parsers. Of each kind: how long a processor works on masks,
-in their own threads, and how long steps take for constraints: what they wait for masks, adding them to the logits, and taking
-the token. Then one generation with a schema beside one without, in turn.
+and grammars in Lark's syntax and GBNF, checked by `re` and Python's parsers. Of each kind: how long a processor works on
+masks, in their own threads, and how long steps take for constraints: what they wait for masks, adding them to the logits,
+and taking the token. Then one generation with a schema beside one without, in turn.
 """
 
 import argparse
