@@ -449,6 +449,16 @@ def test_constraints_beside_each_other_and_beside_none(model):
     assert [g.run().text for g in together] == alone
 
 
+def test_who_makes_room_for_others_goes_on_where_it_was(model):
+    """Pages for 448 tokens: of four generations, some are sent away and evaluated again."""
+    alone = [g.text for g in generations(model, [ids(40, seed=i) for i in range(4)], regex="[a-z]{300}", seed=5)]
+    few = model.kv_bytes // 4 // 512 * 64 * 7
+    with ggpy.load(model.file.path, n_ctx=320, n_threads=1, kv_memory=few) as small:
+        together = generations(small, [ids(40, seed=i) for i in range(4)], regex="[a-z]{300}", seed=5)
+    assert [g.text for g in together] == alone
+    assert all(re.fullmatch("[a-z]{300}", text) for text in alone)
+
+
 def test_hooked_runs_keep_to_the_grammar(model):
     with model.hooked({"blk.1.out": lambda name, value: -value}):
         text = model.generate(ids(8), seed=1, regex="[a-d]{20}").run().text
