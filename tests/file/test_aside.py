@@ -2,6 +2,8 @@
 
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -45,7 +47,7 @@ def test_after_an_exception_nothing_is_left_and_the_older_file_stays(tmp_path, e
 
 
 def test_nothing_written_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError), writing_aside(tmp_path / "out.gguf"):
+    with pytest.raises(Error, match="nothing was written"), writing_aside(tmp_path / "out.gguf"):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -95,3 +97,38 @@ def test_a_symbolic_link_stays_one(tmp_path):
 def test_places_that_cannot_take_a_file_are_refused_before_anything_is_written(tmp_path, path):
     with pytest.raises(Error), writing_aside(tmp_path / path):
         raise AssertionError("the block was entered")
+
+
+WRITE_AND_WAIT = """
+import sys
+from ggpy.file import writing_aside
+with writing_aside(sys.argv[1]) as aside:
+    aside.write_bytes(b"half")
+    print("written", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
+def test_what_a_killed_process_left_goes_with_the_next_and_what_a_living_one_writes_stays(tmp_path):
+    path = tmp_path / "out [x].gguf"
+    writers = []
+    for _ in range(2):
+        command = [sys.executable, "-c", WRITE_AND_WAIT, str(path)]
+        writers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        assert writers[-1].stdout.readline() == b"written\n"
+    (tmp_path / ".out [x].gguf.1234abcd.part.txt").touch()  # of others
+    (tmp_path / ".out x.gguf.1234abcd.part").touch()
+    (tmp_path / ".out [x].gguf.1234abcd.part").symlink_to(tmp_path / ".out x.gguf.1234abcd.part")
+    killed, living = writers
+    killed.kill()
+    killed.wait()
+    with writing_aside(path) as aside:
+        aside.write_bytes(b"whole")
+        assert len([p for p in tmp_path.iterdir() if not p.is_symlink()]) == 4
+    assert path.read_bytes() == b"whole"
+    living.communicate()
+    assert path.read_bytes() == b"half" and living.returncode == 0
+    assert len(list(tmp_path.iterdir())) == 4
+    killed.stdout.close()
+    killed.stdin.close()
