@@ -70,7 +70,7 @@ def _place(model: str | os.PathLike[str], type: str) -> tuple[str, Path | None]:
     path, name = Path(model), os.fspath(model)
     if name == DEMO and not path.exists():
         path = Path(str(files("ggpy.demo_model")))
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return str(path), None
     if path.is_dir():
         if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):

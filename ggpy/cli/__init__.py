@@ -32,9 +32,11 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments[:1]
     from ..errors import Error
+    from .streams import prepared
 
     try:
-        _app(arguments[1:] if debug else arguments)
+        with prepared():
+            _app(arguments[1:] if debug else arguments)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

@@ -96,12 +96,12 @@ def text_of(file_or_text: str | None) -> str | None:
     Error
         The file can't be read as UTF-8 text.
     """
+    from ..file import read_text
+
     if file_or_text is None or "\n" in file_or_text:
         return file_or_text
     try:
-        return Path(file_or_text).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise Error(f"{file_or_text}: not UTF-8 text: {error}") from None
+        return read_text(file_or_text)
     except (OSError, ValueError):
         return file_or_text
 

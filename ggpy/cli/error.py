@@ -84,6 +84,7 @@ def _print(
     whole: "WeightError",
 ) -> None:
     from rich.console import Console
+    from rich.text import Text
 
     from ..measure.weights import relative_rmse
 
@@ -93,12 +94,12 @@ def _print(
     for e in worst:
         single = relative_rmse(e.signal, e.noise)
         apart = f"{single.argmax()}: {single.max():.5f}" if len(single) > 1 else ""
-        table.add_row(e.name, f"{e.type_a} → {e.type_b}", *_cells(e), apart)
+        table.add_row(Text(e.name), f"{e.type_a} → {e.type_b}", *_cells(e), apart)
     console.print(table)
     for title, groups in (("kind", kinds), ("layer", layers)):
         table = _table(title, "relative RMSE", "SNR", "values")
         for name, group in sorted(groups.items(), key=lambda item: -item[1].relative_rmse):
-            table.add_row(str(name), *_cells(group), f"{group.n_values:,}")
+            table.add_row(Text(str(name)), *_cells(group), f"{group.n_values:,}")
         console.print()
         console.print(table)
     print(f"\nall: {', '.join(_cells(whole))}")

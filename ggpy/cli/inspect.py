@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..printable import printable
+
 _SHOWN = 6  # items of an array
 
 
@@ -18,7 +20,7 @@ def inspect(
 
     with GGUFFile(path) as file:
         if json:
-            print(json_format.dumps(_as_json(file), indent=1, ensure_ascii=False))
+            print(json_format.dumps(_as_json(file), indent=1))
         else:
             _print(file)
 
@@ -48,9 +50,7 @@ def _text(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(_text(v) for v in value)}]"
     if isinstance(value, str):
-        # A file's strings come from strangers: no control characters to the terminal.
-        text = "".join(c if c.isprintable() else {"\n": "\\n", "\t": "\\t"}.get(c, "�") for c in value)
-        return text if len(text) <= 80 else f"{text[:77]}…"
+        return printable(value, 80)
     return str(value)
 
 

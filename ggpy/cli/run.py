@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..printable import visible
 from .common import KVType, byte_count, open_model, text_of
 from .sampling import sampling_values, with_sampling_flags
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 def run(
     model: Annotated[str, typer.Argument(help="A .gguf file, a checkpoint folder or a hub id.", metavar="MODEL")],
     prompt: Annotated[
-        str | None, typer.Option("-p", "--prompt", help="Text to continue; without it: standard input.")
+        str | None, typer.Option("-p", "--prompt", help="Text to continue; without it, or -: standard input.")
     ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Take the prompt as a user's message, by the chat template.")
@@ -60,9 +61,11 @@ def run(
     **sampling: Any,
 ) -> None:
     """Continue a prompt, streaming the text. In a terminal without -p: talk to the model."""
-    talk = prompt is None and sys.stdin.isatty()
-    if prompt is None and not talk:
-        prompt = sys.stdin.read()
+    from ..file import read_input
+
+    talk = prompt is None and sys.stdin is not None and sys.stdin.isatty()
+    if prompt == "-" or (prompt is None and not talk):
+        prompt = read_input()
     budget = None if ram_budget is None else byte_count(ram_budget)
     how = {"kv_type": kv_type, "mla": mla, "n_expert_used": n_expert_used, "ram_budget": budget}
     with ExitStack() as models:
@@ -92,10 +95,11 @@ def _prompt(model: "Model", messages: list[dict[str, str]]) -> list[int]:
 def _stream(model: "Model", prompt: str | list[int], options: dict, verbose: bool) -> str:
     generation = model.generate(prompt, **options)
     pieces = []
+    terminal = sys.stdout.isatty()  # which a model's text must not give orders
     try:
         for piece in generation:
             pieces.append(piece)
-            print(piece, end="", flush=True)
+            print(visible(piece) if terminal else piece, end="", flush=True)
     except KeyboardInterrupt:
         generation.cancel()
         print(flush=True)

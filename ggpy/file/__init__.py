@@ -4,7 +4,7 @@ from .aside import folder_of, writing_aside
 from .gguf import GGUFFile
 from .metadata import Metadata, StringArray
 from .tensors import GGUFTensor
-from .text import read_text
+from .text import read_input, read_text
 from .writer import NewFile, write_files
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "NewFile",
     "StringArray",
     "folder_of",
+    "read_input",
     "read_text",
     "write_files",
     "writing_aside",

@@ -7,9 +7,12 @@ milliseconds. The cache's key covers the sources, the versions of numba and llvm
 
 import ctypes
 import hashlib
+import logging
 import os
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -28,14 +31,69 @@ Progress = Callable[[int, int, str], None]
 
 
 def cache_dir() -> Path:
-    """Where ggpy keeps what it can make again: $GGPY_CACHE, else the platform's cache directory."""
-    if os.environ.get("GGPY_CACHE"):
-        return Path(os.environ["GGPY_CACHE"])
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "ggpy"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "ggpy"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ggpy"
+    """Where ggpy keeps what it can make again: $GGPY_CACHE, else the platform's cache directory; where that can't be
+    written, a folder for temporary files of this user's own.
+
+    Raises
+    ------
+    Error
+        None of them can be used.
+    """
+    return _cache_dir(*map(os.environ.get, ("GGPY_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA", "HOME")))
+
+
+@lru_cache(4)
+def _cache_dir(given: str | None, xdg: str | None, local: str | None, home: str | None) -> Path:
+    if given:
+        return Path(given)
+    try:
+        if sys.platform == "win32":
+            folder = Path(local or Path.home() / "AppData" / "Local") / "ggpy"
+        elif sys.platform == "darwin":
+            folder = Path.home() / "Library" / "Caches" / "ggpy"
+        else:
+            folder = Path(xdg or Path.home() / ".cache") / "ggpy"
+        _make_private(folder)
+        return folder
+    except (OSError, RuntimeError) as error:  # no home, or one that can't be written, as in containers
+        reason = error
+    folder = Path(tempfile.gettempdir()) / (f"ggpy-{os.getuid()}" if hasattr(os, "getuid") else "ggpy")
+    words = f"there is no folder for compiled kernels ({reason})"
+    try:
+        _make_private(folder)
+    except OSError as error:
+        raise Error(f"{words}, and {folder} isn't one either: {error}; GGPY_CACHE names another") from None
+    kept = f"they are kept in {folder} as long as the system keeps that; GGPY_CACHE names another"
+    logging.getLogger("ggpy").warning(f"{words}: {kept}")
+    return folder
+
+
+def _make_private(folder: Path) -> None:
+    """Makes a folder that only this user may write, or sees to it that one is so: what lies there is run.
+
+    Raises
+    ------
+    OSError
+        It can't be made or written.
+    Error
+        It belongs to, or may be written by, others.
+    """
+    for missing in reversed([f for f in (folder, *folder.parents) if not f.exists()]):
+        with suppress(FileExistsError):
+            missing.mkdir(mode=0o700)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} can't be written")
+    _check_private(folder.stat(), folder)
+
+
+def _check_private(status: os.stat_result, path: Path) -> None:
+    """Raises Error if others than this user, and the one who may do everything, could have written a file or folder."""
+    if not hasattr(os, "getuid"):
+        return
+    if status.st_uid not in (os.getuid(), 0):
+        raise Error(f"{path}: belongs to user {status.st_uid}, whose code won't be run; GGPY_CACHE names another folder")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise Error(f"{path}: others may write it, whose code won't be run; 'chmod go-w' or GGPY_CACHE help")
 
 
 @lru_cache
@@ -56,8 +114,11 @@ def _object_path(name: str) -> Path:
 
 def _read_object(name: str) -> tuple[str, bytes] | None:
     """Symbol and code of a kernel from the cache; None if it isn't there or is damaged (LLVM would crash on it)."""
+    path = _object_path(name)
     try:
-        digest, symbol, code = _object_path(name).read_bytes().split(b"\n", 2)
+        with path.open("rb") as file:
+            _check_private(os.fstat(file.fileno()), path)
+            digest, symbol, code = file.read().split(b"\n", 2)
     except (OSError, ValueError):
         return None
     return (symbol.decode(), code) if hashlib.sha256(code).hexdigest().encode() == digest else None
@@ -65,13 +126,15 @@ def _read_object(name: str) -> tuple[str, bytes] | None:
 
 def _write_object(name: str, symbol: str, code: bytes) -> None:
     path = _object_path(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    _make_private(path.parent)
+    # Never through a link: mkstemp makes a new file, of a name that nobody knows before, for this user alone.
+    descriptor, aside = tempfile.mkstemp(".tmp", f"{name}.", path.parent)
     try:
-        aside.write_bytes(b"\n".join([hashlib.sha256(code).hexdigest().encode(), symbol.encode(), code]))
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(b"\n".join([hashlib.sha256(code).hexdigest().encode(), symbol.encode(), code]))
         os.replace(aside, path)
     except BaseException:  # a full disk, Ctrl-C
-        aside.unlink(missing_ok=True)
+        Path(aside).unlink(missing_ok=True)
         raise
 
 

@@ -1,8 +1,12 @@
 """Compiling: worker processes that print, don't start or die, full disks, and how many work at once."""
 
+import logging
 import os
+import stat
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -121,3 +125,89 @@ def test_a_full_disk_leaves_nothing_behind(cache):
     assert left(cache) == []
     build._write_object("run_tape", "symbol", bytes(5000))
     assert build._read_object("run_tape") == ("symbol", bytes(5000))
+
+
+# Where object files lie: what is there is run.
+
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="owners and modes as POSIX has them")
+
+
+@POSIX
+def test_the_cache_is_this_users_alone_whatever_the_umask(cache):
+    before = os.umask(0)
+    try:
+        build._write_object("run_tape", "symbol", b"code")
+    finally:
+        os.umask(before)
+    folders = [cache, cache / "kernels", *(cache / "kernels").iterdir()]
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in cache.rglob("*.o")} == {0o600}
+
+
+@POSIX
+@pytest.mark.parametrize("mode", [0o620, 0o602])
+def test_code_that_others_may_write_is_not_run(cache, mode):
+    build._write_object("run_tape", "symbol", b"code")
+    (path,) = cache.rglob("*.o")
+    path.chmod(mode)
+    with pytest.raises(Error, match=r"run_tape\.o: others may write it, whose code won't be run"):
+        build.load(["run_tape"])
+
+
+@POSIX
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root gives files away")
+def test_code_of_another_user_is_not_run_and_roots_is(cache, monkeypatch):
+    build._write_object("run_tape", "symbol", b"code")
+    (path,) = cache.rglob("*.o")
+    monkeypatch.setattr(os, "getuid", lambda: 1234)
+    assert build._read_object("run_tape") == ("symbol", b"code")
+    os.chown(path, 4321, -1)
+    with pytest.raises(Error, match="belongs to user 4321"):
+        build._read_object("run_tape")
+
+
+@POSIX
+def test_a_folder_that_others_may_write_gets_no_code(cache):
+    folder = build._object_path("run_tape").parent
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    with pytest.raises(Error, match="others may write it"):
+        build._write_object("run_tape", "symbol", b"code")
+    assert left(cache) == []
+
+
+@POSIX
+def test_nothing_is_written_through_a_link(cache, tmp_path):
+    build._write_object("run_tape", "symbol", b"code")
+    (path,) = cache.rglob("*.o")
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    path.unlink()
+    path.symlink_to(precious)
+    path.with_suffix(f".{os.getpid()}.tmp").symlink_to(precious)
+    build._write_object("run_tape", "symbol", b"other")
+    assert precious.read_text() == "precious" and not path.is_symlink()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the folders of Linux")
+@pytest.mark.parametrize("home", ["/proc/nowhere", "/dev/null", None])
+def test_without_a_home_a_temporary_folder_serves_and_a_word_names_the_other_way(monkeypatch, tmp_path, caplog, home):
+    for name in ("GGPY_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if home is None:
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    else:
+        monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    build._cache_dir.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        folder = build.cache_dir()
+        assert build.cache_dir() == folder == tmp_path / f"ggpy-{os.getuid()}"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert len(caplog.records) == 1 and "GGPY_CACHE names another" in caplog.text
+    build._write_object("run_tape", "symbol", b"code")
+    folder.chmod(0o777)  # as if somebody else had made it
+    build._cache_dir.cache_clear()
+    with pytest.raises(Error, match="others may write it"):
+        build.cache_dir()
+    build._cache_dir.cache_clear()
