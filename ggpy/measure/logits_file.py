@@ -129,10 +129,21 @@ class LogitsFile:
         log_probabilities : float32 array (n, n_vocab)
         top : int array (n,)
             The likeliest token of each.
+
+        Raises
+        ------
+        Error
+            The file ends too early, or these are no log-probabilities.
         """
         data = self._file.read(n * self._row.itemsize)
         if len(data) != n * self._row.itemsize:
             raise Error(f"{self.path}: ends too early")
         rows = np.frombuffer(data, self._row)
-        levels = rows["level"][:, : self.n_vocab]
-        return levels * rows["step"][:, None] + rows["least"][:, None], levels.argmax(1)
+        levels, step, least = rows["level"][:, : self.n_vocab], rows["step"], rows["least"]
+        top = levels.argmax(1)
+        with np.errstate(invalid="ignore", over="ignore"):
+            most = levels[np.arange(n), top] * step + least
+            sound = (step >= 0) & np.isfinite(least) & (most < 1e-2)  # no probability is above 1
+        if not sound.all():
+            raise Error(f"{self.path}: damaged: there are log-probabilities of NaN, infinity or more than 0")
+        return levels * step[:, None] + least[:, None], top

@@ -12,11 +12,12 @@ _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 @dataclass
 class Stored:
-    """A tensor: dimensions in GGUF's order, ggml's number of its type, its bytes."""
+    """A tensor: dimensions in GGUF's order, ggml's number of its type, its bytes; an offset that isn't theirs."""
 
     dims: list
     type_id: int
     data: bytes
+    offset: int | None = None
 
 
 @dataclass
@@ -86,6 +87,6 @@ class Edited:
         infos, data = [], b""
         for name, t in self.tensors.items():
             data += bytes(-len(data) % ALIGNMENT)
-            infos.append(info(name, t.dims, t.type_id, len(data)))
+            infos.append(info(name, t.dims, t.type_id, len(data) if t.offset is None else t.offset))
             data += t.data
         return gguf(list(self.keys.values()), infos, data)

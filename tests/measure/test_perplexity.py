@@ -133,6 +133,19 @@ def test_bad_bases_are_refused(model, chunks, base, tmp_path):
         measure_perplexity(model, chunks, base=opened)
 
 
+@pytest.mark.parametrize("damage", [b"\xff" * 8, struct.pack("<2f", 1, 0), struct.pack("<2f", -1, 0), b"\0\0\x80\x7f" * 2])
+@pytest.mark.parametrize("row", [0, -1])
+def test_values_that_are_no_log_probabilities_are_refused(model, chunks, base, tmp_path, damage, row):
+    content = bytearray(base.read_bytes())
+    row_bytes = 8 + 2 * 512
+    at = 20 + 4 * chunks.size if row == 0 else len(content) - row_bytes
+    content[at : at + 8] = damage
+    other = tmp_path / "other"
+    other.write_bytes(content)
+    with LogitsFile(other) as opened, pytest.raises(Error, match=r"other: damaged: there are log-prob"):
+        measure_perplexity(model, chunks, base=opened)
+
+
 def test_an_interrupted_run_leaves_no_base(model, chunks, tmp_path):
     def stop(sofar):
         raise KeyboardInterrupt
