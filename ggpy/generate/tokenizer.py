@@ -281,11 +281,11 @@ class Tokenizer:
         """What turns a piece of text into tokens."""
         from tokenizers import models
 
-        if self._kind == "t5":
-            return self._unigrams(unknown, fields)
-        if self._kind == "bert":
+        if self._kind in ("t5", "bert"):
             if unknown is None:
                 raise TokenizerError("tokenizer.ggml.unknown_token_id is missing")
+            if self._kind == "t5":
+                return self._unigrams(unknown, fields)
             return models.WordPiece(vocab, unk_token=self._spelling(unknown), max_input_chars_per_word=100)
         if pre is None:
             merges = _merges_by_score(vocab, fields.array("scores", float, self.n_vocab), self._types)

@@ -141,7 +141,10 @@ def test_unigrams_equal_llama_cpp(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"precompiled_charsmap": b"xyz"}, r"precompiled_charsmap"), ({"unknown_token_id": 10**6}, "unknown_token_id is")],
+    [
+        ({"precompiled_charsmap": b"xyz"}, r"precompiled_charsmap"),
+        ({"scores": [0.0]}, "scores has 1 elements"),
+    ],
 )
 def test_bad_unigrams_are_named(changes, message):
     with pytest.raises(TokenizerError, match=message):
