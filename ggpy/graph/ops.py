@@ -5,6 +5,7 @@
 `lower(plan, node)` emits kernel calls through `plan.step`.
 """
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,12 +14,16 @@ import numpy as np
 from ..errors import GraphError
 from ..kernels.table import (
     FLOAT,
+    GEGLUS,
+    GELUS,
     HEADS_PER_ITEM,
     KEYS_PER_PART,
     MOST_EXPERTS,
+    NO_LIMIT,
     QUANTIZED,
     STATE_COLUMNS,
     attention_scratch,
+    padded,
     split_spans,
 )
 
@@ -77,7 +82,6 @@ OPS["GET_ROWS"] = Op(_get_rows_shape, lambda run, w, ids: w[ids], _get_rows_lowe
 
 def _columns(w: "Tensor") -> None:
     _need(w.type in QUANTIZED or w.type in FLOAT, f"no kernel for {w.type}")
-    _need(w.shape[-1] % 32 == 0, f"{w.shape[-1]} columns; the kernels take multiples of 32")
 
 
 def _mul_mat_shape(w: "Tensor", x: "Tensor") -> Shape:
@@ -113,7 +117,6 @@ OPS["MUL_MAT"] = Op(_mul_mat_shape, lambda run, w, x: x @ w.T, _mul_mat_lower)
 
 def _pair_shape(x: "Tensor", y: "Tensor") -> Shape:
     _need(x.shape == y.shape and x.type == y.type == "F32", "takes two equal shapes")
-    _vectors(_row(x))
     return x.shape
 
 
@@ -122,13 +125,41 @@ def _pair_lower(p: "Plan", node: "Tensor") -> None:
     p.step(node.op.lower(), node, x=x, y=y, out=node, n_cols=_row(node))
 
 
+def _each_lower(p: "Plan", node: "Tensor") -> None:
+    attrs = {key: float(value) for key, value in node.attrs.items()}
+    p.step(node.op.lower(), node, x=node.inputs[0], out=node, n_cols=_row(node), **attrs)
+
+
 def _silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-np.maximum(x, -88.0)))
 
 
-def _gelu(x: np.ndarray) -> np.ndarray:
-    """The tanh approximation (Hendrycks & Gimpel 2016)."""
+def _gelu(x: np.ndarray, kind: str) -> np.ndarray:
+    """By the error function, or one of its two approximations (Hendrycks & Gimpel 2016)."""
+    if kind == "erf":
+        return (0.5 * x * (1 + np.vectorize(math.erf, [float])(x / math.sqrt(2)))).astype(np.float32)
+    if kind == "quick":
+        return x / (1 + np.exp(-np.maximum(np.float32(1.702) * x, -88.0)))
     return 0.5 * x * (1 + np.tanh(0.7978845608028654 * (x + 0.044715 * x**3)))
+
+
+def _gelu_shape(x: "Tensor", kind: str) -> Shape:
+    _need(kind in GELUS, f"unknown kind {kind}")
+    return x.shape
+
+
+def _gelu_lower(p: "Plan", node: "Tensor") -> None:
+    p.step(f"gelu_{node.attrs['kind']}", node, x=node.inputs[0], out=node, n_cols=_row(node))
+
+
+def _geglu_shape(x: "Tensor", y: "Tensor", kind: str) -> Shape:
+    _need(kind in GEGLUS, f"unknown kind {kind}")
+    return _pair_shape(x, y)
+
+
+def _geglu_lower(p: "Plan", node: "Tensor") -> None:
+    x, y = node.inputs
+    p.step(f"geglu_{node.attrs['kind']}", node, x=x, y=y, out=node, n_cols=_row(node))
 
 
 def _swiglu_lower(p: "Plan", node: "Tensor") -> None:
@@ -142,47 +173,66 @@ def _swiglu_lower(p: "Plan", node: "Tensor") -> None:
 OPS["ADD"] = Op(_pair_shape, lambda run, x, y: x + y, _pair_lower)
 OPS["MUL"] = Op(_pair_shape, lambda run, x, y: x * y, _pair_lower)
 OPS["SWIGLU"] = Op(_pair_shape, lambda run, x, y: _silu(x) * y, _swiglu_lower)  # Shazeer 2020
-OPS["GEGLU"] = Op(_pair_shape, lambda run, x, y: _gelu(x) * y, _pair_lower)
+OPS["GELU"] = Op(_gelu_shape, lambda run, x, kind: _gelu(x, kind), _gelu_lower)
+OPS["GEGLU"] = Op(_geglu_shape, lambda run, x, y, kind: _gelu(x, kind) * y, _geglu_lower)
+OPS["RELU_SQUARED"] = Op(lambda x: x.shape, lambda run, x: np.maximum(x, 0) ** 2, _each_lower)
+
+
+def _clamped_shape(x: "Tensor", y: "Tensor", alpha: float, limit: float) -> Shape:
+    _need(limit > 0, f"a limit of {limit}")
+    return _pair_shape(x, y)
+
+
+def _clamped_reference(run: "Reference", x: np.ndarray, y: np.ndarray, alpha: float, limit: float) -> np.ndarray:
+    gate, up = np.minimum(x, limit), np.clip(y, -limit, limit)
+    return (gate / (1 + np.exp(-np.maximum(alpha * gate, -88.0))) * (up + 1)).astype(np.float32)
+
+
+def _clamped_lower(p: "Plan", node: "Tensor") -> None:
+    x, y = node.inputs
+    attrs = {key: float(value) for key, value in node.attrs.items()}
+    p.step("swiglu_clamped", node, x=x, y=y, out=node, n_cols=_row(node), **attrs)
+
+
+# gpt-oss's: x / (1 + e^(-alpha x)) * (y + 1), of x and y no further than `limit` from 0.
+OPS["SWIGLU_CLAMPED"] = Op(_clamped_shape, _clamped_reference, _clamped_lower)
 
 
 def _bias_shape(x: "Tensor", y: "Tensor") -> Shape:
     _need(y.type == "F32" and y.shape == x.shape[1:], "takes one float32 row to add to every token's")
-    _vectors(_row(x))
     return x.shape
 
 
 OPS["ADD_BIAS"] = Op(_bias_shape, lambda run, x, y: x + y, _pair_lower)
 
 
-def _scale_shape(x: "Tensor", factor: float) -> Shape:
-    _vectors(_row(x))
-    return x.shape
-
-
-def _scale_lower(p: "Plan", node: "Tensor") -> None:
-    p.step("scale", node, x=node.inputs[0], out=node, n_cols=_row(node), factor=float(node.attrs["factor"]))
-
-
-OPS["SCALE"] = Op(_scale_shape, lambda run, x, factor: x * np.float32(factor), _scale_lower)
+OPS["SCALE"] = Op(lambda x, factor: x.shape, lambda run, x, factor: x * np.float32(factor), _each_lower)
+# cap * tanh(x / cap)
+OPS["SOFT_CAP"] = Op(
+    lambda x, cap: x.shape, lambda run, x, cap: np.tanh(x / np.float32(cap)) * np.float32(cap), _each_lower
+)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _rms_norm_shape(x: "Tensor", w: "Tensor", eps: float) -> Shape:
+def _rms_norm_shape(x: "Tensor", w: "Tensor | None" = None, *, eps: float) -> Shape:
+    if w is None:
+        return x.shape
     n = w.shape[-1]
     _need(w.type == "F32" and len(w.shape) == 1 and n <= x.shape[-1], "takes float32 weights, no more than a row's values")
-    _vectors(n)
     return (*x.shape[:-1], n)
 
 
-def _rms_norm_reference(run: "Reference", x: np.ndarray, w: np.ndarray, eps: float) -> np.ndarray:
-    x = x[..., : len(w)]
-    return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + np.float32(eps)) * w
+def _rms_norm_reference(run: "Reference", x: np.ndarray, w: np.ndarray | None = None, *, eps: float) -> np.ndarray:
+    x = x if w is None else x[..., : len(w)]
+    y = x / np.sqrt(np.mean(x * x, -1, keepdims=True) + np.float32(eps))
+    return y if w is None else y * w
 
 
 def _rms_norm_lower(p: "Plan", node: "Tensor") -> None:
-    x, w = node.inputs
+    x, w = (*node.inputs, 0)[:2]
+    assert not isinstance(x, int)
     n = node.shape[-1]
     fmt = p.quantized_format(node)
     if fmt is not None and len(x.shape) == 2:
@@ -192,8 +242,33 @@ def _rms_norm_lower(p: "Plan", node: "Tensor") -> None:
     p.step("rms_norm", node, x=x, w=w, out=node, eps=float(node.attrs["eps"]), x_stride=4 * x.shape[-1], **rows)
 
 
-# Of rows longer than the weights, the beginning is taken.
+# With weights or without. Of rows longer than the weights, the beginning is taken.
 OPS["RMS_NORM"] = Op(_rms_norm_shape, _rms_norm_reference, _rms_norm_lower)
+
+
+def _layer_norm_shape(x: "Tensor", *weights: "Tensor", eps: float) -> Shape:
+    _need(len(weights) <= 2, "takes weights and a bias at most")
+    _need(all(t.type == "F32" and t.shape == x.shape[-1:] for t in weights), "takes float32 weights as long as a row")
+    return x.shape
+
+
+def _layer_norm_reference(run: "Reference", x: np.ndarray, *weights: np.ndarray, eps: float) -> np.ndarray:
+    x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt(np.mean(x * x, -1, keepdims=True) + np.float32(eps))
+    for how, t in zip((np.multiply, np.add), weights, strict=False):
+        x = how(x, t)
+    return x
+
+
+def _layer_norm_lower(p: "Plan", node: "Tensor") -> None:
+    x, w, bias = (*node.inputs, 0, 0)[:3]
+    n = node.shape[-1]
+    rows: dict[str, Any] = {"n_cols": n, "n_rows_per_token": _row(node) // n, "eps": float(node.attrs["eps"])}
+    p.step("layer_norm", node, x=x, w=w, bias=bias, out=node, **rows)
+
+
+# With weights and a bias, with weights alone, or without.
+OPS["LAYER_NORM"] = Op(_layer_norm_shape, _layer_norm_reference, _layer_norm_lower)
 
 
 def _soft_max_shape(x: "Tensor") -> Shape:
@@ -215,7 +290,6 @@ OPS["SOFT_MAX"] = Op(_soft_max_shape, _soft_max_reference, _soft_max_lower)
 
 def _rows_shape(x: "Tensor", rows: "Tensor") -> Shape:
     _need(rows.type == "I32" and len(rows.shape) == 1, "takes numbers of rows")
-    _vectors(_row(x))
     return (rows.shape[0], *x.shape[1:])
 
 
@@ -280,10 +354,21 @@ def _rope_lower(p: "Plan", node: "Tensor") -> None:
 OPS["ROPE"] = Op(_rope_shape, _rope_reference, _rope_lower)
 
 
-# --- ATTENTION: causal, grouped heads, over the cache and the tokens of this run --------------------------------------
+# --- ATTENTION: grouped heads, over the cache and the tokens of this run ----------------------------------------------
 
 
-def _attention_shape(q: "Tensor", k: "Tensor", v: "Tensor", cache: "Tensor", scale: float) -> Shape:
+def _attention_shape(
+    q: "Tensor",
+    k: "Tensor",
+    v: "Tensor",
+    cache: "Tensor",
+    sinks: "Tensor | None" = None,
+    *,
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+    causal: bool = True,
+) -> Shape:
     _need(all(len(t.shape) == 3 for t in (q, k, v)), "takes (n_tokens, n_head, head_dim)")
     _need(
         k.shape[:2] == v.shape[:2] and (*k.shape[1:], v.shape[2]) == cache.shape, "keys, values and cache differ in shape"
@@ -291,57 +376,97 @@ def _attention_shape(q: "Tensor", k: "Tensor", v: "Tensor", cache: "Tensor", sca
     _need(
         q.shape[1] % k.shape[1] == 0 and q.shape[2] == k.shape[2], "n_head is no multiple of n_head_kv, or head_dim differs"
     )
-    _vectors(q.shape[2])
-    _vectors(v.shape[2])
+    _need(sinks is None or (sinks.type == "F32" and sinks.shape == (q.shape[1],)), "takes one float32 sink a head")
+    _need(window >= 0 and cap >= 0, f"a window of {window}, a cap of {cap}")
     return (*q.shape[:2], v.shape[2])
 
 
-def _attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, n_past: int, scale: float) -> np.ndarray:
-    """(n, n_head, …) queries over keys and values (n_kv, n_head, …), of which the first query sees n_past + 1."""
+def _reach(window: int, causal: bool) -> tuple[int, int]:
+    """How many keys before and behind its own a token sees."""
+    if causal:
+        return (window - 1 if window else NO_LIMIT), 0
+    return (window // 2, window // 2) if window else (NO_LIMIT, NO_LIMIT)
+
+
+def _attend(
+    q: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    n_past: int,
+    scale: float,
+    sinks: np.ndarray | None = None,
+    reach: tuple[int, int] = (NO_LIMIT, 0),
+    cap: float = 0.0,
+) -> np.ndarray:
+    """(n, n_head, …) queries, the first at position n_past, over keys and values (n_kv, n_head, …)."""
     scores = np.einsum("qhd,khd->hqk", q, keys, optimize=True) * np.float32(scale)
-    seen = np.arange(len(keys))[None, :] <= n_past + np.arange(len(q))[:, None]
-    scores = np.where(seen[None], scores, -np.inf)
+    if cap:
+        scores = np.tanh(scores / np.float32(cap)) * np.float32(cap)
+    ahead = np.arange(len(keys))[None, :] - (n_past + np.arange(len(q))[:, None])
+    scores = np.where((-ahead <= reach[0]) & (ahead <= reach[1]), scores, -np.inf)
+    if sinks is not None:  # one more key without a value
+        scores = np.concatenate([scores, np.broadcast_to(sinks[:, None, None], (*scores.shape[:2], 1))], -1)
     p = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("hqk,khd->qhd", p / p.sum(-1, keepdims=True), values, optimize=True)
+    p = (p / p.sum(-1, keepdims=True))[..., : len(keys)]
+    return np.einsum("hqk,khd->qhd", p, values, optimize=True)
 
 
 def _attention_reference(
-    run: "Reference", q: np.ndarray, k: np.ndarray, v: np.ndarray, cache: Any, scale: float
+    run: "Reference",
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    cache: Any,
+    sinks: np.ndarray | None = None,
+    *,
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+    causal: bool = True,
 ) -> np.ndarray:
     out, group = [], q.shape[1] // k.shape[1]
     for span, n_past, pages in run.batch.each():
         n = n_past + span.stop - span.start
         keys, values = cache.append(k[span], v[span], run.batch.places[span], pages, n)
-        out.append(_attend(q[span], np.repeat(keys, group, 1), np.repeat(values, group, 1), n_past, scale))
+        keys, values = np.repeat(keys, group, 1), np.repeat(values, group, 1)
+        out.append(_attend(q[span], keys, values, n_past, scale, sinks, _reach(window, causal), cap))
     return np.concatenate(out)
 
 
 def _attention_lower(p: "Plan", node: "Tensor") -> None:
-    q, k, v, cache = node.inputs
+    q, k, v, cache, sinks = (*node.inputs, 0)[:5]
+    assert not isinstance(q, int) and not isinstance(v, int) and not isinstance(cache, int)
+    n_before, n_after = _reach(node.attrs.get("window", 0), node.attrs.get("causal", True))
     n_head, head_dim = q.shape[1:]
     _, n_head_kv, head_dim_v = v.shape
     keys, values = p.cache(cache)
     p.step(f"store_k_{p.kv_type}", node, writes=("cache",), x=k, cache=keys, n_head_kv=n_head_kv, head_dim=head_dim)
     p.step(f"store_v_{p.kv_type}", node, writes=("cache",), x=v, cache=values, n_head_kv=n_head_kv, head_dim=head_dim_v)
     sizes: dict[str, Any] = {"n_head": n_head, "n_head_kv": n_head_kv, "head_dim": head_dim, "head_dim_v": head_dim_v}
-    sizes["scale"] = float(node.attrs["scale"])
-    _attention_steps(p, node, "attention", (n_head_kv, head_dim), q=q, k_cache=keys, v_cache=values, **sizes)
+    sizes |= {"scale": float(node.attrs["scale"]), "cap": float(node.attrs.get("cap", 0.0))}
+    sizes |= {"sinks": sinks, "n_before": n_before, "n_after": n_after}
+    _attention_steps(p, node, "attention", (n_head_kv, head_dim), n_before, q=q, k_cache=keys, v_cache=values, **sizes)
 
 
-def _attention_steps(p: "Plan", node: "Tensor", kernel: str, keys: Shape, **params: Any) -> None:
-    """Attention and the merging of its parts, over keys of the shape (n_head_kv, head_dim)."""
+def _attention_steps(p: "Plan", node: "Tensor", kernel: str, keys: Shape, n_before: int, /, **params: Any) -> None:
+    """Attention and the merging of its parts, over keys of the shape (n_head_kv, head_dim), n_before of them at most before
+    a token."""
     n_tokens, n_head, head_dim_v = node.shape
     n_head_kv, width = keys
     p.scratch(attention_scratch(width, head_dim_v))
     per_token = n_head_kv * -(-n_head // n_head_kv // HEADS_PER_ITEM)
-    n_parts = split_spans(n_tokens, per_token, p.n_threads) * (p.n_ctx // KEYS_PER_PART + 1)
-    partial = p.buffer(4 * n_parts * n_head * (head_dim_v + 16))
+    n_parts = min(p.n_ctx, n_before + KEYS_PER_PART) // KEYS_PER_PART + 1
+    n_parts *= split_spans(n_tokens, per_token, p.n_threads)
+    partial = p.buffer(4 * n_parts * n_head * (padded(head_dim_v) + 16))
     p.step(f"{kernel}_{p.kv_type}", node, writes=("out", "partial"), out=node, partial=partial, **params)
-    sizes: dict[str, Any] = {"n_head": n_head, "head_dim": head_dim_v, "items_per_token": per_token}
-    p.step("attention_merge", node, partial=partial, out=node, **sizes)
+    sizes: dict[str, Any] = {"n_head": n_head, "head_dim": head_dim_v, "items_per_token": per_token, "n_before": n_before}
+    sinks = params.get("sinks", 0)
+    p.step("attention_merge", node, writes=("out", "partial"), partial=partial, sinks=sinks, out=node, **sizes)
 
 
-# Values may be longer or shorter than queries and keys.
+# Values may be longer or shorter than queries and keys. `window`: a token sees that many keys, its own the last; of
+# symmetric attention (not `causal`, within the tokens of a run and those before them) window // 2 on both sides. `cap`:
+# scores become cap * tanh(score / cap). `sinks`: for each head a logit that takes its part of the weight. 0 is none.
 OPS["ATTENTION"] = Op(_attention_shape, _attention_reference, _attention_lower)
 
 
@@ -514,12 +639,31 @@ def _id_lower(p: "Plan", node: "Tensor") -> None:
 OPS["MUL_MAT_ID"] = Op(_id_shape, _id_reference, _id_lower)
 
 
+# --- ADD_EXPERT_BIAS: to each of a token's rows what its expert has ---------------------------------------------------
+
+
+def _expert_bias_shape(x: "Tensor", bias: "Tensor", route: "Tensor") -> Shape:
+    _need(len(x.shape) == 3 and x.shape[:2] == route.shape[:2], "takes (n_tokens, n_used, …) and their route")
+    _need(bias.type == "F32" and bias.shape[1:] == x.shape[2:], "takes one float32 row an expert")
+    return x.shape
+
+
+def _expert_bias_lower(p: "Plan", node: "Tensor") -> None:
+    x, bias, route = node.inputs
+    sizes: dict[str, Any] = {"n_expert": bias.shape[0], "n_used": x.shape[1], "n_cols": x.shape[2]}
+    p.step("add_expert_bias", node, x=x, bias=bias, route=route, out=node, **sizes)
+
+
+OPS["ADD_EXPERT_BIAS"] = Op(
+    _expert_bias_shape, lambda run, x, bias, route: x + bias[route[..., 0].astype(int)], _expert_bias_lower
+)
+
+
 # --- COMBINE, SIGMOID_GATE: what the experts say, by weight ------------------------------------------------------------
 
 
 def _combine_shape(x: "Tensor", route: "Tensor") -> Shape:
     _need(len(x.shape) == 3 and x.shape[:2] == route.shape[:2], "takes (n_tokens, n_used, …) and their route")
-    _vectors(x.shape[2])
     return (x.shape[0], x.shape[2])
 
 
@@ -533,7 +677,6 @@ OPS["COMBINE"] = Op(_combine_shape, lambda run, x, route: (x * route[..., 1:]).s
 
 def _gate_shape(x: "Tensor", gate: "Tensor") -> Shape:
     _need(gate.shape == (x.shape[0], 1) and len(x.shape) == 2, "takes one gate a token")
-    _vectors(x.shape[1])
     return x.shape
 
 
@@ -583,7 +726,9 @@ def _latent_lower(p: "Plan", node: "Tensor") -> None:
     store: dict[str, Any] = {"latent": latent, "k_rot": k_rot, "n_latent": n_latent, "n_rot": n_rot}
     p.step(f"store_latent_{p.kv_type}", node, writes=("cache",), cache=rows, **store)
     sizes: dict[str, Any] = {"n_head": n_head, "n_latent": n_latent, "n_rot": n_rot, "scale": float(node.attrs["scale"])}
-    _attention_steps(p, node, "latent_attention", (1, n_latent + n_rot), q_latent=q, q_rot=q_rot, cache=rows, **sizes)
+    _attention_steps(
+        p, node, "latent_attention", (1, n_latent + n_rot), NO_LIMIT, q_latent=q, q_rot=q_rot, cache=rows, **sizes
+    )
 
 
 OPS["ATTENTION_LATENT"] = Op(_latent_shape, _latent_reference, _latent_lower)

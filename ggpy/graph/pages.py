@@ -1,9 +1,9 @@
 """The memory of sequences: keys and values of their tokens, in float16, Q8_0 or float32.
 
 They lie in *pages* of SLAB positions of one sequence, in slabs as the attention kernels read them (`kernels.kv_formats`):
-for each page keys (head_dim, SLAB) and values (SLAB, head_dim_v) of each KV head; of latent caches, whose keys serve as
-values too, (SLAB, n_values). Slabs of Q8_0 end with their scales. A page is page p of every cache, one piece of each.
-Memory is touched, and so taken, only as tokens come.
+for each page keys (head_dim, SLAB) and values (SLAB, head_dim_v) of each KV head, padded to multiples of 16; of latent
+caches, whose keys serve as values too, (SLAB, n_values). Slabs of Q8_0 end with their scales. A page is page p of every
+cache, one piece of each. Memory is touched, and so taken, only as tokens come.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import UnsupportedError
-from ..kernels.table import KV_TYPES, SLAB
+from ..kernels.table import KV_TYPES, SLAB, padded
 from .pool import Pool
 from .states import States
 from .threads import aligned
@@ -85,7 +85,8 @@ class Pages(Pool):
         if len(cache.shape) == 1:
             return [((), _slab(self.type, cache.shape[0], by_rows=True))]
         n_head_kv, head_dim, head_dim_v = cache.shape
-        keys, values = _slab(self.type, head_dim, by_rows=False), _slab(self.type, head_dim_v, by_rows=True)
+        keys = _slab(self.type, padded(head_dim), by_rows=False)
+        values = _slab(self.type, padded(head_dim_v), by_rows=True)
         return [((n_head_kv,), keys), ((n_head_kv,), values)]
 
     def page_bytes(self, graph: "Iterable[Tensor]") -> int:
@@ -115,6 +116,7 @@ def _has_scales(slabs: np.ndarray) -> bool:
 
 def _put(slabs: np.ndarray, place: int, x: np.ndarray, by_rows: bool) -> None:
     """Stores one position's values, (n,) or (n_head_kv, n), in slabs (n_pages,) or (n_pages, n_head_kv)."""
+    x = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded(x.shape[-1]) - x.shape[-1])])
     page, position = divmod(int(place), SLAB)
     here = slabs[page]
     if _has_scales(slabs):
@@ -149,7 +151,8 @@ class CacheView:
         for i, place in enumerate(places):
             _put(self._keys, place, k[i], by_rows=False)
             _put(self._values, place, v[i], by_rows=True)
-        return _rows(self._keys, pages, n, by_rows=False), _rows(self._values, pages, n, by_rows=True)
+        keys, values = _rows(self._keys, pages, n, by_rows=False), _rows(self._values, pages, n, by_rows=True)
+        return keys[..., : k.shape[-1]], values[..., : v.shape[-1]]
 
 
 class LatentView:

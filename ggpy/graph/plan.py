@@ -97,6 +97,7 @@ class Plan:
         self._watched = {id(graph[name]) for name in watched}
         self._scratch_stride = 0
         self._memories: dict[int, Memory] = {}
+        self._padded_weights: dict[Tensor, np.ndarray] = {}
         self._lower()
         self._scratch = Buffer(self._scratch_stride * n_threads)
         self._place()
@@ -150,11 +151,20 @@ class Plan:
         source = self.place_of(x)
         assert isinstance(source, Buffer)
         width = x.shape[-1]
-        if weight_type not in QUANTIZED:
-            return source, 4 * width
-        fmt, stride = QUANTIZED[weight_type], activation_bytes(n_cols)
         n_rows = x.n_values // x.shape[0] // width
-        sizes: dict[str, Any] = {"n_cols": n_cols, "n_rows_per_token": n_rows, "out_stride": stride}
+        sizes: dict[str, Any] = {"n_cols": n_cols, "n_rows_per_token": n_rows}
+        if weight_type not in QUANTIZED:
+            n_padded = _whole_columns(n_cols)
+            if n_padded == n_cols:
+                return source, 4 * width
+
+            def pad(out: Buffer) -> None:
+                self.step("pad_rows", x, x=source, out=out, x_row_stride=4 * width, n_padded=n_padded, **sizes)
+
+            n_bytes = 4 * n_padded * n_rows * self.padded(x)
+            return self.once((source, "padded", width, n_cols), n_bytes, pad), 4 * n_padded
+        fmt, stride = QUANTIZED[weight_type], activation_bytes(n_cols)
+        sizes |= {"out_stride": stride}
         sizes |= {"x_stride": 4 * width * n_rows, "x_row_stride": 4 * width}
 
         def quantize(out: Buffer) -> None:
@@ -165,11 +175,22 @@ class Plan:
     def product(self, w: "Tensor", node: "Tensor", one: bool, n_most: int | None = None, /, **params: Any) -> None:
         """A matrix product: `params` are those of the kernel that don't follow from the weights, n_most the rows of x that
         one matrix may meet; without it, all of the node's tokens."""
-        data = w.attrs["weight"].data
-        n_rows, n_cols = w.shape[-2:]
+        data = self._rows_of(w)
+        n_rows, n_cols = w.shape[-2], _whole_columns(w.shape[-1])
         self.scratch(scratch_bytes(w.type, n_most or self.padded(node), data.shape[-1], self._lanes))
         params = {"residual": 0, "ids": 0, "groups": 0, "w_stride": data.strides[0], **params}
-        self.step(f"mul_mat_{'one_' if one else ''}{w.type}", node, w=w, n_rows=n_rows, n_cols=n_cols, **params)
+        params |= {"w": data.ctypes.data, "n_rows": n_rows, "n_cols": n_cols}
+        self.step(f"mul_mat_{'one_' if one else ''}{w.type}", node, **params)
+
+    def _rows_of(self, w: "Tensor") -> np.ndarray:
+        """The bytes of a weight's rows: as they are stored or, of float types with odd columns, a copy with zeros added."""
+        data = w.attrs["weight"].data
+        n_more = (_whole_columns(w.shape[-1]) - w.shape[-1]) * data.shape[-1] // w.shape[-1]
+        if not n_more:
+            return data
+        if w not in self._padded_weights:
+            self._padded_weights[w] = np.pad(data, [(0, 0)] * (data.ndim - 1) + [(0, n_more)])
+        return self._padded_weights[w]
 
     def only_user(self, node: "Tensor") -> "Tensor | None":
         """The node that alone takes `node`, unless `node` is also a result or watched."""
@@ -332,6 +353,11 @@ class Plan:
                     value = struct.unpack("<i", struct.pack("<f", value))[0]
                 values.append(int(value))
         return np.array(values, np.int64), starts
+
+
+def _whole_columns(n: int) -> int:
+    """Columns of a matrix as the kernels take them: a multiple of 32."""
+    return -(-n // 32) * 32
 
 
 def _buffer(value: Any) -> Any:

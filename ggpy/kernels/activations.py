@@ -109,7 +109,7 @@ def _define(name, blocks):
 
     @kernel(f"rms_norm_{name}")
     def rms_norm(ith, nth, x, w, out, state, n_cols, x_stride, out_stride, eps):
-        """RMS norm, quantized at once: the normalized row never goes to memory."""
+        """RMS norm, by w unless that is 0, quantized at once: the normalized row never goes to memory."""
         parts = (n_cols + 255) // 256
         start, stop = share(ld_state(state, 0) * parts, ith, nth)
         room = stack(_PART)
@@ -120,7 +120,8 @@ def _define(name, blocks):
             if t != last:
                 last, factor = t, rms_scale(row, n_cols, eps)
             for i in range(4 * first, 4 * end, _V):
-                store(room + i - 4 * first, load_f32(row + i) * factor * load_f32(w + i))
+                v = load_f32(row + i) * factor
+                store(room + i - 4 * first, v * load_f32(w + i) if w else v)
             blocks(room, out + out_stride * t, n_cols, first, end)
 
     @kernel(f"swiglu_{name}")

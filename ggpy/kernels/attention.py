@@ -14,10 +14,17 @@ Each row's result has the same bits however many rows, tokens, sequences and thr
 up in the same order; and the keys of a row are taken in parts of KEYS_PER_PART, slab by slab, each part's sums are merged
 with those of the parts before (`merge_row`), wherever and by whomever the parts were computed.
 
+A token sees n_before keys before its own and n_after behind it, as far as there are any: all before and none behind for
+causal attention, fewer before for a window, as many on both sides for a symmetric one. Slabs that no row of an item sees
+are left out; in others, what a row doesn't see gets no weight. A row's parts stay where they are, and a slab of which it
+sees nothing adds zeros to it: results don't depend on which slabs are left out.
+
 Spans of many tokens are shared out by (tokens, KV head), the longest items first, spans of one token by KV head. Where
 these are too few for all threads, each part is an item of its own (`is_split`), so that long contexts use all threads
 whatever the number of heads, and `attention_merge` merges them. Scores are in units of log2: queries are multiplied by
-`scale` and log2(e) as they are collected.
+`scale` and log2(e) as they are collected, or, where scores are capped, as they pass through the tanh. Heads' values are
+padded with zeros to multiples of 16, in the cache too. A sink, one more logit of a head that no value belongs to, is added
+to a row's sum of weights at its end.
 """
 
 from ..simd.vector import (
@@ -32,6 +39,7 @@ from ..simd.vector import (
     ld_f32,
     ld_i32,
     load_f32,
+    load_first,
     load_grid,
     load_tile_f32,
     max_f32,
@@ -40,6 +48,7 @@ from ..simd.vector import (
     splat_i32,
     st_f32,
     store,
+    store_first,
     store_grid,
     sum_f32,
     tile_f32,
@@ -47,6 +56,7 @@ from ..simd.vector import (
 )
 from .common import bits_f32, exp2, f32, i32, ld_state, next_item, share
 from .kv_formats import KV_FORMATS, VECTORS
+from .rows import copy_padded, padded, tanh, whole
 from .source import function, kernel
 from .table import HEADS_PER_ITEM, ITEMS_PER_THREAD, KEYS_PER_PART, ROWS_PER_ITEM, SLAB, SPAN_BYTES
 
@@ -256,10 +266,13 @@ def fill_zero(to, n_bytes):
 
 
 @function
-def copy_scaled(to, x, n, factor):
-    """to = x * factor, n values."""
-    for i in range(0, 4 * n, _V):
-        store(to + i, load_f32(x + i) * splat_f32(factor))
+def copy_scaled(to, x, n, n_padded, factor):
+    """to = x * factor, n values, and zeros behind them, n_padded in all."""
+    end = whole(n)
+    for i in range(0, end, LANES):
+        store(to + 4 * i, load_f32(x + 4 * i) * splat_f32(factor))
+    for i in range(end, n_padded, LANES):
+        store(to + 4 * i, load_first(x + 4 * i, n - i) * splat_f32(factor))
 
 
 @function
@@ -298,12 +311,20 @@ def start_part(work, n_rows, width, head_dim_v):
 
 
 @function
-def _hide(line, n, seen):
-    """Takes the scores from `seen` on out of the n of a row."""
-    for k in range(0, n, LANES):
-        s = load_f32(line + 4 * k)
-        s = where_less(lane_numbers() + splat_i32(i32(k)), splat_i32(i32(seen)), s, splat_f32(_LOWEST))
+def _hide(line, begins, seen):
+    """Leaves only the scores from `begins` to `seen` - 1 of a row's scores of a slab."""
+    for k in range(0, SLAB, LANES):
+        s, positions = load_f32(line + 4 * k), lane_numbers() + splat_i32(i32(k))
+        s = where_less(positions, splat_i32(i32(seen)), s, splat_f32(_LOWEST))
+        s = where_less(positions, splat_i32(i32(begins)), splat_f32(_LOWEST), s)
         store(line + 4 * k, s)
+
+
+@function
+def _cap(line, cap):
+    """cap * tanh(score) of a row's scores of a slab."""
+    for k in range(0, SLAB, LANES):
+        store(line + 4 * k, tanh(load_f32(line + 4 * k)) * splat_f32(cap))
 
 
 @function
@@ -345,15 +366,29 @@ def merge_row(o, maximum, weights, total, total_maximum, total_weights, head_dim
 
 
 @function
-def _merge_rows(work, n_tokens, n_heads, n_seen, is_first, width, head_dim_v):
-    """Ends a part of the keys: of the rows that see any of it, the first token n_seen. The first part is taken as it is."""
+def _seen(position, n_after, n_keys):
+    """How many keys from the sequence's first on a token sees, were it not for a window's beginning."""
+    return min(position + n_after + 1, n_keys)
+
+
+@function
+def _begins(position, n_before):
+    """The first key that a token sees."""
+    return max(position - n_before, 0)
+
+
+@function
+def _merge_rows(work, n_tokens, n_heads, position, n_before, n_after, n_keys, part, width, head_dim_v):
+    """Ends the part of the keys that begins at `part`, for the rows that see any of it. Each row's first part is taken as
+    it is."""
     o, maxima, sums, total, pairs, _, _, _ = rows_of(work, width, head_dim_v)
     row = 4 * head_dim_v
     for t in range(n_tokens):
-        if n_seen + t > 0:
+        begins = _begins(position + t, n_before)
+        if _seen(position + t, n_after, n_keys) > part and begins < part + KEYS_PER_PART:
             for r in range(t * n_heads, t * n_heads + n_heads):
                 maximum, weights, pair = ld_f32(maxima + 4 * r), sum_f32(load_f32(sums + 64 * r)), pairs + 8 * r
-                if is_first:
+                if begins >= part:
                     copy_bytes(total + row * r, o + row * r, row)
                 else:
                     before, sum_before = ld_f32(pair), ld_f32(pair + 4)
@@ -362,6 +397,12 @@ def _merge_rows(work, n_tokens, n_heads, n_seen, is_first, width, head_dim_v):
                     )
                 st_f32(pair, maximum)
                 st_f32(pair + 4, weights)
+
+
+@function
+def has_parts(first, stop):
+    """Whether keys first … stop - 1 are of several parts."""
+    return first // KEYS_PER_PART != (stop - 1) // KEYS_PER_PART
 
 
 def attention_over(products):
@@ -373,7 +414,11 @@ def attention_over(products):
         work,
         n_tokens,
         n_heads,
-        n_seen,
+        position,
+        n_before,
+        n_after,
+        n_keys,
+        cap,
         keys,
         key_stride,
         values,
@@ -386,12 +431,12 @@ def attention_over(products):
         width_v,
         after,
     ):
-        """Attends to keys and values first … stop - 1, `first` a multiple of KEYS_PER_PART, for n_heads rows of each token.
+        """Attends to keys and values first … stop - 1, `first` a multiple of SLAB, for n_heads rows of each token.
 
-        The first token may see n_seen keys in all, and each token one more than the one before. Page p of keys and
-        values, slabs of `width` and width_v values, of which the first head_dim_v are taken, is at keys + key_stride * p
-        and values + value_stride * p; `pages` is the address of the span's page numbers, int32, `after` of what will be
-        read next.
+        The tokens stand at `position` and behind it in their sequence, which has n_keys keys. Scores go through
+        cap * tanh unless cap is 0. Page p of keys and values, slabs of `width` and width_v values, of which the first
+        head_dim_v are taken, is at keys + key_stride * p and values + value_stride * p; `pages` is the address of the
+        span's page numbers, int32, `after` of what will be read next.
         """
         _, maxima, sums, _, _, scores, spare, room = rows_of(work, width, head_dim_v)
         o, n_rows = work + 4 * ROWS_PER_ITEM * width, n_tokens * n_heads
@@ -403,20 +448,22 @@ def attention_over(products):
                 upcoming = keys + key_stride * next_page
             set_scores(work, n_rows, keys + key_stride * page, width, scores, room, slab)
             for t in range(n_tokens):
-                seen = n_seen + t - b
+                seen, begins = _seen(position + t, n_after, n_keys) - b, _begins(position + t, n_before) - b
                 for r in range(t * n_heads, t * n_heads + n_heads):
                     line = scores + LINE * r
-                    if seen <= 0:
+                    if seen <= 0 or begins >= SLAB:
                         fill_zero(line, LINE)
                         continue
-                    if seen < SLAB:
-                        _hide(line, SLAB, seen)
+                    if cap != f32(0.0):
+                        _cap(line, cap)
+                    if seen < SLAB or begins > 0:
+                        _hide(line, begins, seen)
                     _soften(line, maxima + 4 * r, sums + 64 * r, o + 4 * head_dim_v * r, head_dim_v)
             add_values(scores, n_rows, slab, width_v, min(SLAB, stop - b), head_dim_v, o, spare, room, upcoming)
             page = next_page
-            if stop - first > KEYS_PER_PART and (b + SLAB >= stop or (b + SLAB) % KEYS_PER_PART == 0):
+            if has_parts(first, stop) and (b + SLAB >= stop or (b + SLAB) % KEYS_PER_PART == 0):
                 part = b // KEYS_PER_PART * KEYS_PER_PART
-                _merge_rows(work, n_tokens, n_heads, n_seen - part, part == first, width, head_dim_v)
+                _merge_rows(work, n_tokens, n_heads, position, n_before, n_after, n_keys, part, width, head_dim_v)
                 if b + SLAB < stop:
                     start_part(work, n_rows, width, head_dim_v)
 
@@ -435,23 +482,37 @@ def put_part(work, n_rows, width, head_dim_v, to):
 
 
 @function
-def _divide(to, values, weights, head_dim_v):
-    by = splat_f32(weights)
-    for d in range(0, 4 * head_dim_v, _V):
-        store(to + d, load_f32(values + d) / by)
+def _power(x):
+    """2**x of a scalar."""
+    if x > f32(0.0):
+        return f32(1.0) / max_f32(exp2(splat_f32(-x)))
+    return max_f32(exp2(splat_f32(x)))
 
 
 @function
-def put_result(work, first, n_rows, n_keys, width, head_dim_v, to):
-    """What rows have of all their n_keys keys, as results."""
-    o, _, sums, total, pairs, _, _, _ = rows_of(work, width, head_dim_v)
+def _put_mean(to, values, maximum, weights, sinks, row, n):
+    """A row's sums of values by its sum of weights, to which its head's sink is added unless `sinks` is 0: n values."""
+    if sinks:
+        weights += _power(ld_f32(sinks + 4 * row) * LOG2_E - maximum)
+    by, end = splat_f32(weights), whole(n)
+    for d in range(0, 4 * end, _V):
+        store(to + d, load_f32(values + d) / by)
+    if end < n:
+        store_first(to + 4 * end, load_first(values + 4 * end, n - end) / by, n - end)
+
+
+@function
+def put_result(work, first, n_rows, is_merged, sinks, width, head_dim_v, n_out, to):
+    """What rows have of all their keys, as results of n_out values; `sinks` are those of the rows' heads."""
+    o, maxima, sums, total, pairs, _, _, _ = rows_of(work, width, head_dim_v)
     row = 4 * head_dim_v
-    for r in range(first, first + n_rows):
-        at = to + row * (r - first)
-        if n_keys > KEYS_PER_PART:
-            _divide(at, total + row * r, ld_f32(pairs + 8 * r + 4), head_dim_v)
+    for i in range(n_rows):
+        r, at = first + i, to + 4 * n_out * i
+        if is_merged:
+            _put_mean(at, total + row * r, ld_f32(pairs + 8 * r), ld_f32(pairs + 8 * r + 4), sinks, i, n_out)
         else:
-            _divide(at, o + row * r, sum_f32(load_f32(sums + 64 * r)), head_dim_v)
+            weights = sum_f32(load_f32(sums + 64 * r))
+            _put_mean(at, o + row * r, ld_f32(maxima + 4 * r), weights, sinks, i, n_out)
 
 
 @function
@@ -468,8 +529,10 @@ def is_split(n_single, items_per_token, nth):
 
 
 @function
-def _n_parts(n_keys):
-    return (n_keys + KEYS_PER_PART - 1) // KEYS_PER_PART
+def _parts(position, n_before):
+    """The first part that a token alone sees, and how many."""
+    first = _begins(position, n_before) // KEYS_PER_PART
+    return first, position // KEYS_PER_PART - first + 1
 
 
 @function
@@ -480,41 +543,41 @@ def _span(spans, s):
 
 
 @kernel("attention_merge")
-def attention_merge(ith, nth, partial, out, state, n_head, head_dim, items_per_token):
-    """Merges what `put_part` left of spans of one token."""
+def attention_merge(ith, nth, partial, sinks, out, state, n_head, head_dim, n_before, items_per_token):
+    """Merges what `put_part` left of spans of one token, in the place of each one's first part."""
     n_single, spans = ld_state(state, 2), ld_state(state, 3)
     start, stop = share(n_head, ith, nth)
-    row = 4 * (head_dim + 16)
+    width = padded(head_dim)
+    row = 4 * (width + 16)
     at = partial
     if is_split(n_single, items_per_token, nth):
         for s in range(n_single):
             token, _, n_past, _ = _span(spans, s)
-            n_parts = _n_parts(n_past + 1)
+            _, n_parts = _parts(n_past, n_before)
             for h in range(start, stop):
-                to, part = out + 4 * head_dim * (n_head * token + h), at + row * h
+                total, part = at + row * h + 64, at + row * h
                 maximum, weights = ld_f32(part), ld_f32(part + 4)
-                copy_bytes(to, part + 64, 4 * head_dim)
                 for _ in range(1, n_parts):
                     part += row * n_head
-                    maximum, weights = merge_row(part + 64, ld_f32(part), ld_f32(part + 4), to, maximum, weights, head_dim)
-                _divide(to, to, weights, head_dim)
+                    maximum, weights = merge_row(part + 64, ld_f32(part), ld_f32(part + 4), total, maximum, weights, width)
+                _put_mean(out + 4 * head_dim * (n_head * token + h), total, maximum, weights, sinks, h, head_dim)
             at += row * n_head * n_parts
 
 
 @function
 def _collect(work, q, q_rot, n_heads, n_q, n_rot, factor):
     """The rows of some heads of a token: n_q values of each from q, then n_rot from q_rot."""
-    row = 4 * (n_q + n_rot)
+    row = 4 * padded(n_q + n_rot)
     for h in range(n_heads):
-        copy_scaled(work + row * h, q + 4 * n_q * h, n_q, factor)
-        copy_scaled(work + row * h + 4 * n_q, q_rot + 4 * n_rot * h, n_rot, factor)
+        copy_scaled(work + row * h, q + 4 * n_q * h, n_q, padded(n_q), factor)
+        copy_scaled(work + row * h + 4 * n_q, q_rot + 4 * n_rot * h, n_rot, n_rot, factor)
 
 
 def define_attention(kv, one_products, many_products):
     """The body of the attention kernels over caches of a type, with the products for spans of one token and of many.
 
-    Queries are n_q values of each head from q, then n_rot from q_rot; keys have n_q + n_rot values, the slabs of values
-    width_v a position, of which the first head_dim_v count.
+    Queries are n_q values of each head from q, then n_rot from q_rot (none, or both multiples of 16); keys have as many,
+    the slabs of values width_v a position, of which the first n_out count.
     """
     slab_bytes = kv.slab_bytes
     attend_one, attend_many = attention_over(one_products), attention_over(many_products)
@@ -527,6 +590,7 @@ def define_attention(kv, one_products, many_products):
         q_rot,
         k_cache,
         v_cache,
+        sinks,
         out,
         partial,
         work,
@@ -537,14 +601,19 @@ def define_attention(kv, one_products, many_products):
         n_q,
         n_rot,
         width_v,
-        head_dim_v,
+        n_out,
         scale,
+        cap,
+        n_before,
+        n_after,
     ):
         n_spans, n_single, spans, pages = ld_state(state, 1), ld_state(state, 2), ld_state(state, 3), ld_state(state, 5)
         group = n_head // n_head_kv
         n_splits = (group + HEADS_PER_ITEM - 1) // HEADS_PER_ITEM
         per_token = n_head_kv * n_splits
-        width, factor = n_q + n_rot, bits_f32(scale) * LOG2_E
+        width, head_dim_v, factor, most = padded(n_q + n_rot), padded(n_out), bits_f32(scale) * LOG2_E, bits_f32(cap)
+        if most != f32(0.0):
+            factor, most = bits_f32(scale) / most, most * LOG2_E
         key_bytes, value_bytes = slab_bytes(width), slab_bytes(width_v)
         key_stride, value_stride = key_bytes * n_head_kv, value_bytes * n_head_kv
         item, first_item = next_item(counter), 0
@@ -552,6 +621,7 @@ def define_attention(kv, one_products, many_products):
         per_item = _tokens_per_item(ld_state(state, 0) - n_single, per_token, min(group, HEADS_PER_ITEM), nth)
         for s in range(n_single, n_spans):
             token, n_tokens, n_past, page = _span(spans, s)
+            n_keys = n_past + n_tokens
             n_pieces = (n_tokens + per_item - 1) // per_item
             while item < first_item + n_pieces * per_token:
                 i = item - first_item
@@ -564,27 +634,35 @@ def define_attention(kv, one_products, many_products):
                     head = n_head * (token + t + j) + h
                     to = work + 4 * width * n_heads * j
                     _collect(to, q + 4 * n_q * head, q_rot + 4 * n_rot * head, n_heads, n_q, n_rot, factor)
-                seen = n_past + t + 1
+                first = _begins(n_past + t, n_before) // SLAB * SLAB
+                stop = _seen(n_past + t + n - 1, n_after, n_keys)
                 attend_many(
                     work,
                     n,
                     n_heads,
-                    seen,
+                    n_past + t,
+                    n_before,
+                    n_after,
+                    n_keys,
+                    most,
                     k_cache + key_bytes * kv_head,
                     key_stride,
                     v_cache + value_bytes * kv_head,
                     value_stride,
                     pages + 4 * page,
-                    0,
-                    seen + n - 1,
+                    first,
+                    stop,
                     width,
                     head_dim_v,
                     width_v,
                     0,
                 )
+                head_sinks, is_merged = sinks, has_parts(first, stop)
+                if sinks:
+                    head_sinks = sinks + 4 * h
                 for j in range(n):
-                    to = out + 4 * head_dim_v * (n_head * (token + t + j) + h)
-                    put_result(work, n_heads * j, n_heads, seen + n - 1, width, head_dim_v, to)
+                    to = out + 4 * n_out * (n_head * (token + t + j) + h)
+                    put_result(work, n_heads * j, n_heads, is_merged, head_sinks, width, head_dim_v, n_out, to)
                 item = next_item(counter)
             first_item += n_pieces * per_token
 
@@ -592,28 +670,34 @@ def define_attention(kv, one_products, many_products):
         for s in range(n_single):
             token, _, n_past, page = _span(spans, s)
             n_keys = n_past + 1
-            n_parts = _n_parts(n_keys) if split_up else 1
+            first_part, n_parts = _parts(n_past, n_before)
+            if not split_up:
+                n_parts = 1
             while item < first_item + n_parts * per_token:
                 following = next_item(counter)
                 i, j = item - first_item, following - first_item
                 part, kv_head, split = i % n_parts, i // n_parts // n_splits, i // n_parts % n_splits
                 h, n_heads = kv_head * group + split * HEADS_PER_ITEM, min(HEADS_PER_ITEM, group - split * HEADS_PER_ITEM)
-                first, stop = 0, n_keys
+                first, stop = _begins(n_past, n_before) // SLAB * SLAB, n_keys
                 if split_up:
-                    first = part * KEYS_PER_PART
-                    stop = min(first + KEYS_PER_PART, n_keys)
+                    part_at = (first_part + part) * KEYS_PER_PART
+                    first, stop = max(first, part_at), min(part_at + KEYS_PER_PART, n_keys)
                 start_rows(work, n_heads, width, head_dim_v)
                 head = n_head * token + h
                 _collect(work, q + 4 * n_q * head, q_rot + 4 * n_rot * head, n_heads, n_q, n_rot, factor)
                 keys, after = k_cache + key_bytes * kv_head, 0
                 if j < n_parts * per_token:
-                    at = pages + 4 * (page + j % n_parts * (KEYS_PER_PART // SLAB))
+                    at = pages + 4 * (page + (first_part + j % n_parts) * (KEYS_PER_PART // SLAB))
                     after = k_cache + key_bytes * (j // n_parts // n_splits) + key_stride * ld_i32(at)
                 attend_one(
                     work,
                     1,
                     n_heads,
+                    n_past,
+                    n_before,
+                    n_after,
                     n_keys,
+                    most,
                     keys,
                     key_stride,
                     v_cache + value_bytes * kv_head,
@@ -629,7 +713,11 @@ def define_attention(kv, one_products, many_products):
                 if split_up:
                     put_part(work, n_heads, width, head_dim_v, partial + row * part + 4 * (head_dim_v + 16) * h)
                 else:
-                    put_result(work, 0, n_heads, n_keys, width, head_dim_v, out + 4 * head_dim_v * head)
+                    head_sinks = sinks
+                    if sinks:
+                        head_sinks = sinks + 4 * h
+                    is_merged, to = has_parts(first, stop), out + 4 * n_out * head
+                    put_result(work, 0, n_heads, is_merged, head_sinks, width, head_dim_v, n_out, to)
                 item = following
             first_item += n_parts * per_token
             if split_up:
@@ -644,14 +732,17 @@ def _define(name, kv):
 
     def define_store(part, put):
         @kernel(f"store_{part}_{name}")
-        def store_part(ith, nth, x, cache, state, n_head_kv, head_dim):
+        def store_part(ith, nth, x, cache, scratch, scratch_stride, state, n_head_kv, head_dim):
             """Stores the keys or values of each token and head where `places` says."""
-            places = ld_state(state, 4)
+            places, width, room = ld_state(state, 4), padded(head_dim), scratch + ith * scratch_stride
             start, stop = share(ld_state(state, 0) * n_head_kv, ith, nth)
             for item in range(start, stop):
                 place, h = ld_i32(places + item // n_head_kv * 4), item % n_head_kv
-                slab = cache + slab_bytes(head_dim) * (place // SLAB * n_head_kv + h)
-                put(slab, place % SLAB, x + 4 * head_dim * item, head_dim)
+                slab, row = cache + slab_bytes(width) * (place // SLAB * n_head_kv + h), x + 4 * head_dim * item
+                if head_dim < width:
+                    copy_padded(room, row, head_dim, width)
+                    row = room
+                put(slab, place % SLAB, row, width)
 
     define_store("k", kv.put_lane)
     define_store("v", kv.put_row)
@@ -663,6 +754,7 @@ def _define(name, kv):
         q,
         k_cache,
         v_cache,
+        sinks,
         out,
         partial,
         scratch,
@@ -674,6 +766,9 @@ def _define(name, kv):
         head_dim,
         head_dim_v,
         scale,
+        cap,
+        n_before,
+        n_after,
     ):
         attention(
             ith,
@@ -682,6 +777,7 @@ def _define(name, kv):
             q,
             k_cache,
             v_cache,
+            sinks,
             out,
             partial,
             scratch + ith * scratch_stride,
@@ -691,9 +787,12 @@ def _define(name, kv):
             n_head_kv,
             head_dim,
             0,
-            head_dim_v,
+            padded(head_dim_v),
             head_dim_v,
             scale,
+            cap,
+            n_before,
+            n_after,
         )
 
 

@@ -10,7 +10,7 @@ from .attention import define_attention, direct_products, unpacked_products
 from .common import ld_state, share
 from .kv_formats import KV_FORMATS
 from .source import kernel
-from .table import SLAB
+from .table import NO_LIMIT, SLAB
 
 
 def _define(name, kv):
@@ -56,6 +56,7 @@ def _define(name, kv):
             q_rot,
             cache,
             cache,
+            0,
             out,
             partial,
             scratch + ith * scratch_stride,
@@ -68,6 +69,9 @@ def _define(name, kv):
             n_latent + n_rot,
             n_latent,
             scale,
+            0,
+            NO_LIMIT,
+            0,
         )
 
 

@@ -10,8 +10,24 @@ n_expert_used + slot).
 
 import numpy as np
 
-from ..simd.vector import LANES, copy_bytes, fma, ld_f32, ld_i32, load_f32, max_f32, splat_f32, st_f32, st_i32, stack, store
+from ..simd.vector import (
+    LANES,
+    copy_bytes,
+    fma,
+    ld_f32,
+    ld_i32,
+    load_f32,
+    load_first,
+    max_f32,
+    splat_f32,
+    st_f32,
+    st_i32,
+    stack,
+    store,
+    store_first,
+)
 from .common import bits_f32, exp, f32, i32, ld_state, share
+from .rows import whole
 from .source import function, kernel
 from .table import MOST_EXPERTS
 
@@ -179,16 +195,37 @@ def gather_rows(ith, nth, x, groups, out, n_expert, per_row, row_bytes):
 @kernel("combine")
 def combine(ith, nth, x, route, out, state, n_used, n_cols):
     """out[t] = sum over slots of weight[t, slot] * x[t, slot]."""
-    start, stop = share(ld_state(state, 0) * (n_cols // 16), ith, nth)
-    per_token = n_cols // 16
+    per_token = (n_cols + 15) // 16
+    start, stop = share(ld_state(state, 0) * per_token, ith, nth)
     for item in range(start, stop):
-        t, c = item // per_token, 64 * (item % per_token)
-        for lane in range(c, c + 64, _V):
-            acc = splat_f32(f32(0.0))
+        t, c = item // per_token, 16 * (item % per_token)
+        for lane in range(c, min(c + 16, n_cols), LANES):
+            acc, n = splat_f32(f32(0.0)), min(LANES, n_cols - lane)
             for s in range(n_used):
                 pair = t * n_used + s
-                acc = fma(load_f32(x + 4 * n_cols * pair + lane), splat_f32(ld_f32(route + 8 * pair + 4)), acc)
-            store(out + 4 * n_cols * t + lane, acc)
+                at = x + 4 * (n_cols * pair + lane)
+                v = load_f32(at) if n == LANES else load_first(at, n)
+                acc = fma(v, splat_f32(ld_f32(route + 8 * pair + 4)), acc)
+            to = out + 4 * (n_cols * t + lane)
+            if n == LANES:
+                store(to, acc)
+            else:
+                store_first(to, acc, n)
+
+
+@kernel("add_expert_bias")
+def add_expert_bias(ith, nth, x, bias, route, out, state, n_expert, n_used, n_cols):
+    """out = x + bias, for each of a token's rows the row of bias that its expert has."""
+    start, stop = share(ld_state(state, 0) * n_used, ith, nth)
+    end = whole(n_cols)
+    for pair in range(start, stop):
+        xr, outr = x + 4 * n_cols * pair, out + 4 * n_cols * pair
+        row = bias + 4 * n_cols * _expert(route, pair, n_expert)
+        for i in range(0, 4 * end, _V):
+            store(outr + i, load_f32(xr + i) + load_f32(row + i))
+        if end < n_cols:
+            v = load_first(xr + 4 * end, n_cols - end) + load_first(row + 4 * end, n_cols - end)
+            store_first(outr + 4 * end, v, n_cols - end)
 
 
 @kernel("sigmoid_gate")
@@ -197,5 +234,8 @@ def sigmoid_gate(ith, nth, x, gate, out, state, n_cols):
     start, stop = share(ld_state(state, 0), ith, nth)
     for t in range(start, stop):
         by = splat_f32(f32(1.0) / (f32(1.0) + _exp(-ld_f32(gate + 4 * t))))
-        for i in range(0, 4 * n_cols, _V):
-            store(out + 4 * n_cols * t + i, load_f32(x + 4 * n_cols * t + i) * by)
+        xr, outr, end = x + 4 * n_cols * t, out + 4 * n_cols * t, whole(n_cols)
+        for i in range(0, 4 * end, _V):
+            store(outr + i, load_f32(xr + i) * by)
+        if end < n_cols:
+            store_first(outr + 4 * end, load_first(xr + 4 * end, n_cols - end) * by, n_cols - end)

@@ -64,6 +64,9 @@ QUANTIZED = {
     "IQ3_XXS": "q8_256",
     "IQ3_S": "q8_256",
 }
+#: kinds of GELU, and those with a factor
+GELUS = ("tanh", "erf", "quick")
+GEGLUS = ("tanh", "erf")
 #: weight types that are multiplied in float32
 FLOAT = ("F32", "F16", "BF16")
 
@@ -106,8 +109,18 @@ KEYS_PER_PART = 256
 SLAB = 64
 
 
+#: `n_before` and `n_after` of attention where all keys before or behind a token are seen
+NO_LIMIT = 1 << 30
+
+
+def padded(n: int) -> int:
+    """Values of a row with those of the zeros behind it that make it a multiple of 16."""
+    return (n + 15) // 16 * 16
+
+
 def attention_scratch(head_dim: int, head_dim_v: int) -> int:
     """Bytes that each thread needs in attention; see `attention.rows_of`."""
+    head_dim, head_dim_v = padded(head_dim), padded(head_dim_v)
     rows = ROWS_PER_ITEM * (head_dim + 2 * head_dim_v + 20 + 2 * SLAB)
     return 4 * (rows + SLAB * max(head_dim, head_dim_v))
 
@@ -147,7 +160,11 @@ def _kernels() -> dict[str, Kernel]:
         "mul": Kernel("rows", ("x", "y", "out", "state", "n_cols")),
         "add_bias": Kernel("rows", ("x", "y", "out", "state", "n_cols")),
         "swiglu": Kernel("rows", ("x", "y", "out", "state", "n_cols")),
-        "geglu": Kernel("rows", ("x", "y", "out", "state", "n_cols")),
+        "swiglu_clamped": Kernel("rows", ("x", "y", "out", "state", "n_cols", "alpha", "limit")),
+        "relu_squared": Kernel("rows", ("x", "out", "state", "n_cols")),
+        "soft_cap": Kernel("rows", ("x", "out", "state", "n_cols", "cap")),
+        "layer_norm": Kernel("rows", ("x", "w", "bias", "out", "state", "n_cols", "n_rows_per_token", "eps")),
+        "pad_rows": Kernel("rows", ("x", "out", "state", "n_cols", "n_rows_per_token", "x_row_stride", "n_padded")),
         "soft_max": Kernel("rows", ("x", "out", "state", "n_cols")),
         "scale": Kernel("rows", ("x", "out", "state", "n_cols", "factor")),
         "rows": Kernel("rows", ("x", "rows", "out", "state", "n_cols")),
@@ -156,7 +173,9 @@ def _kernels() -> dict[str, Kernel]:
         "join_heads": Kernel(
             "join", ("x", "y", "out", "state", "n_head", "n_x", "n_y", "x_head_stride", "y_stride", "y_head_stride")
         ),
-        "attention_merge": Kernel("attention", ("partial", "out", "state", "n_head", "head_dim", "items_per_token")),
+        "attention_merge": Kernel(
+            "attention", ("partial", "sinks", "out", "state", "n_head", "head_dim", "n_before", "items_per_token")
+        ),
         "route": Kernel(
             "moe",
             (
@@ -166,6 +185,7 @@ def _kernels() -> dict[str, Kernel]:
         ),
         "group_by_expert": Kernel("moe", ("route", "out", "state", "n_expert", "n_used")),
         "gather_rows": Kernel("moe", ("x", "groups", "out", "n_expert", "per_row", "row_bytes")),
+        "add_expert_bias": Kernel("moe", ("x", "bias", "route", "out", "state", "n_expert", "n_used", "n_cols")),
         "combine": Kernel("moe", ("x", "route", "out", "state", "n_used", "n_cols")),
         "sigmoid_gate": Kernel("moe", ("x", "gate", "out", "state", "n_cols")),
         "gated": Kernel("rows", ("x", "gate", "out", "state", "n_cols", "n_rows_per_token", "gate_stride")),
@@ -183,13 +203,18 @@ def _kernels() -> dict[str, Kernel]:
         ),
     }
     work = ("out", "partial", "scratch", "scratch_stride", "state", "counter")
+    for name in GELUS:
+        table[f"gelu_{name}"] = Kernel("rows", ("x", "out", "state", "n_cols"))
+    for name in GEGLUS:
+        table[f"geglu_{name}"] = Kernel("rows", ("x", "y", "out", "state", "n_cols"))
     for name in KV_TYPES:
         for part in "kv":
-            params: tuple[str, ...] = ("x", "cache", "state", "n_head_kv", "head_dim")
+            params: tuple[str, ...] = ("x", "cache", "scratch", "scratch_stride", "state", "n_head_kv", "head_dim")
             table[f"store_{part}_{name}"] = Kernel("attention", params)
         params = ("latent", "k_rot", "cache", "scratch", "scratch_stride", "state", "n_latent", "n_rot")
         table[f"store_latent_{name}"] = Kernel("latent", params)
-        params = ("q", "k_cache", "v_cache", *work, "n_head", "n_head_kv", "head_dim", "head_dim_v", "scale")
+        params = ("q", "k_cache", "v_cache", "sinks", *work, "n_head", "n_head_kv", "head_dim", "head_dim_v", "scale")
+        params += ("cap", "n_before", "n_after")
         table[f"attention_{name}"] = Kernel("attention", params)
         params = ("q_latent", "q_rot", "cache", *work, "n_head", "n_latent", "n_rot", "scale")
         table[f"latent_attention_{name}"] = Kernel("latent", params)

@@ -396,6 +396,41 @@ def store(tyctx, address, v):
     return types.void(ADDRESS, v), codegen
 
 
+def _first_lanes(b, n):
+    """A mask of the first n (int64) lanes."""
+    numbers = ir.Constant(ir.VectorType(_I64, LANES), list(range(LANES)))
+    return b.icmp_signed("<", numbers, _splat(b, n, LANES))
+
+
+@intrinsic
+def load_first(tyctx, address, n):
+    """The n float32 at `address`, and 0 in the other lanes; at most LANES are read."""
+
+    def codegen(ctx, b, sig, a):
+        ty, pointer = F32.ir_type, F32.ir_type.as_pointer()
+        mask = _first_lanes(b, a[1])
+        fnty = ir.FunctionType(ty, [pointer, _I32, mask.type, ty])
+        f = b.module.declare_intrinsic(f"llvm.masked.load.v{LANES}f32.p0", fnty=fnty)
+        return b.call(f, [b.inttoptr(a[0], pointer), ir.Constant(_I32, 1), mask, _const(ty, 0.0)])
+
+    return F32(ADDRESS, ADDRESS), codegen
+
+
+@intrinsic
+def store_first(tyctx, address, v, n):
+    """Writes the first n lanes of a vector of float32, LANES at most."""
+
+    def codegen(ctx, b, sig, a):
+        pointer = F32.ir_type.as_pointer()
+        mask = _first_lanes(b, a[2])
+        fnty = ir.FunctionType(ir.VoidType(), [F32.ir_type, pointer, _I32, mask.type])
+        f = b.module.declare_intrinsic(f"llvm.masked.store.v{LANES}f32.p0", fnty=fnty)
+        b.call(f, [a[1], b.inttoptr(a[0], pointer), ir.Constant(_I32, 1), mask])
+        return ctx.get_dummy_value()
+
+    return types.void(ADDRESS, F32, ADDRESS), codegen
+
+
 @intrinsic
 def store_i8(tyctx, address, v):
     """Writes the low byte of each int32 lane (LANES bytes a vector)."""

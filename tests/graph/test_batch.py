@@ -9,14 +9,21 @@ from ggpy.errors import GraphError
 from ggpy.graph import Graph, Pages, Program, Reference, Span, pack, pages_of
 from ggpy.kernels.table import KV_TYPES, SLAB
 
+from .weights import random_weight
+
 SETTINGS = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+#: attentions over keys and values
+ATTENTIONS = {"plain": {}, "window": {"window": 70}, "sinks": {"window": 300, "cap": 5.0}}
+
+
 class Model:
-    """Two attentions, one over keys and values and one latent, in a pool of pages."""
+    """Attentions over keys and values, and one latent, in a pool of pages."""
 
     def __init__(self, team, kv_type, sizes, n_pages=80, n_ctx=20 * SLAB):
         self.team, self.sizes = team, sizes
+        self.sinks = random_weight("s", "F32", (sizes[0],), np.random.default_rng(0))
         self.pages, self.slow = (Pages(n_pages, kv_type, n_ctx) for _ in range(2))
         self._programs = {}
 
@@ -26,7 +33,10 @@ class Model:
         q, k, v = (
             g.input(*x) for x in (("q", (n_head, head_dim)), ("k", (n_head_kv, head_dim)), ("v", (n_head_kv, head_dim_v)))
         )
-        g.output(g.op("ATTENTION", q, k, v, g.cache("c", n_head_kv, head_dim, head_dim_v), scale=0.2), "out")
+        for name, how in ATTENTIONS.items():
+            cache, sinks = g.cache(f"{name}.cache", n_head_kv, head_dim, head_dim_v), [self.sinks] * (name == "sinks")
+            y = g.op("ATTENTION", q, k, v, cache, *map(g.weight, sinks), scale=0.2, **how)
+            g.output(y, name)
         parts = [g.input(*x) for x in (("ql", (n_head, 48)), ("qr", (n_head, 16)), ("l", (48,)), ("kr", (1, 16)))]
         g.output(g.op("ATTENTION_LATENT", *parts, g.cache("l.c", 64), scale=0.2), "latent")
         return g
@@ -48,13 +58,13 @@ class Model:
         expected = Reference(self.graph(len(batch.ids)), self.slow).run(inputs, batch)
         for name, value in got.items():
             np.testing.assert_allclose(value, expected[name], atol=2e-5 * np.abs(expected[name]).max())
-        return [[got[name][r].tobytes() for name in ("out", "latent")] for r in rows]
+        return [[got[name][r].tobytes() for name in (*ATTENTIONS, "latent")] for r in rows]
 
 
 @pytest.mark.parametrize("kv_type", KV_TYPES)
 @SETTINGS
 @given(
-    sizes=st.sampled_from([(3, 1, 32, 32), (6, 2, 64, 48), (8, 8, 16, 16), (18, 1, 80, 128)]),
+    sizes=st.sampled_from([(3, 1, 32, 32), (6, 2, 64, 48), (8, 8, 16, 16), (18, 1, 80, 128), (6, 2, 20, 10)]),
     lengths=st.lists(st.sampled_from([1, 2, 60, 64, 65, 250, 256, 257, 600]), min_size=1, max_size=4),
     cuts=st.lists(st.integers(1, 300), min_size=1, max_size=6),
     threads=st.integers(1, 3),
@@ -73,11 +83,11 @@ def test_any_company_gives_the_same_bits(teams, kv_type, sizes, lengths, cuts, t
             alone.run([Span(tokens[i : i + step], i, pages, len(tokens[i : i + step]))])[0]
             for i in range(0, len(tokens), step)
         ]
-        wanted.append([b"".join(p[j] for p in parts) for j in range(2)])
+        wanted.append([b"".join(p[j] for p in parts) for j in range(1 + len(ATTENTIONS))])
     # All together, in pieces of any length, with pages in any order.
     free = rng.permutation(80).tolist()
     held = [[free.pop() for _ in range(pages_of(n))] for n in lengths]
-    done, got = [0] * len(lengths), [[b"", b""] for _ in lengths]
+    done, got = [0] * len(lengths), [[b""] * (1 + len(ATTENTIONS)) for _ in lengths]
     turn = 0
     while any(d < n for d, n in zip(done, lengths, strict=True)):
         spans, whose = [], []

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ggpy.errors import GraphError
 from ggpy.graph import Graph, Pages, Program, Reference
-from ggpy.kernels.table import FLOAT, KV_TYPES, QUANTIZED
+from ggpy.kernels.table import FLOAT, GEGLUS, GELUS, KV_TYPES, QUANTIZED
 
 from .runs import alone
 from .weights import random_weight
@@ -46,13 +47,19 @@ def test_get_rows_is_exact(teams, kind):
 
 @pytest.mark.parametrize("kind", FLOAT)
 @SETTINGS
-@given(n_rows=st.integers(1, 70), n_cols=st.integers(1, 9), n_tokens=st.integers(1, 20), threads=n_threads, seed=seeds)
+@given(
+    n_rows=st.integers(1, 70),
+    n_cols=st.sampled_from([1, 2, 20, 32, 33, 48, 96, 172, 288]),
+    n_tokens=st.integers(1, 20),
+    threads=n_threads,
+    seed=seeds,
+)
 def test_float_products(teams, kind, n_rows, n_cols, n_tokens, threads, seed):
     rng = np.random.default_rng(seed)
     g = Graph(n_tokens)
-    w = g.weight(random_weight("w", kind, (n_rows, 32 * n_cols), rng))
-    g.output(g.op("MUL_MAT", w, g.input("x", (32 * n_cols,))), "out")
-    got, expected = both(g, {"x": rng.standard_normal((n_tokens, 32 * n_cols)).astype(np.float32)}, teams(threads))
+    w = g.weight(random_weight("w", kind, (n_rows, n_cols), rng))
+    g.output(g.op("MUL_MAT", w, g.input("x", (n_cols,))), "out")
+    got, expected = both(g, {"x": rng.standard_normal((n_tokens, n_cols)).astype(np.float32)}, teams(threads))
     close(got["out"], expected["out"], 1e-5)
 
 
@@ -76,32 +83,64 @@ def test_quantized_products_within_the_rounding_of_activations(teams, kind, n_ro
     assert (np.abs(got["out"] - expected["out"]) <= bound.T * 1.01 + 1e-5 * np.abs(expected["out"]).max() + 1e-6).all()
 
 
-@pytest.mark.parametrize("op", ["ADD", "MUL", "SWIGLU", "GEGLU"])
+#: operations element by element: names, inputs, parameters
+EACH = [
+    ("ADD", "xy", {}),
+    ("MUL", "xy", {}),
+    ("SWIGLU", "xy", {}),
+    ("SWIGLU_CLAMPED", "xy", {"alpha": 1.702, "limit": 7.0}),
+    *(("GEGLU", "xy", {"kind": kind}) for kind in GEGLUS),
+    *(("GELU", "x", {"kind": kind}) for kind in GELUS),
+    ("RELU_SQUARED", "x", {}),
+    ("SCALE", "x", {"factor": -0.3}),
+    ("SOFT_CAP", "x", {"cap": 30}),
+]
+#: values of a row: less than a vector, whole ones, and some more
+ROWS = st.sampled_from([1, 2, 8, 16, 20, 48, 100, 256, 301])
+
+
+@pytest.mark.parametrize("op, inputs, attrs", EACH, ids=[f"{op} {attrs}" for op, _, attrs in EACH])
 @SETTINGS
-@given(n=st.integers(1, 20), n_tokens=st.integers(1, 9), threads=n_threads, seed=seeds)
-def test_elementwise(teams, op, n, n_tokens, threads, seed):
+@given(n=ROWS, n_tokens=st.integers(1, 9), threads=n_threads, seed=seeds)
+def test_elementwise(teams, op, inputs, attrs, n, n_tokens, threads, seed):
     rng = np.random.default_rng(seed)
     g = Graph(n_tokens)
-    g.output(g.op(op, g.input("x", (16 * n,)), g.input("y", (16 * n,))), "out")
-    inputs = {k: 8 * rng.standard_normal((n_tokens, 16 * n)).astype(np.float32) for k in "xy"}
-    got, expected = both(g, inputs, teams(threads))
+    g.output(g.op(op, *(g.input(name, (n,)) for name in inputs), **attrs), "out")
+    values = {k: 8 * rng.standard_normal((n_tokens, n)).astype(np.float32) for k in inputs}
+    got, expected = both(g, values, teams(threads))
     close(got["out"], expected["out"], 2e-6)
 
 
+@pytest.mark.parametrize("kind", GELUS)
+def test_gelu_is_torchs(teams, kind):
+    x = np.linspace(-12, 12, 2001, dtype=np.float32)[None]
+    g = Graph(1)
+    g.output(g.op("GELU", g.input("x", (x.shape[1],)), kind=kind), "out")
+    t = torch.from_numpy(x).double()
+    expected = {
+        "tanh": lambda: torch.nn.functional.gelu(t, approximate="tanh"),
+        "erf": lambda: torch.nn.functional.gelu(t),
+        "quick": lambda: t * torch.sigmoid(1.702 * t),
+    }[kind]()
+    np.testing.assert_allclose(both(g, {"x": x}, teams(1))[0]["out"], expected.numpy(), rtol=1e-5, atol=1e-6)
+
+
 @SETTINGS
-@given(n=st.integers(1, 20), n_head=st.integers(1, 4), n_tokens=st.integers(1, 9), threads=n_threads, seed=seeds)
-def test_norms_bias_scale_softmax_and_rows(teams, n, n_head, n_tokens, threads, seed):
+@given(n=ROWS, n_head=st.integers(1, 4), n_tokens=st.integers(1, 9), threads=n_threads, seed=seeds)
+def test_norms_bias_softmax_and_rows(teams, n, n_head, n_tokens, threads, seed):
     rng = np.random.default_rng(seed)
-    n *= 16
     g = Graph(n_tokens)
     x = g.input("x", (n_head, n))
-    weight = g.weight(random_weight("w", "F32", (n,), rng))
+    weight, shift = (g.weight(random_weight(name, "F32", (n,), rng)) for name in ("w", "shift"))
     g.output(g.op("RMS_NORM", x, weight, eps=1e-5), "rms_norm")
+    g.output(g.op("RMS_NORM", x, eps=1e-5), "plain rms_norm")
+    for weights in ((), (weight,), (weight, shift)):
+        g.output(g.op("LAYER_NORM", x, *weights, eps=1e-5), f"layer_norm {len(weights)}")
     flat = g.op("RESHAPE", x, shape=(n_head * n,))
     bias = g.weight(random_weight("b", "F32", (n_head * n,), rng))
     g.output(g.op("ADD_BIAS", flat, bias), "bias")
-    g.output(g.op("SCALE", flat, factor=-0.3), "scale")
-    g.output(g.op("SOFT_MAX", flat), "soft_max")
+    if n_head * n % 16 == 0:
+        g.output(g.op("SOFT_MAX", flat), "soft_max")
     g.output(g.op("ROWS", flat, g.input("outputs", (), "I32", per="output")), "rows")
     inputs = {"x": 3 * rng.standard_normal((n_tokens, n_head, n)).astype(np.float32)}
     got, expected = both(g, inputs, teams(threads))
@@ -127,14 +166,28 @@ def test_rope(teams, kind, n_head, n_rot, n_tokens, threads, seed):
 @given(
     group=st.sampled_from([1, 2, 3, 4, 5, 8, 18]),
     n_head_kv=st.integers(1, 3),
-    head_dim=st.sampled_from([16, 32, 48, 64, 80, 128]),
-    head_dim_v=st.sampled_from([None, 16, 64, 96]),
+    head_dim=st.sampled_from([2, 8, 16, 20, 32, 48, 64, 80, 100, 128]),
+    head_dim_v=st.sampled_from([None, 2, 16, 64, 96, 100]),
     kv_type=st.sampled_from(KV_TYPES),
+    how=st.sampled_from(
+        [
+            {},
+            {"window": 1},
+            {"window": 70},
+            {"window": 300, "cap": 3.0},
+            {"cap": 50.0},
+            {"causal": False},
+            {"causal": False, "window": 60},
+        ]
+    ),
+    has_sinks=st.booleans(),
     runs=st.lists(st.sampled_from([1, 2, 7, 8, 9, 30, 64, 100, 250]), min_size=1, max_size=5),
     threads=n_threads,
     seed=seeds,
 )
-def test_attention_over_runs_of_any_length(teams, group, n_head_kv, head_dim, head_dim_v, kv_type, runs, threads, seed):
+def test_attention_over_runs_of_any_length(
+    teams, group, n_head_kv, head_dim, head_dim_v, kv_type, how, has_sinks, runs, threads, seed
+):
     rng = np.random.default_rng(seed)
     pages, n_past = (Pages(20, kv_type), Pages(20, kv_type)), 0
     for n_tokens in runs:
@@ -142,7 +195,8 @@ def test_attention_over_runs_of_any_length(teams, group, n_head_kv, head_dim, he
         q = g.input("q", (group * n_head_kv, head_dim))
         k, v = (g.input(name, (n_head_kv, n)) for name, n in (("k", head_dim), ("v", head_dim_v or head_dim)))
         cache = g.cache("cache", *k.shape[1:], v.shape[2])
-        g.output(g.op("ATTENTION", q, k, v, cache, scale=1 / np.sqrt(head_dim)), "out")
+        sinks = [g.weight(random_weight("sinks", "F32", (group * n_head_kv,), rng))] if has_sinks else []
+        g.output(g.op("ATTENTION", q, k, v, cache, *sinks, scale=1 / np.sqrt(head_dim), **how), "out")
         inputs = {t.name: 2 * rng.standard_normal((n_tokens, *t.shape[1:])).astype(np.float32) for t in (q, k, v)}
         got, expected = both(g, inputs, teams(threads), n_past, pages)
         close(got["out"], expected["out"], 5e-6)
