@@ -126,7 +126,7 @@ def _pair_lower(p: "Plan", node: "Tensor") -> None:
 
 
 def _each_lower(p: "Plan", node: "Tensor") -> None:
-    attrs = {key: float(value) for key, value in node.attrs.items()}
+    attrs: dict[str, Any] = {key: float(value) for key, value in node.attrs.items()}
     p.step(node.op.lower(), node, x=node.inputs[0], out=node, n_cols=_row(node), **attrs)
 
 
@@ -190,7 +190,7 @@ def _clamped_reference(run: "Reference", x: np.ndarray, y: np.ndarray, alpha: fl
 
 def _clamped_lower(p: "Plan", node: "Tensor") -> None:
     x, y = node.inputs
-    attrs = {key: float(value) for key, value in node.attrs.items()}
+    attrs: dict[str, Any] = {key: float(value) for key, value in node.attrs.items()}
     p.step("swiglu_clamped", node, x=x, y=y, out=node, n_cols=_row(node), **attrs)
 
 
@@ -231,8 +231,8 @@ def _rms_norm_reference(run: "Reference", x: np.ndarray, w: np.ndarray | None = 
 
 
 def _rms_norm_lower(p: "Plan", node: "Tensor") -> None:
-    x, w = (*node.inputs, 0)[:2]
-    assert not isinstance(x, int)
+    x, *weights = node.inputs
+    w = weights[0] if weights else 0
     n = node.shape[-1]
     fmt = p.quantized_format(node)
     if fmt is not None and len(x.shape) == 2:
@@ -261,7 +261,8 @@ def _layer_norm_reference(run: "Reference", x: np.ndarray, *weights: np.ndarray,
 
 
 def _layer_norm_lower(p: "Plan", node: "Tensor") -> None:
-    x, w, bias = (*node.inputs, 0, 0)[:3]
+    x, *weights = node.inputs
+    w, bias = (*weights, 0, 0)[:2]
     n = node.shape[-1]
     rows: dict[str, Any] = {"n_cols": n, "n_rows_per_token": _row(node) // n, "eps": float(node.attrs["eps"])}
     p.step("layer_norm", node, x=x, w=w, bias=bias, out=node, **rows)
@@ -434,8 +435,7 @@ def _attention_reference(
 
 
 def _attention_lower(p: "Plan", node: "Tensor") -> None:
-    q, k, v, cache, sinks = (*node.inputs, 0)[:5]
-    assert not isinstance(q, int) and not isinstance(v, int) and not isinstance(cache, int)
+    q, k, v, cache, *sinks = node.inputs
     n_before, n_after = _reach(node.attrs.get("window", 0), node.attrs.get("causal", True))
     n_head, head_dim = q.shape[1:]
     _, n_head_kv, head_dim_v = v.shape
@@ -444,7 +444,7 @@ def _attention_lower(p: "Plan", node: "Tensor") -> None:
     p.step(f"store_v_{p.kv_type}", node, writes=("cache",), x=v, cache=values, n_head_kv=n_head_kv, head_dim=head_dim_v)
     sizes: dict[str, Any] = {"n_head": n_head, "n_head_kv": n_head_kv, "head_dim": head_dim, "head_dim_v": head_dim_v}
     sizes |= {"scale": float(node.attrs["scale"]), "cap": float(node.attrs.get("cap", 0.0))}
-    sizes |= {"sinks": sinks, "n_before": n_before, "n_after": n_after}
+    sizes |= {"sinks": sinks[0] if sinks else 0, "n_before": n_before, "n_after": n_after}
     _attention_steps(p, node, "attention", (n_head_kv, head_dim), n_before, q=q, k_cache=keys, v_cache=values, **sizes)
 
 

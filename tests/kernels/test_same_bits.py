@@ -9,6 +9,7 @@ from ggpy.graph import Graph, Pages, Program
 from ggpy.kernels.table import FLOAT, QUANTIZED
 
 from ..graph.runs import alone
+from ..graph.test_ops import EACH
 from ..graph.weights import random_weight
 
 SETTINGS = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -180,8 +181,9 @@ def test_element_by_element(teams, n, n_tokens, threads, seed):
 
     def build(g):
         x, y = g.input("x", (16 * n,)), g.input("y", (16 * n,))
-        out = {op: g.op(op, x, y) for op in ("ADD", "MUL", "SWIGLU", "GEGLU")}
+        out = {f"{op} {how}": g.op(op, *[x, y][: len(given)], **how) for op, given, how in EACH}
         out["bias"] = g.op("ADD_BIAS", x, g.weight(bias))
+        out["norm"] = g.op("LAYER_NORM", x, g.weight(bias), eps=1e-5)
         out["gate"] = g.op("SIGMOID_GATE", x, g.input("gate", (1,)))
         return out | {"scale": g.op("SCALE", x, factor=0.3), "soft_max": g.op("SOFT_MAX", y)}
 
