@@ -69,7 +69,7 @@ class Model:
         self.file = GGUFFile(path)
         team = None
         try:
-            self.architecture = read_architecture(self.file, n_expert_used, mla)
+            self.architecture = read_architecture(self.file, n_expert_used, mla, n_ctx or DEFAULT_CONTEXT)
             self.n_ctx = n_ctx or min(self.architecture.n_ctx_train, DEFAULT_CONTEXT)
             team = self._team = Team(n_threads or default_threads(), progress)
             how = (self.n_ctx, n_batch, kv_type.upper(), kv_memory, ram_budget, progress)

@@ -122,7 +122,7 @@ def _uses(graph: "Graph", stored: frozenset[str]) -> dict[str, _Use]:
     """By the name of each matrix of the layers, what it is multiplied with."""
     uses: dict[str, _Use] = {}
     for t in graph:
-        weight = t.inputs[0].name if t.inputs else ""
+        weight = t.inputs[0].name.partition("[")[0] if t.inputs else ""  # of parts of a matrix, the whole
         shape = t.inputs[0].shape if t.inputs else ()
         if t.op == "MUL_MAT":
             use = _Use(t.inputs[1].name, None, 1, shape[1])

@@ -1,30 +1,20 @@
 """The architectures: hyperparameters read from a file, and the graph that they make."""
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
 from ..errors import GraphError, UnsupportedError
+from .decoder import Style
 from .deepseek2 import DeepSeek2
-from .llama import Llama
+from .hparams import Hparams, Options
 from .rope import Rope
 from .weights import DerivedWeight, Weights
 
 if TYPE_CHECKING:
     from ..file import GGUFFile
     from ..graph import Batch, Graph, Tensor
-
-#: `general.architecture` -> the class that reads it
-ARCHITECTURES: dict[str, type[Llama] | type[DeepSeek2]] = {
-    "llama": Llama,
-    "qwen2": Llama,
-    "qwen3": Llama,
-    "qwen2moe": Llama,
-    "qwen3moe": Llama,
-    "olmoe": Llama,
-    "deepseek2": DeepSeek2,
-}
 
 
 class Architecture(Protocol):
@@ -39,12 +29,27 @@ class Architecture(Protocol):
     @property
     def n_ctx_train(self) -> int: ...
     @property
-    def rope(self) -> Rope: ...
+    def ropes(self) -> Mapping[str, Rope]: ...
 
     def embed(self, g: "Graph", w: Weights, ids: "Tensor") -> "Tensor": ...
     def layer(self, g: "Graph", w: Weights, x: "Tensor", i: int) -> "Tensor": ...
     def norm(self, g: "Graph", w: Weights, x: "Tensor") -> "Tensor": ...
     def logits(self, g: "Graph", w: Weights, x: "Tensor") -> "Tensor": ...
+
+
+Reader = Callable[[Hparams, Options], Architecture]
+
+#: `general.architecture` -> what reads a file of it
+ARCHITECTURES: dict[str, Reader] = {
+    # Llama 1, 2, 3 (Touvron et al. 2023) and what differs in sizes alone, such as Mistral and SmolLM2; Mixtral
+    "llama": Style(rope="norm", normalize=True).read,
+    "qwen2": Style().read,
+    "qwen3": Style().read,
+    "qwen2moe": Style().read,
+    "qwen3moe": Style(normalize=True).read,
+    "olmoe": Style().read,
+    "deepseek2": DeepSeek2.read,
+}
 
 
 #: what a graph can end with; see `build_graph`
@@ -53,7 +58,9 @@ Output = Literal["logits", "embeddings", "states", "x"]
 MLA_FORMS = ("absorbed", "naive")
 
 
-def read_architecture(file: "GGUFFile", n_expert_used: int | None = None, mla: str = "absorbed") -> Architecture:
+def read_architecture(
+    file: "GGUFFile", n_expert_used: int | None = None, mla: str = "absorbed", n_ctx: int = 0
+) -> Architecture:
     """The hyperparameters of the model in a file.
 
     Parameters
@@ -63,6 +70,8 @@ def read_architecture(file: "GGUFFile", n_expert_used: int | None = None, mla: s
         Experts for each token, instead of the file's number.
     mla : {"absorbed", "naive"}
         The form of latent attention, where a model has it; see `deepseek2`.
+    n_ctx : int
+        The context that the model is loaded for, which models with LongRoPE depend on; 0 if unknown.
 
     Raises
     ------
@@ -74,8 +83,7 @@ def read_architecture(file: "GGUFFile", n_expert_used: int | None = None, mla: s
     name = file.get("general.architecture", str)
     if name not in ARCHITECTURES:
         raise UnsupportedError(f"{file.path}: architecture {name!r}; there are {', '.join(ARCHITECTURES)}")
-    arch = ARCHITECTURES[name].read(file, n_expert_used)
-    return replace(arch, mla=mla) if isinstance(arch, DeepSeek2) else arch
+    return ARCHITECTURES[name](Hparams(file), Options(n_expert_used, mla, n_ctx))
 
 
 def build_graph(
@@ -136,6 +144,7 @@ def _build(
         if output == "states":
             g.output(x, str(i))
         x = arch.layer(g, w, x, i)
+    w.refuse_others(layers)
     if output == "states":
         g.output(arch.norm(g, w, x), str(layers.stop))
         return g
@@ -149,7 +158,8 @@ def _build(
 
 def run_inputs(arch: Architecture, batch: "Batch") -> dict[str, np.ndarray]:
     """The inputs of a run that follow from its batch: token ids, which outputs are wanted, what depends on positions."""
-    return {"ids": batch.ids, "outputs": batch.outputs, "rope": arch.rope.table(batch.positions)}
+    tables = {name: rope.table(batch.positions) for name, rope in arch.ropes.items()}
+    return {"ids": batch.ids, "outputs": batch.outputs, "positions": batch.positions, **tables}
 
 
 __all__ = ["ARCHITECTURES", "Architecture", "Output", "Rope", "Weights", "build_graph", "read_architecture", "run_inputs"]

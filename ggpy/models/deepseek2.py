@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import GGUFError
 from ..quant import block_type
+from .hparams import Hparams, Options
 from .moe import Experts
 from .rope import Rope, read_rope, yarn_magnitude
 from .weights import DerivedWeight
@@ -47,49 +47,44 @@ class DeepSeek2:
     mla: str = "absorbed"
 
     @classmethod
-    def read(cls, file: "GGUFFile", n_expert_used: int | None = None) -> "DeepSeek2":
+    def read(cls, hp: Hparams, options: Options) -> "DeepSeek2":
         """Reads them from a file's metadata. Raises GGUFError where a key is missing or makes no sense."""
-        arch = file.get("general.architecture", str)
-
-        def size(key: str, default: int | None = None) -> int:
-            options = {} if default is None else {"default": default}
-            value = file.get(f"{arch}.{key}", int, **options)
-            if not 0 < value < 1 << 31:
-                raise GGUFError(f"{file.path}: key {arch}.{key}: {value} makes no sense")
-            return value
-
+        size = hp.size
         n_rot = size("rope.dimension_count")
         # Files with split attn_kv_b have the length of a latent key in key_length, and a head's in key_length_mla.
         head_dim_k = size("attention.key_length_mla", size("attention.key_length"))
         n_nope = head_dim_k - n_rot
         if n_nope <= 0 or n_rot % 2:
-            raise GGUFError(f"{file.path}: {n_rot} of {head_dim_k} values of a key are rotated")
+            raise hp.error(f"{n_rot} of {head_dim_k} values of a key are rotated")
         n_ff = size("feed_forward_length")
-        experts = Experts.read(file, arch, n_ff, False, n_expert_used)
+        experts = Experts.read(hp, n_ff, options.n_expert_used)
         if experts is None:
-            raise GGUFError(f"{file.path}: key {arch}.expert_count is missing")
-        embedding = file.tensors.get("token_embd.weight")
-        if embedding is None or len(embedding.shape) != 2:
-            raise GGUFError(f"{file.path}: tensor token_embd.weight is missing or no matrix")
-        rope, scale = _read_scaling(file, arch, n_rot, head_dim_k)
+            raise hp.error(f"key {hp.arch}.expert_count is missing")
+        rope, scale = _read_scaling(hp, n_rot, head_dim_k)
         return cls(
-            file=file,
-            n_layer=size("block_count"),
+            file=hp.file,
+            n_layer=hp.n_layer(),
             n_embd=size("embedding_length"),
             n_ff=n_ff,
             n_head=size("attention.head_count"),
-            n_q_lora=file.get(f"{arch}.attention.q_lora_rank", int, default=0),
+            n_q_lora=hp.count("attention.q_lora_rank"),
             n_latent=size("attention.kv_lora_rank"),
             n_nope=n_nope,
             head_dim_v=size("attention.value_length_mla", size("attention.value_length")),
-            n_vocab=embedding.shape[0],
+            n_vocab=hp.n_vocab(),
             n_ctx_train=size("context_length"),
-            n_dense=file.get(f"{arch}.leading_dense_block_count", int, default=0),
-            rms_eps=file.get(f"{arch}.attention.layer_norm_rms_epsilon", float),
+            n_dense=hp.count("leading_dense_block_count"),
+            rms_eps=hp.number("attention.layer_norm_rms_epsilon"),
             scale=scale,
             experts=experts,
             rope=rope,
+            mla=options.mla,
         )
+
+    @property
+    def ropes(self) -> dict[str, Rope]:
+        """The rotary embedding, by its input's name."""
+        return {"rope": self.rope}
 
     def embed(self, g: "Graph", w: "Weights", ids: "Tensor") -> "Tensor":
         """Token ids (n_tokens,) to (n_tokens, n_embd)."""
@@ -101,7 +96,7 @@ class DeepSeek2:
         y = self._attention(g, w, w.norm(f"{p}.attn_norm", x, self.rms_eps), p)
         x = g.op("ADD", x, y, name=f"{p}.attn_residual")
         y = w.norm(f"{p}.ffn_norm", x, self.rms_eps)
-        y = w.swiglu(p, self.n_ff, y) if i < self.n_dense else self.experts.build(g, w, y, p)
+        y = w.feed_forward(p, self.n_ff, y) if i < self.n_dense else self.experts.build(g, w, y, p)
         return g.op("ADD", x, y, name=f"{p}.out")
 
     def norm(self, g: "Graph", w: "Weights", x: "Tensor") -> "Tensor":
@@ -139,8 +134,9 @@ class DeepSeek2:
             to_latent = w(f"{p}.attn_k_b.weight", self.n_head, self.n_latent, self.n_nope)
             from_latent = self._values(w, p)
         else:
-            to_latent = w.derived(f"{p}.attn_k_b", lambda: transposed(self._parts(w, p)[0]))
-            from_latent = w.derived(f"{p}.attn_v_b", lambda: self._parts(w, p)[1])
+            keys, values = self._parts(w, p)
+            to_latent = w.derived(f"{p}.attn_k_b", lambda: transposed(keys))
+            from_latent = w.derived(f"{p}.attn_v_b", lambda: values)
         q = g.op("MUL_MAT_HEADS", to_latent, q, name=f"{p}.q_latent")
         cache = g.cache(f"{p}.cache", self.n_latent + self.rope.n_rot)
         y = g.op("ATTENTION_LATENT", q, q_rot, latent, k_rot, cache, scale=self.scale, name=f"{p}.attn")
@@ -155,8 +151,9 @@ class DeepSeek2:
             to_keys = w.derived(f"{p}.attn_k_b", lambda: transposed(self.file.tensors[f"{p}.attn_k_b.weight"]))
             to_values = self._values(w, p)
         else:
-            to_keys = w.derived(f"{p}.attn_k_b", lambda: self._parts(w, p)[0])
-            to_values = w.derived(f"{p}.attn_v_b", lambda: self._parts(w, p)[1])
+            keys, values = self._parts(w, p)
+            to_keys = w.derived(f"{p}.attn_k_b", lambda: keys)
+            to_values = w.derived(f"{p}.attn_v_b", lambda: values)
         latent = g.op("RESHAPE", latent, shape=(1, self.n_latent), name=f"{p}.latent_head")
         k = g.op("MUL_MAT_HEADS", to_keys, latent, name=f"{p}.k_nope")
         k = g.op("JOIN_HEADS", k, k_rot, n=self.n_nope, name=f"{p}.k_joined")
@@ -199,18 +196,18 @@ def transposed(weight: "GGUFTensor | DerivedWeight") -> DerivedWeight:
     return DerivedWeight(f"{weight.name}.transposed", kind.name, (n, n_cols, n_rows), kind.quantize(values))
 
 
-def _read_scaling(file: "GGUFFile", arch: str, n_rot: int, head_dim: int) -> tuple[Rope, float]:
+def _read_scaling(hp: Hparams, n_rot: int, head_dim: int) -> tuple[Rope, float]:
     """The rotary embedding, and the factor of the attention's logits.
 
     DeepSeek's YaRN has two magnitudes of the form 0.1 m ln(factor) + 1: cosines and sines get that for `mscale` over that
     for `mscale_all_dim`, which are equal in every released model, so that their ratio is 1; the logits get the square of
     the latter. Files hold 0.1 `mscale_all_dim` as yarn_log_multiplier.
     """
-    rope, scale = read_rope(file, arch, n_rot), head_dim**-0.5
-    if file.get(f"{arch}.rope.scaling.type", str, default="none") != "yarn":
+    rope, scale = read_rope(hp, n_rot), head_dim**-0.5
+    if hp.text("rope.scaling.type", "none") != "yarn":
         return rope, scale
-    factor = file.get(f"{arch}.rope.scaling.factor", float)
-    log_multiplier = file.get(f"{arch}.rope.scaling.yarn_log_multiplier", float, default=0.0)
+    factor = hp.number("rope.scaling.factor")
+    log_multiplier = hp.number("rope.scaling.yarn_log_multiplier", 0.0)
     if not log_multiplier:
         return rope, scale
     all_dims = log_multiplier * math.log(factor) + 1.0

@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import GGUFError
+from .hparams import Hparams
+from .weights import ACTS
 
 if TYPE_CHECKING:
-    from ..file import GGUFFile
     from ..graph import Graph, Tensor
     from .weights import Weights
 
 #: GGUF's numbers for how a router turns logits into weights
-_GATINGS = {0: "softmax", 1: "softmax", 2: "sigmoid"}
+_GATINGS = {1: "softmax", 2: "sigmoid"}
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Experts:
         Values inside an expert.
     n_ff_shared : int
         Values inside the experts that all tokens take, as one; 0 for none.
+    act : str
+        The experts' activation, a key of `weights.ACTS`.
     gating : {"softmax", "sigmoid"}
     normalize : bool
         Whether the weights of the chosen experts sum to 1.
@@ -38,6 +40,7 @@ class Experts:
     n_expert_used: int
     n_ff: int
     n_ff_shared: int = 0
+    act: str = "swiglu"
     gating: str = "softmax"
     normalize: bool = False
     scale: float = 1.0
@@ -45,51 +48,62 @@ class Experts:
     n_group_used: int = 1
 
     @classmethod
-    def read(cls, file: "GGUFFile", arch: str, n_ff: int, normalize: bool, n_expert_used: int | None) -> "Experts | None":
+    def read(
+        cls,
+        hp: Hparams,
+        n_ff: int,
+        n_expert_used: int | None = None,
+        *,
+        normalize: bool = False,
+        gating: str = "softmax",
+        act: str = "swiglu",
+    ) -> "Experts | None":
         """The experts of a file, None for a dense model.
 
         Parameters
         ----------
         n_ff : int
             The length inside an expert where the file has none for experts.
-        normalize : bool
-            What holds where the file doesn't say.
         n_expert_used : int, optional
             Instead of the file's number.
+        normalize, gating
+            What holds where the file doesn't say.
+        act : str
+            Which files don't say.
 
         Raises
         ------
         GGUFError
             Numbers that make no sense.
         """
-        n_expert = file.get(f"{arch}.expert_count", int, default=0)
+        n_expert = hp.count("expert_count")
         if n_expert == 0:
             return None
-        used = n_expert_used or file.get(f"{arch}.expert_used_count", int)
+        used = n_expert_used or hp.size("expert_used_count")
         if not 0 < used <= n_expert:
-            raise GGUFError(f"{file.path}: {used} of {n_expert} experts used")
-        n_ff = file.get(f"{arch}.expert_feed_forward_length", int, default=n_ff)
-        n_shared = file.get(f"{arch}.expert_shared_count", int, default=0)
-        gating = file.get(f"{arch}.expert_gating_func", int, default=0)
-        if gating not in _GATINGS:
-            raise GGUFError(f"{file.path}: key {arch}.expert_gating_func: {gating}; known are 1 (softmax), 2 (sigmoid)")
-        n_group = file.get(f"{arch}.expert_group_count", int, default=0)
+            raise hp.error(f"{used} of {n_expert} experts used")
+        n_ff = hp.size("expert_feed_forward_length", n_ff)
+        function = hp.count("expert_gating_func")
+        if function not in (0, *_GATINGS):
+            known = ", ".join(f"{number} ({name})" for number, name in _GATINGS.items())
+            raise hp.error(f"key {hp.arch}.expert_gating_func: {function}; known are {known}")
         return cls(
             n_expert=n_expert,
             n_expert_used=used,
             n_ff=n_ff,
-            n_ff_shared=file.get(f"{arch}.expert_shared_feed_forward_length", int, default=n_shared * n_ff),
-            gating=_GATINGS[gating],
-            normalize=file.get(f"{arch}.expert_weights_norm", bool, default=normalize),
-            scale=file.get(f"{arch}.expert_weights_scale", float, default=1.0) or 1.0,
-            n_group=max(n_group, 1),
-            n_group_used=max(file.get(f"{arch}.expert_group_used_count", int, default=1), 1),
+            n_ff_shared=hp.count("expert_shared_feed_forward_length", hp.count("expert_shared_count") * n_ff),
+            act=act,
+            gating=_GATINGS.get(function, gating),
+            normalize=hp.flag("expert_weights_norm", normalize),
+            scale=hp.number("expert_weights_scale", 1.0) or 1.0,
+            n_group=max(hp.count("expert_group_count"), 1),
+            n_group_used=max(hp.count("expert_group_used_count", 1), 1),
         )
 
     def build(self, g: "Graph", w: "Weights", x: "Tensor", p: str) -> "Tensor":
         """The mixture for (n_tokens, n_embd), of the tensors that begin with `p`."""
         n_embd = x.shape[1]
-        logits = g.op("MUL_MAT", w(f"{p}.ffn_gate_inp.weight", self.n_expert, n_embd), x, name=f"{p}.router")
+        logits = w.linear(f"{p}.ffn_gate_inp", self.n_expert, x, node=f"{p}.router")
         bias = w.optional(f"{p}.exp_probs_b.bias", self.n_expert)
         route = g.op(
             "ROUTE",
@@ -105,16 +119,19 @@ class Experts:
         )
 
         def experts(part: str, n_rows: int, n_cols: int, y: "Tensor") -> "Tensor":
-            weight = w(f"{p}.ffn_{part}_exps.weight", self.n_expert, n_rows, n_cols)
-            return g.op("MUL_MAT_ID", weight, y, route, name=f"{p}.ffn_{part}_exps")
+            name = f"{p}.ffn_{part}_exps"
+            bias = w.optional(f"{name}.bias", self.n_expert, n_rows)
+            weight = w(f"{name}.weight", self.n_expert, n_rows, n_cols)
+            y = g.op("MUL_MAT_ID", weight, y, route, name=name if bias is None else f"{name}.product")
+            return y if bias is None else g.op("ADD_EXPERT_BIAS", y, bias, route, name=name)
 
         gate, up = experts("gate", self.n_ff, n_embd, x), experts("up", self.n_ff, n_embd, x)
-        down = experts("down", n_embd, self.n_ff, g.op("SWIGLU", gate, up, name=f"{p}.ffn_act_exps"))
+        _, act, attrs = ACTS[self.act]
+        down = experts("down", n_embd, self.n_ff, g.op(act, gate, up, name=f"{p}.ffn_act_exps", **attrs))
         y = g.op("COMBINE", down, route, name=f"{p}.experts")
         if not self.n_ff_shared:
             return y
-        gate, up = (w.linear(f"{p}.ffn_{part}_shexp", self.n_ff_shared, x) for part in ("gate", "up"))
-        shared = w.linear(f"{p}.ffn_down_shexp", n_embd, g.op("SWIGLU", gate, up, name=f"{p}.ffn_act_shexp"))
+        shared = w.feed_forward(p, self.n_ff_shared, x, self.act, "_shexp")
         gate_row = w.optional_row(f"{p}.ffn_gate_inp_shexp.weight", n_embd)
         if gate_row is not None:
             amount = g.op("MUL_MAT", gate_row, x, name=f"{p}.shared_gate")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,6 +41,17 @@ class DerivedWeight:
         return block_type(self.type).dequantize(np.ascontiguousarray(self.data))
 
 
+#: activations of feed-forward parts: how many products they take, the operation, its parameters
+ACTS: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "swiglu": (2, "SWIGLU", {}),
+    "swiglu_clamped": (2, "SWIGLU_CLAMPED", {"alpha": 1.702, "limit": 7.0}),
+    "geglu": (2, "GEGLU", {"kind": "tanh"}),
+    "gelu": (1, "GELU", {"kind": "tanh"}),
+    "gelu_erf": (1, "GELU", {"kind": "erf"}),
+    "relu_squared": (1, "RELU_SQUARED", {}),
+}
+
+
 class Weights:
     """Finds the weights that a graph asks for.
 
@@ -55,6 +66,7 @@ class Weights:
 
     def __init__(self, file: "GGUFFile", graph: "Graph", derived: dict[str, DerivedWeight]):
         self._file, self._graph, self._derived = file, graph, derived
+        self._asked: set[str] = set()
 
     def check(self, name: str, *shape: int) -> None:
         """Sees to it that the file has this tensor in this shape (numpy's order).
@@ -64,6 +76,7 @@ class Weights:
         GGUFError
             It isn't there, or has another shape.
         """
+        self._asked.add(name)
         weight = self._file.tensors.get(name)
         if weight is None:
             raise GGUFError(f"{self._file.path}: tensor {name} is missing")
@@ -90,18 +103,65 @@ class Weights:
         """The same, or None if the file has no such tensor."""
         return self(name, *shape) if name in self._file.tensors else None
 
-    def linear(self, name: str, n_rows: int, x: "Tensor") -> "Tensor":
-        """`{name}.weight` (n_rows, …) times x, plus `{name}.bias` if the file has one: (n_tokens, n_rows), named `name`."""
-        bias = self.optional(f"{name}.bias", n_rows)
-        weight = self(f"{name}.weight", n_rows, x.n_values // x.shape[0])
-        y = self._graph.op("MUL_MAT", weight, x, name=name if bias is None else f"{name}.product")
-        return y if bias is None else self._graph.op("ADD_BIAS", y, bias, name=name)
+    def rows(self, name: str, first: int, n: int, *shape: int) -> "Tensor":
+        """n rows, from `first` on, of the weight `name`, which must have this shape: a view, named `name[first:…]`."""
+        self.check(name, *shape)
+        stored = self._file.tensors[name]
+        name = f"{name}[{first}:{first + n}]"
+        if len(shape) == 1:  # values, as rows of one
+            n_bytes = stored.data.shape[-1] // shape[0]
+            return self._graph.weight(
+                DerivedWeight(name, stored.type, (n,), stored.data[n_bytes * first : n_bytes * (first + n)])
+            )
+        return self._graph.weight(DerivedWeight(name, stored.type, (n, *shape[1:]), stored.data[first : first + n]))
+
+    def has(self, name: str) -> bool:
+        """Whether the file has this tensor."""
+        return name in self._file.tensors
+
+    def linear(
+        self, name: str, n_rows: int, x: "Tensor", of: "tuple[str, int, int] | None" = None, node: str = ""
+    ) -> "Tensor":
+        """`{name}.weight` (n_rows, …) times x, plus `{name}.bias` if the file has one: (n_tokens, n_rows).
+
+        The node is named `node`, by default as the weight. `of` says that the matrix is part of another: (its name, the
+        first of its rows, how many it has).
+        """
+        node = node or name
+        n_cols = x.n_values // x.shape[0]
+        stored, first, n_stored = of or (name, 0, n_rows)
+
+        def part(kind: str, *shape: int) -> "Tensor":
+            if of is None:
+                return self(f"{stored}.{kind}", *shape)
+            return self.rows(f"{stored}.{kind}", first, n_rows, *shape)
+
+        has_bias = self.has(f"{stored}.bias")
+        weight = part("weight", n_stored, n_cols)
+        y = self._graph.op("MUL_MAT", weight, x, name=f"{node}.product" if has_bias else node)
+        return self._graph.op("ADD_BIAS", y, part("bias", n_stored), name=node) if has_bias else y
+
+    def refuse_others(self, layers: range) -> None:
+        """Refuses tensors of these layers that nobody asked for: they would be ignored.
+
+        Raises
+        ------
+        GGUFError
+            Names the first.
+        """
+        for name in self._file.tensors:
+            prefix, _, rest = name.partition(".")
+            number = rest.partition(".")[0]
+            if prefix == "blk" and number.isdecimal() and int(number) in layers and name not in self._asked:
+                arch = self._file.get("general.architecture", str)
+                raise GGUFError(f"{self._file.path}: tensor {name} has no place in architecture {arch}")
 
     def optional_row(self, name: str, n: int) -> "Tensor | None":
         """A weight of n values, as a matrix of one row; None if the file has no such tensor."""
         if name not in self._file.tensors:
             return None
         stored = self._file.tensors[name]
+        self._asked.add(name)
         if stored.shape not in ((n,), (1, n)):
             raise GGUFError(f"{self._file.path}: tensor {name} has shape {stored.shape}, expected {(n,)}")
         return self._graph.weight(DerivedWeight(name, stored.type, (1, n), stored.data.reshape(1, -1)))
@@ -112,13 +172,35 @@ class Weights:
         """RMS norm of the rows of x, or of their first n values, by `{name}.weight`."""
         return self._graph.op("RMS_NORM", x, self(f"{name}.weight", n or x.shape[-1]), eps=eps, name=name)
 
-    def swiglu(self, p: str, n_ff: int, x: "Tensor") -> "Tensor":
-        """The feed-forward part of Llama: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
-        gate, up = self.linear(f"{p}.ffn_gate", n_ff, x), self.linear(f"{p}.ffn_up", n_ff, x)
-        act = self._graph.op("SWIGLU", gate, up, name=f"{p}.ffn_act")
-        return self.linear(f"{p}.ffn_down", x.shape[1], act)
+    def layer_norm(self, name: str, x: "Tensor", eps: float) -> "Tensor":
+        """Layer norm of the rows of x by `{name}.weight` and, if the file has it, `{name}.bias`."""
+        n = x.shape[-1]
+        bias = self.optional(f"{name}.bias", n)
+        weights = [self(f"{name}.weight", n)] + ([] if bias is None else [bias])
+        return self._graph.op("LAYER_NORM", x, *weights, eps=eps, name=name)
 
-    def logits(self, x: "Tensor", n_vocab: int) -> "Tensor":
-        """Logits (n_tokens, n_vocab). Without `output.weight` the embedding serves."""
-        name = "output.weight" if "output.weight" in self._file.tensors else "token_embd.weight"
-        return self._graph.op("MUL_MAT", self(name, n_vocab, x.shape[1]), x, name="logits")
+    def feed_forward(self, p: str, n_ff: int, x: "Tensor", act: str = "swiglu", kind: str = "") -> "Tensor":
+        """The feed-forward part: down(act(gate(x)) * up(x)) (Shazeer 2020), or down(act(up(x))).
+
+        Gates may stand in front of the rows of `ffn_up`. `act` is a key of ACTS, `kind` GGUF's suffix, such as "_shexp".
+        """
+        n_inputs, op, attrs = ACTS[act]
+        name = f"{p}.ffn_up{kind}"
+        if n_inputs == 1:
+            parts = [self.linear(name, n_ff, x)]
+        elif self.has(f"{p}.ffn_gate{kind}.weight"):
+            parts = [self.linear(f"{p}.ffn_gate{kind}", n_ff, x), self.linear(name, n_ff, x)]
+        else:
+            parts = [self.linear(f"{p}.ffn_gate{kind}", n_ff, x, (name, 0, 2 * n_ff))]
+            parts.append(self.linear(name, n_ff, x, (name, n_ff, 2 * n_ff)))
+        y = self._graph.op(op, *parts, name=f"{p}.ffn_act{kind}", **attrs)
+        return self.linear(f"{p}.ffn_down{kind}", x.shape[1], y)
+
+    def logits(self, x: "Tensor", n_vocab: int, name: str = "logits") -> "Tensor":
+        """Logits (n_tokens, n_vocab), a node of this name. Without `output.weight` the embedding serves."""
+        matrix = "output.weight" if self.has("output.weight") else "token_embd.weight"
+        bias = self.optional("output.bias", n_vocab)
+        y = self._graph.op(
+            "MUL_MAT", self(matrix, n_vocab, x.shape[1]), x, name=name if bias is None else f"{name}.product"
+        )
+        return y if bias is None else self._graph.op("ADD_BIAS", y, bias, name=name)
