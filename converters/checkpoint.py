@@ -214,6 +214,25 @@ class ScaledRows:
 
 
 @dataclass(frozen=True)
+class ShiftedRows:
+    """A tensor plus a number (implements `Rows`)."""
+
+    rows: Rows
+    shift: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rows.shape
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.rows.sources
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.rows.read(start, stop) + np.float32(self.shift)
+
+
+@dataclass(frozen=True)
 class ComputedRows:
     """Values that no tensor of the checkpoint holds (implements `Rows`)."""
 

@@ -24,13 +24,20 @@ from ggpy.quantization import FILE_TYPES, encode, tensor_types
 from ggpy.quantization.mixes import check_without_importance, file_type, sizes
 from ggpy.quantization.model import in_order
 
-from . import deepseek2, llama, mixtral, olmoe, qwen
+from . import decoders, deepseek2, llama, mixtral, olmoe, qwen
 from .card import read_card
 from .checkpoint import FILE_PATTERNS, Checkpoint, ComputedRows, Rows
 from .family import Family, refuse_unread, rope_parameters
 from .vocabulary import check_vocabulary, read_encoder, write_vocabulary
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, mixtral.FAMILY, *qwen.FAMILIES, olmoe.FAMILY, deepseek2.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    llama.FAMILY,
+    mixtral.FAMILY,
+    *qwen.FAMILIES,
+    olmoe.FAMILY,
+    deepseek2.FAMILY,
+    *decoders.FAMILIES,
+)
 
 Progress = Callable[[int, int, str], None]
 

@@ -199,8 +199,46 @@ def refuse_windows(config: Config) -> None:
         )
 
 
+def write_windows(writer: gguf.GGUFWriter, config: Config, rule: str) -> None:
+    """Add the window of attention, and which layers have it unless all do.
+
+    Parameters
+    ----------
+    writer, config
+    rule : str
+        "all": every layer has it. "types N": those that ``layer_types`` names, or all but every N-th. "": none may have it.
+
+    Raises
+    ------
+    UnsupportedError
+        Layers of another kind, or a window where none is understood.
+    """
+    if not rule:
+        refuse_windows(config)
+        return
+    n_layer = config.integer("num_hidden_layers")
+    has = [True] * n_layer
+    if rule != "all":
+        every = int(rule.split()[1])
+        default = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(n_layer)]
+        kinds = config.get("layer_types", default)
+        for key in ("sliding_window_pattern", "_sliding_window_pattern"):  # what layer_types is made of
+            config.get(key)
+        if not isinstance(kinds, list) or len(kinds) != n_layer or not {*kinds} <= {"full_attention", "sliding_attention"}:
+            raise UnsupportedError(f"{config.path}: layer_types {shown(kinds)}; known: full_attention, sliding_attention")
+        has = [kind == "sliding_attention" for kind in kinds]
+    elif config.get("sliding_window") is None:
+        return
+    # Also where it is longer than the context: layers with it may be rotated in another way, or alone.
+    if any(has) and (rule != "all" or config.integer("sliding_window") < config.integer("max_position_embeddings")):
+        writer.add_sliding_window(config.integer("sliding_window"))
+        if rule != "all":
+            writer.add_sliding_window_pattern(has)
+
+
 def rope_parameters(config: Config, *also: str) -> Config:
-    """``rope_parameters``, formerly ``rope_scaling``, with ``rope_type`` and ``rope_theta`` always there.
+    """``rope_parameters``, formerly ``rope_scaling``, with ``rope_type`` and ``rope_theta`` always there; of models that
+    have one for each kind of layer, those of layers without windows.
 
     Parameters
     ----------
@@ -219,6 +257,10 @@ def rope_parameters(config: Config, *also: str) -> Config:
     if old and values and old != values:
         raise UnsupportedError(f"{config.path}: rope_scaling and rope_parameters differ")
     values = old or values
+    nested = values.get("full_attention", values)
+    if not isinstance(nested, dict):
+        raise ConversionError(f"{config.path}: rope_parameters' full_attention is not an object")
+    values = nested
     rope = Config(
         {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": values.get("type", "default")}, config.path
     )
@@ -233,9 +275,17 @@ def rope_parameters(config: Config, *also: str) -> Config:
 
 
 def write_decoder_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
-    """Add the metadata that nearly all decoders have, named as in config.json for most of them."""
+    """Add the metadata that nearly all decoders have."""
     config.only("hidden_act", "silu")
-    refuse_windows(config)
+    every_layer = "sliding_window" in config.defaults and "use_sliding_window" not in config.defaults  # Mistral's
+    write_windows(writer, config, "all" if every_layer else "")
+    write_sizes(writer, config)
+    writer.add_layer_norm_rms_eps(config.number("rms_norm_eps", 1e-6, least=0))
+    write_rope_hparams(writer, config)
+
+
+def write_sizes(writer: gguf.GGUFWriter, config: Config) -> None:
+    """Add a decoder's sizes, named as in config.json for most of them."""
     writer.add_block_count(config.integer("num_hidden_layers"))
     writer.add_context_length(config.integer("max_position_embeddings"))
     writer.add_embedding_length(config.integer("hidden_size"))
@@ -243,12 +293,10 @@ def write_decoder_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
     n_head = config.integer("num_attention_heads")
     writer.add_head_count(n_head)
     writer.add_head_count_kv(config.integer("num_key_value_heads", n_head))
-    writer.add_layer_norm_rms_eps(config.number("rms_norm_eps", 1e-6, least=0))
     if config.get("head_dim") is not None:
         writer.add_key_length(config.integer("head_dim"))
         writer.add_value_length(config.integer("head_dim"))
     writer.add_vocab_size(config.integer("vocab_size"))
-    write_rope_hparams(writer, config)
 
 
 def write_rope_hparams(writer: gguf.GGUFWriter, config: Config) -> None:

@@ -1,4 +1,4 @@
-"""Llama, and Mistral, which differs in its sliding window alone; where it has one, it is refused."""
+"""Llama, and Mistral, which differs in its sliding window alone."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The architectures: hyperparameters read from a file, and the graph that they make."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -39,6 +39,7 @@ class Architecture(Protocol):
 
 Reader = Callable[[Hparams, Options], Architecture]
 
+_GEMMA: dict[str, Any] = {"norm_after": True, "act": "geglu", "embd_root": True}
 #: `general.architecture` -> what reads a file of it
 ARCHITECTURES: dict[str, Reader] = {
     # Llama 1, 2, 3 (Touvron et al. 2023) and what differs in sizes alone, such as Mistral and SmolLM2; Mixtral
@@ -48,6 +49,8 @@ ARCHITECTURES: dict[str, Reader] = {
     "qwen2moe": Style().read,
     "qwen3moe": Style(normalize=True).read,
     "olmoe": Style().read,
+    "gemma2": Style(**_GEMMA, window=4096, window_every=2, shared_scale_at=46).read,
+    "gemma3": Style(**_GEMMA, window_every=6, window_base=10000.0, shared_scale_at=62).read,
     "deepseek2": DeepSeek2.read,
 }
 

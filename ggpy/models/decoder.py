@@ -60,6 +60,8 @@ class Style:
         Whether the weights of a token's experts sum to 1, where the file doesn't say.
     gating : {"softmax", "sigmoid"}
         How routers turn logits into weights, where the file doesn't say.
+    shared_scale_at : int
+        In models of so many layers scores are scaled as if heads shared the embedding evenly, where the file doesn't say.
     whole_yarn : bool
         Whether the parts of YaRN's frequencies begin and end at whole dimensions.
     """
@@ -81,6 +83,7 @@ class Style:
     divide_logits: bool = False
     normalize: bool = False
     gating: str = "softmax"
+    shared_scale_at: int = 0
     whole_yarn: bool = True
 
     def read(self, hp: Hparams, options: Options) -> "Decoder":
@@ -115,6 +118,7 @@ class Style:
         n_ff = hp.sizes("feed_forward_length", n_layer, hp.count("expert_feed_forward_length") or None)
         how = {"normalize": self.normalize, "gating": self.gating, "act": self.act}
         experts = Experts.read(hp, n_ff[0], options.n_expert_used, **how)  # type: ignore[arg-type]
+        length = n_embd / n_head[0] if n_layer == self.shared_scale_at else head_dim
         logit_scale = hp.number("logit_scale", 0.0) or 1.0
         norm = "layer_norm_epsilon" if self.layer_norm else "layer_norm_rms_epsilon"
         return Decoder(
@@ -132,7 +136,7 @@ class Style:
             rope_of=rope_of,
             windows=windows,
             causal=hp.flag("attention.causal", True),
-            scale=hp.number("attention.scale", 0.0) or head_dim**-0.5,
+            scale=hp.number("attention.scale", 0.0) or length**-0.5,
             cap=hp.number("attn_logit_softcapping", 0.0),
             logit_cap=hp.number("final_logit_softcapping", 0.0),
             embd_scale=n_embd**0.5 if self.embd_root else hp.number("embedding_scale", 1.0),
