@@ -20,6 +20,7 @@ from converters.conversion import FAMILIES
 from converters.family import HARMLESS, NEUTRAL, refuse_windows
 from ggpy.errors import ConversionError, Error, UnsupportedError
 from ggpy.file import GGUFFile
+from ggpy.models.hparams import Hparams
 from ggpy.models.rope import read_rope
 from tests.models.checkpoints import ids, transformers_logits
 
@@ -77,7 +78,7 @@ def test_yarns_tables_are_transformers_own(name, damaged_folder, tmp_path):
     edit_config(damaged_folder, rope_parameters=rope)
     convert(damaged_folder, tmp_path / "model.gguf", "f32")
     with GGUFFile(tmp_path / "model.gguf") as file:
-        table = read_rope(file, "llama", 16).table(np.arange(100))
+        table = read_rope(Hparams(file), 16).table(np.arange(100))
     rotary = AutoModelForCausalLM.from_pretrained(damaged_folder).model.rotary_emb
     cos, sin = (part[0, :, :8].numpy() for part in rotary(torch.zeros(1), torch.arange(100)[None]))
     np.testing.assert_allclose(table, np.concatenate([cos, sin], axis=1), atol=2e-5)
@@ -142,7 +143,7 @@ def test_dynamic_scaling_begins_where_the_context_ends(damaged_folder, tmp_path)
     assert any("dynamic" in note for note in plan.notes)
     rotary = AutoModelForCausalLM.from_pretrained(damaged_folder).model.rotary_emb
     with GGUFFile(tmp_path / "model.gguf") as file:
-        table = read_rope(file, "llama", 16).table(np.arange(256))
+        table = read_rope(Hparams(file), 16).table(np.arange(256))
     cos, sin = (part[0, :, :8].numpy() for part in rotary(torch.zeros(1), torch.arange(256)[None]))
     np.testing.assert_allclose(table, np.concatenate([cos, sin], axis=1), atol=2e-5)
 
