@@ -159,21 +159,21 @@ class StackedRows:
 
 @dataclass(frozen=True)
 class TransposedRows:
-    """A tensor with three axes, its last two exchanged (implements `Rows`)."""
+    """A tensor with two or three axes, its last two exchanged (implements `Rows`)."""
 
     rows: Rows
 
     @property
     def shape(self) -> tuple[int, ...]:
-        n, n_rows, n_columns = self.rows.shape
-        return n, n_columns, n_rows
+        *n, n_rows, n_columns = self.rows.shape
+        return *n, n_columns, n_rows
 
     @property
     def sources(self) -> tuple[str, ...]:
         return self.rows.sources
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        _, n_rows, n_columns = self.shape
+        n_rows, n_columns = self.shape[-2:]
         first, last = start // n_rows, -(-stop // n_rows)
         matrices = self.rows.read(first * n_columns, last * n_columns).reshape(last - first, n_columns, n_rows)
         return matrices.swapaxes(1, 2).reshape(-1, n_columns)[start - first * n_rows : stop - first * n_rows]
@@ -211,6 +211,26 @@ class ScaledRows:
         first = int(blocks[0])
         scales = self.scales.read(first, int(blocks[-1]) + 1)[blocks - first]
         return self.rows.read(start, stop) * scales[:, np.arange(n_columns) // self.block[1]]
+
+
+@dataclass(frozen=True)
+class StridedRows:
+    """Of a tensor's columns every `step`-th, from `first` on (implements `Rows`)."""
+
+    rows: Rows
+    first: int
+    step: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return *self.rows.shape[:-1], len(range(self.first, self.rows.shape[-1], self.step))
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.rows.sources
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.rows.read(start, stop)[:, self.first :: self.step]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from ggpy.quantization.model import in_order
 from . import decoders, deepseek2, llama, mixtral, olmoe, qwen
 from .card import read_card
 from .checkpoint import FILE_PATTERNS, Checkpoint, ComputedRows, Rows
-from .family import Family, refuse_unread, rope_parameters
+from .family import ROPE_OF_SOME, Family, refuse_unread, rope_parameters
 from .vocabulary import check_vocabulary, read_encoder, write_vocabulary
 
 FAMILIES: tuple[Family, ...] = (
@@ -153,6 +153,7 @@ def convert(
     checkpoint = Checkpoint(folder)
     family = find_family(checkpoint)
     checkpoint.config.defaults = family.defaults.get(checkpoint.architecture, {})
+    checkpoint.config = checkpoint.config.replaced(**family.usual(checkpoint.config))
     path = Path(out)
     encoder = read_encoder(checkpoint)
     tensors = plan_tensors(checkpoint, family, type)
@@ -163,7 +164,7 @@ def convert(
         )
     write_metadata(writer, checkpoint, family, type, hub_id)
     refuse_unread(checkpoint.config)
-    if rope_parameters(checkpoint.config).get("rope_type") == "dynamic":
+    if rope_parameters(checkpoint.config, *ROPE_OF_SOME).get("rope_type") == "dynamic":
         checkpoint.notes.append(
             f"{checkpoint.config.path}: dynamic rope scaling begins beyond the context and isn't written"
         )

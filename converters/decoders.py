@@ -10,22 +10,26 @@ from typing import Any
 import gguf
 import numpy as np
 
-from .checkpoint import Config, Rows, ShiftedRows
-from .experts import gather_experts
+from ggpy.errors import UnsupportedError
+
+from .checkpoint import Config, PickedRows, Rows, ShiftedRows, StridedRows, TransposedRows, shown
+from .experts import expert_shapes, gather_experts, n_experts, write_expert_hparams
 from .family import (
+    ROPE_OF_SOME,
     Family,
     Shapes,
     attention_shapes,
     biases,
     ffn_shapes,
     head_dim,
+    llama3_rope_factors,
+    longrope_factors,
     model_shapes,
     rope_parameters,
     write_rope_hparams,
     write_sizes,
     write_windows,
 )
-from .llama import computed as llama3_factors
 from .llama import transform as interleave
 
 MODEL = gguf.MODEL_ARCH
@@ -63,6 +67,10 @@ class Traits:
         What is one matrix: "qkv", "gate_up".
     gated : bool
         Whether the feed-forward part has a gate.
+    output_bias : bool
+        Whether logits have a bias.
+    positions : bool
+        Whether positions are learned, instead of rotations.
     interleaved : bool
         Whether GGUF rotates neighbouring values where the checkpoint rotates halves.
     windows : {"", "all", "types"}
@@ -71,8 +79,10 @@ class Traits:
         Adds further metadata.
     experts : callable
         What a layer has instead of the dense feed-forward part, by layer; None for that.
-    computed : callable
-        See `Family`.
+    rope : tuple of str
+        Settings of the rotary embedding that are understood beside those of its kind.
+    whole_yarn : bool
+        See `write_rope_hparams`.
     """
 
     act: str = "silu"
@@ -85,11 +95,14 @@ class Traits:
     biases: Callable[[Config], tuple[str, ...]] = _none
     fused: tuple[str, ...] = ()
     gated: bool = True
+    output_bias: bool = False
+    positions: bool = False
     interleaved: bool = False
     windows: str = ""
     write: Callable[[gguf.GGUFWriter, Config], None] = _nothing
     experts: Callable[[Config, int], Shapes | None] = lambda config, i: None
-    computed: Callable[[Config], dict[str, np.ndarray]] = llama3_factors
+    rope: tuple[str, ...] = ()
+    whole_yarn: bool = True
 
 
 def _block(traits: Traits, config: Config, i: int) -> Shapes:
@@ -121,8 +134,8 @@ def decoder(
     arch: gguf.MODEL_ARCH,
     traits: Traits,
     gather: Callable[[Mapping[str, Rows], Config], dict[str, Rows]] = gather_experts,
-    output_bias: bool = False,
-    defaults: Mapping[str, Any] | None = None,
+    usual: Callable[[Config], dict[str, Any]] = lambda config: {},
+    **defaults: Any,
 ) -> Family:
     """The family that has these traits."""
 
@@ -132,16 +145,19 @@ def decoder(
         eps = config.number(traits.eps, least=0)
         (writer.add_layer_norm_rms_eps if traits.eps.startswith("rms") else writer.add_layer_norm_eps)(eps)
         write_windows(writer, config, traits.windows)
-        write_rope_hparams(writer, config)
-        share = rope_parameters(config, "partial_rotary_factor").number("partial_rotary_factor", 1.0)
-        writer.add_rope_dimension_count(int(head_dim(config) * config.number("partial_rotary_factor", share)))
+        if traits.positions:
+            return
+        write_rope_hparams(writer, config, *traits.rope, whole_yarn=traits.whole_yarn)
+        writer.add_rope_dimension_count(int(head_dim(config) * rotary_share(config, traits.rope)))
         traits.write(writer, config)
 
     def shapes(config: Config) -> Shapes:
         tensors = model_shapes(config, lambda i: _block(traits, config, i))
         if traits.norm_biases:
             tensors["output_norm.bias"] = tensors["output_norm.weight"]
-        if output_bias:
+        if traits.positions:
+            tensors["position_embd.weight"] = (config.integer("max_position_embeddings"), config.integer("hidden_size"))
+        if traits.output_bias:
             tensors["output.bias"] = (config.integer("vocab_size"),)
         return tensors
 
@@ -151,7 +167,52 @@ def decoder(
         return interleave(name, rows, config) if traits.interleaved and name.endswith(("weight", "bias")) else rows
 
     values = {name: dict(defaults) for name in checkpoints} if defaults else {}
-    return Family(checkpoints, arch, write_hparams, shapes, gather, transform, traits.computed, values)
+    return Family(checkpoints, arch, write_hparams, shapes, gather, transform, rope_factors, usual, values)
+
+
+def rotary_share(config: Config, also: tuple[str, ...]) -> float:
+    """How much of a head is rotated; in three places of config.json, as transformers came along."""
+    if "partial_rotary_factor" not in also:
+        return 1.0
+    rope = rope_parameters(config, *also)
+    keys = ("partial_rotary_factor", "rotary_pct")
+    found = [config.number(key) for key in keys if config.get(key) is not None]
+    return rope.number("partial_rotary_factor", found[0] if found else 1.0)
+
+
+def rope_factors(config: Config) -> dict[str, np.ndarray]:
+    """Divisors of the rotary embedding's frequencies, which GGUF keeps as tensors."""
+    if rope_parameters(config, *ROPE_OF_SOME).get("rope_type") == "llama3":
+        return {"rope_freqs.weight": llama3_rope_factors(config)}
+    return longrope_factors(config)
+
+
+# --- what several have ---
+
+QKV = ("attn_q", "attn_k", "attn_v")
+ATTENTION = (*QKV, "attn_output")
+FFN = ("ffn_gate", "ffn_up", "ffn_down")
+_PARTIAL, _BY_KIND = ("partial_rotary_factor",), ("full_attention",)
+_AFTER = ("post_attention_norm", "post_ffw_norm")
+_SANDWICH = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
+_PLAIN: dict[str, Any] = {"norm_biases": True, "gated": False}
+
+
+def _if(key: str, *names: str) -> Callable[[Config], tuple[str, ...]]:
+    """Biases of these matrices, and of no others, if the key is true."""
+    return lambda config: names if config.get(key) else ()
+
+
+def _attention_and_ffn(config: Config) -> tuple[str, ...]:
+    return (*(ATTENTION if config.get("attention_bias") else ()), *(FFN if config.get("mlp_bias") else ()))
+
+
+def without_further_layers(tensors: Mapping[str, Rows], config: Config) -> dict[str, Rows]:
+    """Drops the layers after the last, which predict further tokens (MTP), and stacks the experts."""
+    prefixes = tuple(f"model.layers.{config.integer('num_hidden_layers') + i}." for i in range(8))
+    kept = {name: rows for name, rows in tensors.items() if not name.startswith(prefixes)}
+    renamed = {name.replace("e_score_correction_bias", "e_score_correction.bias"): rows for name, rows in kept.items()}
+    return gather_experts(renamed, config)
 
 
 # --- Gemma ---
@@ -182,21 +243,441 @@ def _write_gemma3(writer: gguf.GGUFWriter, config: Config) -> None:
         writer.add_rope_freq_base_swa(local.number("rope_theta", 10000.0))
 
 
-GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256, "rms_norm_eps": 1e-6}
-_SANDWICH = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
-_GEMMA = {"act": "gelu_pytorch_tanh", "act_key": "hidden_activation", "norms": _SANDWICH, "norm_shift": 1.0}
+GEMMA: dict[str, Any] = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "head_dim": 256,
+    "sliding_window": 4096,
+}
+CAPS: dict[str, Any] = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+_GEMMA: dict[str, Any] = {
+    "act": "gelu_pytorch_tanh",
+    "act_key": "hidden_activation",
+    "norms": _SANDWICH,
+    "norm_shift": 1.0,
+}
+
+# --- gpt-oss: experts' gates and ups take turns, and their matrices are transposed ---
+
+
+def _write_gpt_oss(writer: gguf.GGUFWriter, config: Config) -> None:
+    config.only("swiglu_alpha", 1.702)
+    config.only("swiglu_limit", 7.0)
+    write_expert_hparams(writer, config)
+    writer.add_expert_feed_forward_length(config.integer("intermediate_size"))
+
+
+def _gpt_oss_experts(config: Config, i: int) -> Shapes:
+    block = expert_shapes(config, config.integer("intermediate_size"))
+    exps = {name.replace("weight", "bias"): shape[:2] for name, shape in block.items() if "exps" in name}
+    sinks = {"attn_sinks.weight": (config.integer("num_attention_heads"),)}
+    return block | exps | sinks | {"ffn_gate_inp.bias": (n_experts(config),)}
+
+
+def _gather_gpt_oss(tensors: Mapping[str, Rows], config: Config) -> dict[str, Rows]:
+    gathered: dict[str, Rows] = {}
+    for name, rows in tensors.items():
+        stem, _, part = name.rpartition(".")
+        if part == "sinks":
+            gathered[f"{name}.weight"] = rows
+        elif part in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias") and stem.endswith("experts"):
+            is_bias = part.endswith("bias")
+            for first, matrix in enumerate(("gate_proj", "up_proj") if part.startswith("gate") else ("down_proj",)):
+                values = StridedRows(rows, first, 2) if part.startswith("gate") else rows
+                kind = "bias" if is_bias else "weight"
+                gathered[f"{stem}.{matrix}.{kind}"] = values if is_bias else TransposedRows(values)
+        else:
+            gathered[name] = rows
+    return gathered
+
+
+# --- Ministral 3 ---
+
+
+def _write_ministral(writer: gguf.GGUFWriter, config: Config) -> None:
+    rope = rope_parameters(config, "llama_4_scaling_beta", "max_position_embeddings")
+    if rope.get("llama_4_scaling_beta"):
+        if rope.get("rope_type") != "yarn":
+            raise UnsupportedError(f"{config.path}: llama_4_scaling_beta without YaRN's original context")
+        writer.add_attn_temperature_scale(rope.number("llama_4_scaling_beta"))
+
+
+# --- Granite ---
+
+
+def _write_granite(writer: gguf.GGUFWriter, config: Config) -> None:
+    writer.add_attention_scale(config.number("attention_multiplier", 1.0))
+    writer.add_embedding_scale(config.number("embedding_multiplier", 1.0))
+    writer.add_residual_scale(config.number("residual_multiplier", 1.0))
+    writer.add_logit_scale(config.number("logits_scaling", 1.0, least=1e-30))
+
+
+def _write_granite_moe(writer: gguf.GGUFWriter, config: Config) -> None:
+    _write_granite(writer, config)
+    write_expert_hparams(writer, config)
+
+
+def _gather_granite_moe(tensors: Mapping[str, Rows], config: Config) -> dict[str, Rows]:
+    names = {
+        "router.layer.weight": "gate.weight",
+        "router.weight": "gate.weight",
+        "input_linear.weight": "experts.gate_up_proj",
+        "output_linear.weight": "experts.down_proj",
+    }
+    renamed = {}
+    for name, rows in tensors.items():
+        stem, _, part = name.partition(".block_sparse_moe.")
+        renamed[f"{stem}.mlp.{names.get(part, part)}" if part else name] = rows
+    return gather_experts(renamed, config)
+
+
+# --- GLM ---
+
+
+def _write_glm_moe(writer: gguf.GGUFWriter, config: Config) -> None:
+    write_expert_hparams(writer, config)
+    writer.add_expert_feed_forward_length(config.integer("moe_intermediate_size"))
+    writer.add_expert_shared_count(config.integer("n_shared_experts"))
+    writer.add_leading_dense_block_count(config.integer("first_k_dense_replace", least=0))
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_weights_scale(config.number("routed_scaling_factor", 1.0))
+    writer.add_expert_weights_norm(bool(config.get("norm_topk_prob", True)))
+    writer.add_expert_group_count(config.integer("n_group", 1))
+    writer.add_expert_group_used_count(config.integer("topk_group", 1))
+
+
+def _glm_experts(config: Config, i: int) -> Shapes | None:
+    if i < config.integer("first_k_dense_replace", least=0):
+        return None
+    n_embd, n_ff = config.integer("hidden_size"), config.integer("moe_intermediate_size")
+    shared = ffn_shapes(n_embd, config.integer("n_shared_experts") * n_ff, "_shexp")
+    return {**expert_shapes(config, n_ff), **shared, "exp_probs_b.bias": (n_experts(config),)}
+
+
+# --- others ---
+
+
+def _write_smollm3(writer: gguf.GGUFWriter, config: Config) -> None:
+    n, every = (
+        config.integer("num_hidden_layers"),
+        [int((i + 1) % 4 != 0) for i in range(config.integer("num_hidden_layers"))],
+    )
+    config.only("no_rope_layer_interval", 4)
+    kept = config.get("no_rope_layers", every)
+    if not isinstance(kept, list) or kept[:n] != every:
+        raise UnsupportedError(f"{config.path}: no_rope_layers {shown(kept)}; known: every fourth")
+
+
+def _write_phi3(writer: gguf.GGUFWriter, config: Config) -> None:
+    config.only("attention_bias", False)
+    config.get("original_max_position_embeddings")  # says something for LongRoPE alone, which asks for it
+
+
+def _write_logit_scale(writer: gguf.GGUFWriter, config: Config) -> None:
+    config.only("use_qk_norm", False)
+    writer.add_logit_scale(config.number("logit_scale", 0.0625))
+
+
+def _only(**values: Any) -> Callable[[gguf.GGUFWriter, Config], None]:
+    """Only these values of keys."""
+
+    def write(writer: gguf.GGUFWriter, config: Config) -> None:
+        for key, value in values.items():
+            config.only(key, value)
+
+    return write
+
+
+def _write_neox(writer: gguf.GGUFWriter, config: Config) -> None:
+    config.only("rotary_emb_base", 10000)
+    writer.add_parallel_residual(bool(config.get("use_parallel_residual", True)))
+
+
+def _gather_neox(tensors: Mapping[str, Rows], config: Config) -> dict[str, Rows]:
+    """Rows of query_key_value stand head by head, each one's query, key and value."""
+    n, gathered = head_dim(config), {}
+    for name, rows in tensors.items():
+        if name.endswith((".attention.bias", ".attention.masked_bias")):
+            continue  # old checkpoints store the mask
+        if ".query_key_value." in name:
+            n_rows = rows.shape[0]
+            order = np.arange(n_rows).reshape(-1, 3, n).swapaxes(0, 1).reshape(-1)
+            rows = PickedRows(rows, order, rows.shape)
+        gathered[name] = rows
+    return gathered
+
+
+def _usual_gpt2(config: Config) -> dict[str, Any]:
+    for key in ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+        config.only(key, key == "scale_attn_weights")
+    names = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+    names |= {"n_positions": "max_position_embeddings"}
+    values: dict[str, Any] = {new: config.integer(old) for old, new in names.items()}
+    for key in ("n_ctx", "reorder_and_upcast_attn", "summary_type", "summary_use_proj", "summary_proj_to_labels"):
+        config.get(key)
+    n_ff, n_head = config.integer("n_inner", 4 * values["hidden_size"]), values["num_attention_heads"]
+    return values | {"intermediate_size": n_ff, "num_key_value_heads": n_head}
+
+
+def _gather_gpt2(tensors: Mapping[str, Rows], config: Config) -> dict[str, Rows]:
+    """Matrices are transposed."""
+    gathered: dict[str, Rows] = {}
+    for name, rows in tensors.items():
+        if name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue  # old checkpoints store the mask
+        if name.endswith(".weight") and ".c_" in name:
+            rows = TransposedRows(rows)
+        gathered[name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"] = rows
+    return gathered
+
 
 FAMILIES: tuple[Family, ...] = (
-    decoder(
-        ("Gemma2ForCausalLM",),
-        MODEL.GEMMA2,
-        Traits(**_GEMMA, windows="types 2", write=_write_gemma),  # type: ignore[arg-type]
-        defaults={**GEMMA, "sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-    ),
+    decoder(("Gemma2ForCausalLM",), MODEL.GEMMA2, Traits(**_GEMMA, windows="types 2", write=_write_gemma), **GEMMA, **CAPS),
     decoder(
         ("Gemma3ForCausalLM",),
         MODEL.GEMMA3,
-        Traits(**_GEMMA, qk_norm=lambda config: "head", windows="types 6", write=_write_gemma3),  # type: ignore[arg-type]
-        defaults={**GEMMA, "sliding_window": 4096},
+        Traits(**_GEMMA, qk_norm=lambda config: "head", windows="types 6", rope=_BY_KIND, write=_write_gemma3),
+        **GEMMA,
+    ),
+    decoder(
+        ("GptOssForCausalLM",),
+        MODEL.GPT_OSS,
+        Traits(
+            norms=("attn_norm", "post_attention_norm"),
+            biases=_if("attention_bias", *ATTENTION),
+            windows="types 2",
+            experts=_gpt_oss_experts,
+            write=_write_gpt_oss,
+            whole_yarn=False,
+        ),
+        _gather_gpt_oss,
+        attention_bias=True,
+        head_dim=64,
+        sliding_window=128,
+    ),
+    decoder(
+        ("Ministral3ForCausalLM",),
+        MODEL.MISTRAL3,
+        Traits(
+            interleaved=True,
+            windows="all",
+            rope=("llama_4_scaling_beta", "max_position_embeddings"),
+            write=_write_ministral,
+        ),
+        head_dim=128,
+    ),
+    decoder(
+        ("Phi3ForCausalLM",),
+        MODEL.PHI3,
+        Traits(fused=("qkv", "gate_up"), windows="all", rope=_PARTIAL, write=_write_phi3),
+    ),
+    decoder(
+        ("GraniteForCausalLM",),
+        MODEL.GRANITE,
+        Traits(interleaved=True, biases=_attention_and_ffn, write=_write_granite),
+    ),
+    decoder(
+        ("GraniteMoeForCausalLM",),
+        MODEL.GRANITE_MOE,
+        Traits(
+            interleaved=True,
+            biases=_if("attention_bias", *ATTENTION),
+            experts=lambda config, i: expert_shapes(config, config.integer("intermediate_size")),
+            write=_write_granite_moe,
+        ),
+        _gather_granite_moe,
+    ),
+    decoder(
+        ("SmolLM3ForCausalLM",),
+        MODEL.SMOLLM3,
+        Traits(interleaved=True, biases=_attention_and_ffn, write=_write_smollm3),
+        tie_word_embeddings=True,
+        use_sliding_window=False,
+    ),
+    decoder(
+        ("Olmo2ForCausalLM",),
+        MODEL.OLMO2,
+        Traits(norms=_AFTER, qk_norm=lambda config: "all", write=_only(attention_bias=False)),
+    ),
+    decoder(
+        ("Olmo3ForCausalLM",),
+        MODEL.OLMO2,
+        Traits(
+            norms=_AFTER, qk_norm=lambda config: "all", windows="types 4", rope=_BY_KIND, write=_only(attention_bias=False)
+        ),
+        sliding_window=4096,
+    ),
+    decoder(
+        ("Exaone4ForCausalLM",),
+        MODEL.EXAONE4,
+        Traits(norms=_AFTER, qk_norm=lambda config: "head", windows="types 4"),
+    ),
+    decoder(
+        ("HunYuanDenseV1ForCausalLM",),
+        MODEL.HUNYUAN_DENSE,
+        Traits(qk_norm=lambda config: "head", biases=_if("attention_bias", *ATTENTION)),
+    ),
+    decoder(
+        ("Ernie4_5ForCausalLM",),
+        MODEL.ERNIE4_5,
+        Traits(biases=_if("use_bias", *ATTENTION, *FFN)),
+        tie_word_embeddings=True,
+        head_dim=128,
+    ),
+    decoder(
+        ("Glm4ForCausalLM",),
+        MODEL.GLM4,
+        Traits(norms=_SANDWICH, fused=("gate_up",), biases=_if("attention_bias", *QKV), rope=_PARTIAL),
+        without_further_layers,
+        attention_bias=True,
+        head_dim=128,
+    ),
+    decoder(
+        ("Glm4MoeForCausalLM",),
+        MODEL.GLM4_MOE,
+        Traits(
+            norms=("attn_norm", "post_attention_norm"),
+            qk_norm=lambda config: "head" if config.get("use_qk_norm") else "",
+            biases=_if("attention_bias", *QKV),
+            rope=_PARTIAL,
+            experts=_glm_experts,
+            write=_write_glm_moe,
+        ),
+        without_further_layers,
+        head_dim=128,
+    ),
+    decoder(
+        ("SeedOssForCausalLM",),
+        MODEL.SEED_OSS,
+        Traits(
+            norms=("attn_norm", "post_attention_norm"),
+            biases=lambda config: (
+                *(QKV if config.get("attention_bias") else ()),
+                *(("attn_output",) if config.get("attention_out_bias") else ()),
+                *(FFN if config.get("mlp_bias") else ()),
+            ),
+        ),
+        attention_bias=True,
+        head_dim=128,
+    ),
+    decoder(
+        ("ArceeForCausalLM",),
+        MODEL.ARCEE,
+        Traits(act="relu2", gated=False, interleaved=True, biases=_attention_and_ffn),
+        hidden_act="relu2",
+    ),
+    decoder(
+        ("NemotronForCausalLM",),
+        MODEL.NEMOTRON,
+        Traits(**_PLAIN, act="relu2", eps="norm_eps", norm_shift=1.0, rope=_PARTIAL, biases=_attention_and_ffn),
+        hidden_act="relu2",
+        norm_eps=1e-5,
+    ),
+    decoder(
+        ("Starcoder2ForCausalLM",),
+        MODEL.STARCODER2,
+        Traits(
+            **_PLAIN,
+            act="gelu_pytorch_tanh",
+            eps="norm_epsilon",
+            windows="all",
+            biases=_if("use_bias", *ATTENTION, "ffn_up", "ffn_down"),
+            write=_only(mlp_type="default", norm_type="layer_norm", use_bias=True),
+        ),
+        use_bias=True,
+        tie_word_embeddings=True,
+        hidden_act="gelu_pytorch_tanh",
+        norm_epsilon=1e-5,
+        num_key_value_heads=2,
+    ),
+    decoder(
+        ("CohereForCausalLM",),
+        MODEL.COMMAND_R,
+        Traits(norms=("attn_norm",), eps="layer_norm_eps", biases=_if("attention_bias", *QKV), write=_write_logit_scale),
+        tie_word_embeddings=True,
+        rope_theta=500000.0,
+        layer_norm_eps=1e-5,
+    ),
+    decoder(
+        ("Cohere2ForCausalLM",),
+        MODEL.COHERE2,
+        Traits(
+            norms=("attn_norm",),
+            eps="layer_norm_eps",
+            biases=_if("attention_bias", *ATTENTION),
+            windows="types 4",
+            write=_write_logit_scale,
+        ),
+        tie_word_embeddings=True,
+        sliding_window=4096,
+        head_dim=128,
+        layer_norm_eps=1e-5,
+    ),
+    decoder(
+        ("StableLmForCausalLM",),
+        MODEL.STABLELM,
+        Traits(
+            norm_biases=True,
+            eps="layer_norm_eps",
+            biases=_if("use_qkv_bias", *QKV),
+            rope=_PARTIAL,
+            write=_only(use_parallel_residual=False, qk_layernorm=False),
+        ),
+        layer_norm_eps=1e-5,
+        partial_rotary_factor=0.25,
+    ),
+    decoder(
+        ("GPTNeoXForCausalLM",),
+        MODEL.GPTNEOX,
+        Traits(
+            **_PLAIN,
+            act="gelu",
+            eps="layer_norm_eps",
+            fused=("qkv",),
+            biases=lambda config: (*(("attn_qkv", "attn_output") if config.get("attention_bias") else ()), *FFN),
+            rope=_PARTIAL,
+            write=_write_neox,
+        ),
+        _gather_neox,
+        hidden_act="gelu",
+        attention_bias=True,
+        layer_norm_eps=1e-5,
+        rotary_pct=0.25,
+    ),
+    decoder(
+        ("PhiForCausalLM",),
+        MODEL.PHI2,
+        Traits(
+            **_PLAIN,
+            act="gelu_new",
+            norms=("attn_norm",),
+            eps="layer_norm_eps",
+            biases=lambda config: (*ATTENTION, *FFN),
+            output_bias=True,
+            rope=_PARTIAL,
+            write=_only(qk_layernorm=False),
+        ),
+        hidden_act="gelu_new",
+        layer_norm_eps=1e-5,
+        partial_rotary_factor=0.5,
+    ),
+    decoder(
+        ("GPT2LMHeadModel",),
+        MODEL.GPT2,
+        Traits(
+            **_PLAIN,
+            act="gelu_new",
+            act_key="activation_function",
+            eps="layer_norm_epsilon",
+            fused=("qkv",),
+            biases=lambda config: ("attn_qkv", "attn_output", *FFN),
+            positions=True,
+        ),
+        _gather_gpt2,
+        _usual_gpt2,
+        tie_word_embeddings=True,
+        activation_function="gelu_new",
+        layer_norm_epsilon=1e-5,
+        n_positions=1024,
     ),
 )

@@ -29,7 +29,12 @@ ROPE_SCALINGS: dict[str, frozenset[str]] = {
         {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
         | {"attention_factor", "mscale", "mscale_all_dim", "truncate", "extrapolation_factor"}
     ),
+    "longrope": frozenset(
+        {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"}
+    ),
 }
+# Settings that only some families understand, and ask for.
+ROPE_OF_SOME = ("full_attention", "partial_rotary_factor", "llama_4_scaling_beta", "max_position_embeddings")
 # "finetuned" says how the model came to it.
 ROPE_COMMON = frozenset({"rope_type", "type", "rope_theta", "finetuned"})
 
@@ -44,10 +49,11 @@ _HARMLESS_NAMES = (
     "cache_implementation output_attentions output_hidden_states return_dict use_return_dict torchscript "
     "use_bfloat16 tf_legacy_loss chunk_size_feed_forward gradient_checkpointing keys_to_ignore_at_inference "
     "initializer_range initializer_factor attention_dropout attn_dropout attn_pdrop hidden_dropout "
-    "hidden_dropout_prob resid_pdrop resid_dropout embd_pdrop embedding_dropout dropout summary_first_dropout "
+    "hidden_dropout_prob resid_pdrop resid_dropout residual_dropout embd_pdrop embedding_dropout dropout "
+    "summary_first_dropout "
     "classifier_dropout attention_probs_dropout_prob router_aux_loss_coef router_jitter_noise router_z_loss_coef "
     "output_router_logits aux_loss_alpha seq_aux ep_size pretraining_tp num_nextn_predict_layers use_mtp "
-    "mtp_loss_scaling_factor bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id cls_token_id "
+    "mtp_loss_scaling_factor bos_token_id eos_token_id eod_token_id pad_token_id sep_token_id unk_token_id cls_token_id "
     "mask_token_id decoder_start_token_id max_length max_new_tokens min_length do_sample early_stopping num_beams "
     "num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty "
     "no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores "
@@ -92,6 +98,8 @@ class Family:
         ``transform(name, rows, config)`` gives the rows to write as GGUF tensor `name` for the checkpoint's `rows`.
     computed : callable
         ``computed(config)`` gives the tensors that the checkpoint doesn't hold: float32 arrays by GGUF name.
+    usual : callable
+        ``usual(config)`` gives values under the names that the functions above ask for, where config.json has others.
     defaults : mapping
         What transformers takes for keys that config.json lacks, where that isn't what the functions above take: values by
         key, for each of `checkpoints` that has such.
@@ -104,6 +112,7 @@ class Family:
     gather: Callable[[Mapping[str, Rows], Config], dict[str, Rows]] = as_they_are
     transform: Callable[[str, Rows, Config], Rows] = _unchanged
     computed: Callable[[Config], dict[str, np.ndarray]] = _nothing
+    usual: Callable[[Config], dict[str, Any]] = _nothing
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -237,14 +246,14 @@ def write_windows(writer: gguf.GGUFWriter, config: Config, rule: str) -> None:
 
 
 def rope_parameters(config: Config, *also: str) -> Config:
-    """``rope_parameters``, formerly ``rope_scaling``, with ``rope_type`` and ``rope_theta`` always there; of models that
-    have one for each kind of layer, those of layers without windows.
+    """``rope_parameters``, formerly ``rope_scaling``, with ``rope_type`` and ``rope_theta`` always there.
 
     Parameters
     ----------
     config : Config
     *also : str
-        Settings that the caller reads, beyond those of `ROPE_SCALINGS`.
+        Settings that the caller reads, beyond those of `ROPE_SCALINGS`. With "full_attention", parameters may be there for
+        each kind of layer; those of layers without windows are taken.
 
     Raises
     ------
@@ -257,10 +266,10 @@ def rope_parameters(config: Config, *also: str) -> Config:
     if old and values and old != values:
         raise UnsupportedError(f"{config.path}: rope_scaling and rope_parameters differ")
     values = old or values
-    nested = values.get("full_attention", values)
-    if not isinstance(nested, dict):
-        raise ConversionError(f"{config.path}: rope_parameters' full_attention is not an object")
-    values = nested
+    if "full_attention" in also:
+        values = values.get("full_attention", values)
+        if not isinstance(values, dict):
+            raise ConversionError(f"{config.path}: rope_parameters' full_attention is not an object")
     rope = Config(
         {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": values.get("type", "default")}, config.path
     )
@@ -299,9 +308,10 @@ def write_sizes(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_vocab_size(config.integer("vocab_size"))
 
 
-def write_rope_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
-    """Add the metadata of rotary embeddings and their scaling."""
-    rope = rope_parameters(config)
+def write_rope_hparams(writer: gguf.GGUFWriter, config: Config, *also: str, whole_yarn: bool = True) -> None:
+    """Add the metadata of rotary embeddings and their scaling; `also`: see `rope_parameters`, `whole_yarn`: whether the
+    parts of YaRN's frequencies begin and end at whole dimensions for those who read the file."""
+    rope = rope_parameters(config, *also)
     writer.add_rope_freq_base(rope.number("rope_theta", least=1e-30))
     kind = rope.get("rope_type")
     if kind == "linear":
@@ -311,7 +321,8 @@ def write_rope_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(yarn_factor(config, rope))
         writer.add_rope_scaling_orig_ctx_len(original_context(config, rope))
-        rope.only("truncate", True)
+        if bool(rope.get("truncate", True)) != whole_yarn:
+            rope.only("truncate", whole_yarn)
         rope.only("extrapolation_factor", 1)
         for key, add in (
             ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
@@ -322,11 +333,43 @@ def write_rope_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
         quotient = yarn_magnitude(config, rope) / magnitude(yarn_factor(config, rope))
         if quotient != 1:
             writer.add_rope_scaling_attn_factors(quotient)
+    elif kind == "longrope":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
+        writer.add_rope_scaling_orig_ctx_len(original_context(config, rope))
+        writer.add_rope_scaling_attn_factors(longrope_magnitude(config, rope))
 
 
 def original_context(config: Config, rope: Config) -> int:
     """How many positions the model was trained with before its rope was scaled."""
-    return rope.integer("original_max_position_embeddings", config.integer("max_position_embeddings"))
+    n_ctx = config.integer("max_position_embeddings")
+    if rope.get("rope_type") == "longrope":
+        n_ctx = config.integer("original_max_position_embeddings", n_ctx)
+    return rope.integer("original_max_position_embeddings", n_ctx)
+
+
+def longrope_magnitude(config: Config, rope: Config) -> float:
+    """What LongRoPE multiplies cosines and sines by (transformers' modeling_rope_utils.py)."""
+    if rope.get("attention_factor") is not None:
+        return rope.number("attention_factor")
+    n_ctx = original_context(config, rope)
+    factor = rope.number("factor", config.integer("max_position_embeddings") / n_ctx)
+    if config.get("original_max_position_embeddings"):
+        factor = config.integer("max_position_embeddings") / n_ctx
+    return math.sqrt(1 + math.log(factor) / math.log(n_ctx)) if factor > 1 else 1.0
+
+
+def longrope_factors(config: Config) -> dict[str, np.ndarray]:
+    """LongRoPE's divisors of frequencies, for contexts beyond the original one and others."""
+    rope = rope_parameters(config, *ROPE_OF_SOME)
+    if rope.get("rope_type") != "longrope":
+        return {}
+    found = {}
+    for kind in ("long", "short"):
+        values = rope.get(f"{kind}_factor")
+        if not isinstance(values, list) or not all(isinstance(x, int | float) and x > 0 for x in values):
+            raise ConversionError(f"{config.path}: rope's {kind}_factor must be a list of numbers above 0")
+        found[f"rope_factors_{kind}.weight"] = np.array(values, np.float32)
+    return found
 
 
 def yarn_factor(config: Config, rope: Config) -> float:

@@ -40,6 +40,8 @@ class Architecture(Protocol):
 Reader = Callable[[Hparams, Options], Architecture]
 
 _GEMMA: dict[str, Any] = {"norm_after": True, "act": "geglu", "embd_root": True}
+_AFTER: dict[str, Any] = {"norm_before": False, "norm_after": True}
+_PARALLEL: dict[str, Any] = {"layer_norm": True, "ffn_norm": "", "parallel": True}
 #: `general.architecture` -> what reads a file of it
 ARCHITECTURES: dict[str, Reader] = {
     # Llama 1, 2, 3 (Touvron et al. 2023) and what differs in sizes alone, such as Mistral and SmolLM2; Mixtral
@@ -51,6 +53,30 @@ ARCHITECTURES: dict[str, Reader] = {
     "olmoe": Style().read,
     "gemma2": Style(**_GEMMA, window=4096, window_every=2, shared_scale_at=46).read,
     "gemma3": Style(**_GEMMA, window_every=6, window_base=10000.0, shared_scale_at=62).read,
+    "gpt-oss": Style(
+        ffn_norm="post_attention_norm", act="swiglu_clamped", window_every=2, normalize=True, whole_yarn=False
+    ).read,
+    "mistral3": Style(rope="norm", normalize=True).read,
+    "phi3": Style(normalize=True).read,
+    "granite": Style(rope="norm", divide_logits=True).read,
+    "granitemoe": Style(rope="norm", divide_logits=True, normalize=True).read,
+    "smollm3": Style(rope="norm", no_rope_every=4).read,
+    "olmo2": Style(**_AFTER, window_every=4, window_base=0.0).read,  # OLMo 2 and 3
+    "exaone4": Style(**_AFTER, window_every=4, no_rope_unless_window=True).read,
+    "hunyuan-dense": Style(norm_rotated=True).read,
+    "ernie4_5": Style(rope="norm").read,
+    "glm4": Style(rope="norm", norm_after=True).read,
+    "glm4moe": Style(ffn_norm="post_attention_norm", gating="sigmoid").read,
+    "seed_oss": Style(ffn_norm="post_attention_norm").read,
+    "arcee": Style(rope="norm", act="relu_squared").read,
+    "nemotron": Style(layer_norm=True, act="relu_squared").read,
+    "starcoder2": Style(layer_norm=True, act="gelu").read,
+    "command-r": Style(**_PARALLEL, rope="norm").read,
+    "cohere2": Style(**_PARALLEL, rope="norm", window_every=4, no_rope_unless_window=True).read,
+    "stablelm": Style(layer_norm=True).read,
+    "gptneox": Style(layer_norm=True, act="gelu_erf", parallel=None).read,
+    "gpt2": Style(rope="", layer_norm=True, act="gelu").read,
+    "phi2": Style(**_PARALLEL, act="gelu").read,
     "deepseek2": DeepSeek2.read,
 }
 

@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import UnsupportedError
 from .hparams import Hparams, Options
 from .moe import Experts
-from .rope import Rope, read_rope, unscaled_rope
+from .rope import Rope, read_rope, unscaled_rope, yarn_magnitude
 
 if TYPE_CHECKING:
     from ..graph import Graph, Tensor
@@ -39,8 +39,8 @@ class Style:
         The name of the norm before the feed-forward part; "" if it takes what attention takes.
     act : str
         The feed-forward part's activation, a key of `weights.ACTS`.
-    parallel : bool
-        Whether attention and feed-forward part both take a layer's input, where the file doesn't say.
+    parallel : bool, optional
+        Whether attention and feed-forward part both take a layer's input; None: the file says.
     norm_rotated : bool
         Whether queries and keys are normalized after they are rotated.
     window, window_every : int
@@ -72,7 +72,7 @@ class Style:
     norm_after: bool = False
     ffn_norm: str = "ffn_norm"
     act: str = "swiglu"
-    parallel: bool = False
+    parallel: bool | None = False
     norm_rotated: bool = False
     window: int = 0
     window_every: int = 0
@@ -142,7 +142,7 @@ class Style:
             embd_scale=n_embd**0.5 if self.embd_root else hp.number("embedding_scale", 1.0),
             residual_scale=hp.number("residual_scale", 1.0),
             logit_scale=1 / logit_scale if self.divide_logits else logit_scale,
-            parallel=hp.flag("use_parallel_residual", self.parallel),
+            parallel=hp.flag("use_parallel_residual", True) if self.parallel is None else self.parallel,
             experts=experts,
             n_dense=hp.count("leading_dense_block_count"),
         )
@@ -167,6 +167,10 @@ class Style:
         if not self.rope:
             return {}, ("",) * len(windows)
         rope = read_rope(hp, n_rot, options.n_ctx and min(options.n_ctx, hp.size("context_length")), self.whole_yarn)
+        multiplier = hp.number("rope.scaling.yarn_log_multiplier", 0.0)
+        if multiplier:  # YaRN's magnitude over that with this factor of its logarithm
+            factor = hp.positive("rope.scaling.factor")
+            rope = replace(rope, magnitude=rope.magnitude / yarn_magnitude(factor, multiplier))
         ropes = {"rope": rope}
         if self.window_base is not None and any(windows):
             ropes["rope_window"] = unscaled_rope(hp, n_rot, self.window_base)

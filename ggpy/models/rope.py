@@ -72,9 +72,9 @@ class Rope:
         return table
 
 
-def yarn_magnitude(factor: float) -> float:
+def yarn_magnitude(factor: float, scale: float = 1.0) -> float:
     """YaRN's factor of the attention's logits, as its square root on queries and keys (Peng et al. 2023, section 3.4)."""
-    return 0.1 * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 
 
 def _yarn(
@@ -119,17 +119,15 @@ def read_rope(hp: Hparams, n_rot: int, n_ctx: int = 0, whole_yarn: bool = True) 
     # Files from before `rope.scaling.*` say only how positions are divided.
     linear = hp.positive("rope.scale_linear", 1.0)
     factor = hp.positive("rope.scaling.factor", linear)
-    magnitude = 1.0
+    magnitude = hp.number("rope.scaling.attn_factor", 1.0)
     if kind == "linear" or (kind == "none" and linear != 1.0):
         base = base / factor
     elif kind == "yarn":
         n_trained = hp.positive("rope.scaling.original_context_length")
         fast, slow = hp.positive("rope.scaling.yarn_beta_fast", 32.0), hp.positive("rope.scaling.yarn_beta_slow", 1.0)
         base = _yarn(base, n_rot, freq_base, factor, n_trained, fast, slow, whole_yarn)
-        magnitude = yarn_magnitude(factor) * hp.number("rope.scaling.attn_factor", 1.0)
-    elif kind == "longrope":
-        magnitude = hp.number("rope.scaling.attn_factor", 1.0)
-    elif kind not in ("none", "linear"):
+        magnitude *= yarn_magnitude(factor)
+    elif kind not in ("none", "linear", "longrope"):
         raise UnsupportedError(f"{hp.file.path}: rope scaling {kind!r}; there are none, linear, yarn, longrope")
     # Divisors worked out by the converter: of Llama 3's scaling; of LongRoPE's (Ding et al. 2024), in two sets.
     original = hp.count("rope.scaling.original_context_length")
