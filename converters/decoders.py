@@ -469,7 +469,7 @@ FAMILIES: tuple[Family, ...] = (
     decoder(
         ("Phi3ForCausalLM",),
         MODEL.PHI3,
-        Traits(fused=("qkv", "gate_up"), windows="all", rope=_PARTIAL, write=_write_phi3),
+        Traits(fused=("qkv", "gate_up"), windows="all", rope=(*_PARTIAL, "longrope"), write=_write_phi3),
     ),
     decoder(
         ("GraniteForCausalLM",),
