@@ -319,6 +319,45 @@ class Model:
         load_sequence(sequence, self._runner, Path(path))
         return sequence
 
+    def save_cache(self, path: str | Path, prompt: str | Sequence[int]) -> None:
+        """Writes a prompt's keys and values to a file, so that another process need not compute them.
+
+        Parameters
+        ----------
+        path : str or Path
+        prompt : str or sequence of int
+            What of it isn't known is computed now.
+
+        Raises
+        ------
+        ContextFullError
+            The prompt doesn't fit into the context.
+        Error
+            The prompt is neither text nor token ids; the model has hooks; the file can't be written.
+        """
+        self._runner.check()
+        ids = self._prompt_ids(prompt)
+        self._runner.check_ids(ids)
+        with self._scheduler.recall(ids) as sequence:
+            if len(ids) > len(sequence):
+                sequence.extend(ids[len(sequence) :])
+            sequence.save(path)
+
+    def load_cache(self, path: str | Path) -> None:
+        """Knows the keys and values that `save_cache` or `TokenSequence.save` wrote: prompts that begin alike take what
+        they have in common, for the same bits as without. They make room when others need it, as all that is known.
+
+        Raises
+        ------
+        ContextFullError
+            More tokens than the context holds.
+        Error
+            No such file, of another model, or of this one with another type of cached values or other options; the model
+            has hooks.
+        """
+        with self.load_sequence(path) as sequence:
+            self._scheduler.remember(sequence)
+
     def graph(self, n_tokens: int = 1, n_outputs: int | None = None) -> Graph:
         """The compute graph for up to n_tokens tokens and the logits of n_outputs of them, by default of all, to look at;
         see `ggpy.graph`."""
@@ -354,8 +393,10 @@ class Model:
             The prompt is empty or neither text nor token ids, or an option is out of its range.
         """
         self._runner.check()
-        ids = self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else _token_ids(prompt)
-        return Generation(self._scheduler, self._request(ids, 0 if echo else None, **options))
+        return Generation(self._scheduler, self._request(self._prompt_ids(prompt), 0 if echo else None, **options))
+
+    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        return self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else _token_ids(prompt)
 
     def _request(
         self,

@@ -611,6 +611,42 @@ class Scheduler:
         sequence.close()
         r.sequence = r.prefix = None
 
+    # What prompts may begin with, as sequences
+
+    def remember(self, sequence: TokenSequence) -> None:
+        """Lets prompts that begin like a sequence have its pages.
+
+        Raises
+        ------
+        Error
+            The model has hooks, which would have changed the values in them.
+        """
+        self._check()
+        runner, prefixes = self._runner, self._runner.prefixes
+        with self._lock, runner.lock:
+            self._check_hooks()
+            if runner.hooks:
+                raise Error(f"{runner.file.path}: the model has hooks, which would have changed these values")
+            at = prefixes.root
+            for first, page in zip(range(0, len(sequence.ids), SLAB), sequence.pages, strict=True):
+                ids = tuple(sequence.ids[first : first + SLAB])
+                if len(ids) == SLAB or runner.pages.holders(page) == 1:  # as in _release
+                    at = prefixes.add(at, ids, page)
+
+    def recall(self, ids: Sequence[int]) -> TokenSequence:
+        """A sequence of as many of the ids as are known."""
+        self._check()
+        sequence = TokenSequence(self._runner)
+        with self._lock, self._runner.lock:
+            self._check_hooks()
+            at: Prefix | None = self._runner.prefixes.root
+            while at is not None and (rest := tuple(ids[len(sequence) :][:SLAB])):
+                page, n = self._runner.prefixes.nearest(at, rest)
+                if n:
+                    sequence.adopt([page], rest[:n])
+                at = at.children.get(rest)
+        return sequence
+
     def close(self) -> None:
         """Ends all generations. Waits for a step of another thread."""
         self._check()

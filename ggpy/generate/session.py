@@ -103,7 +103,30 @@ class Session:
         """
         self.end_reply()
         new = {"role": "user", "content": message} if isinstance(message, str) else message
-        messages = [*self._messages, *checked_messages([new])]
+        return self._reply_to([*self._messages, *checked_messages([new])], stream, **options)
+
+    @with_options(ChatOptions)
+    def retry(self, *, stream: bool = False, **options: "Unpack[ChatOptions]") -> Reply:
+        """Another reply to the user's last message, in place of the last one.
+
+        Parameters
+        ----------
+        stream : bool
+            As for `send`.
+        **options
+
+        Raises
+        ------
+        ContextFullError
+            As for `send`.
+        Error
+            No user has said anything.
+        """
+        self.end_reply()
+        return self._reply_to(self._messages[: self._last_said() + 1], stream, **options)
+
+    def _reply_to(self, messages: list[Message], stream: bool, **options: "Unpack[ChatOptions]") -> Reply:
+        """A reply to the last of these messages, which are the conversation from now on, if they fit."""
         n_dropped = 0
         while True:
             try:
@@ -130,10 +153,33 @@ class Session:
     def undo(self) -> None:
         """Forgets the last message of the user and everything after it."""
         self.end_reply()
+        del self._messages[self._last_said() :]
+
+    def _last_said(self) -> int:
+        """The place of the user's last message."""
         said = [i for i, message in enumerate(self._messages) if message["role"] == "user"]
         if not said:
             raise Error("the conversation has no message of a user")
-        del self._messages[said[-1] :]
+        return said[-1]
+
+    @property
+    def system(self) -> str | None:
+        """The system message that the conversation begins with, if any. What is set holds from the next reply on."""
+        return self._messages[0].get("content") if self._n_system else None
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        self.end_reply()
+        self._messages[: self._n_system] = [] if text is None else [{"role": "system", "content": text}]
+
+    def clear(self) -> None:
+        """Forgets everything but the system message."""
+        self.end_reply()
+        del self._messages[self._n_system :]
+
+    @property
+    def _n_system(self) -> int:
+        return int(bool(self._messages) and self._messages[0]["role"] == "system")
 
     def save(self, path: str | Path) -> None:
         """Writes the messages to a file, as JSON.
@@ -143,8 +189,11 @@ class Session:
         Error
             The file can't be written.
         """
-        with writing_aside(Path(path)) as aside:
-            aside.write_text(json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2) + "\n", "utf-8")
+        try:
+            with writing_aside(Path(path)) as aside:
+                aside.write_text(json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2) + "\n", "utf-8")
+        except OSError as error:
+            raise Error(f"{path}: {error.strerror or error}") from None
 
     def load(self, path: str | Path) -> None:
         """Goes on with the messages that `save` wrote, in place of these.
@@ -159,7 +208,7 @@ class Session:
             messages = checked_messages(saved["messages"])
         except OSError as error:
             raise Error(f"{path}: {error.strerror}") from None
-        except (ValueError, TypeError, KeyError, Error):
+        except (ValueError, TypeError, KeyError, RecursionError, Error):
             raise Error(f"{path}: not a saved conversation") from None
         self.end_reply()
         self._messages = messages
