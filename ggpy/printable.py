@@ -1,6 +1,7 @@
 """Text from files, made fit for messages and terminals."""
 
 import re
+import unicodedata
 
 
 def printable(text: str, most: int | None = None) -> str:
@@ -26,7 +27,20 @@ def one_line(text: str, most: int) -> str:
 
 
 def visible(text: str) -> str:
-    """The text with its lines and tabs, where a terminal can do nothing but show it."""
+    """The text with its lines and tabs, where a terminal can do nothing but show it.
+
+    What joins or spaces characters in a script stays, unlike in `printable`: text is to look as it was written.
+    """
     if text.isprintable():
         return text
-    return "".join(c if c in "\n\t" else printable(c) for c in text)
+    return "".join(c if c.isprintable() or _is_of_text(c) else printable(c) for c in text)
+
+
+def _is_of_text(c: str) -> bool:
+    """Whether a character, though Python calls it not printable, belongs to texts: spaces of all widths, what emoji and
+    scripts join with, characters newer than Python's tables. Not so control characters, lone surrogates, separators of
+    lines, and marks that turn the order of what follows."""
+    return c in "\n\t" or not (unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in _TURNING)
+
+
+_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"

@@ -30,6 +30,9 @@ def test_the_middle_of_long_texts_is_left_out():
 
 def test_visible_text_keeps_its_lines():
     assert visible("a\n\tb\x1b[0m é") == "a\n\tb\\x1b[0m é"
+    for text in ("👩\u200d💻 🏴\U000e0067\U000e0062\U000e007f", "東京\u3000", "dit\u202f: «\xa0oui\xa0»", "می\u200cخواهم"):
+        assert visible(text) == text
+    assert visible("a\x9bb\rc\u202ed\u2028\ud800") == r"a\x9bb\rc\u202ed\u2028\ud800"
     assert one_line(" a \n  b  c\r\n\x1b", 80) == r"a b  c \x1b"
 
 

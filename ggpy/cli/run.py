@@ -1,17 +1,25 @@
 """`ggpy run`: continue a prompt, or talk."""
 
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..printable import visible
+from ..errors import UnsupportedError
+from ..file import folder_of
 from .common import KVType, byte_count, open_model, text_of
 from .sampling import sampling_values, with_sampling_flags
+from .terminal import AnswerWriter
+from .timings import timings
 
 if TYPE_CHECKING:
-    from ..generate.model import Generation, Model
+    from collections.abc import Callable
+
+    from ..generate.generation import Generation
+    from ..generate.model import Model
 
 
 @with_sampling_flags
@@ -57,6 +65,12 @@ def run(
         str | None,
         typer.Option("--draft", help="A smaller model that guesses tokens; same vocabulary.", metavar="MODEL"),
     ] = None,
+    prompt_cache: Annotated[
+        Path | None, typer.Option("--prompt-cache", help="File that keeps the prompt's keys and values for the next start.")
+    ] = None,
+    drop_oldest: Annotated[
+        bool, typer.Option("--drop-oldest", help="Talking: drop the oldest messages when the context is full.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print timings at the end.")] = False,
     **sampling: Any,
 ) -> None:
@@ -68,82 +82,56 @@ def run(
         prompt = read_input()
     budget = None if ram_budget is None else byte_count(ram_budget)
     how = {"kv_type": kv_type, "mla": mla, "n_expert_used": n_expert_used, "ram_budget": budget}
+    if prompt_cache is not None:
+        folder_of(prompt_cache)  # before long work
     with ExitStack() as models:
         opened = models.enter_context(open_model(model, ctx, threads, **how))
+        if prompt_cache is not None and prompt_cache.exists():
+            opened.load_cache(prompt_cache)
+        if (talk or chat) and not opened.file.get("tokenizer.chat_template", str, default=""):
+            raise UnsupportedError(f"{opened.file.path}: the file has no chat template; -p TEXT continues a text")
         kept_to = {"json_schema": text_of(json_schema), "grammar": text_of(grammar), "regex": regex}
         options = {"max_tokens": max_tokens, "stop": stop, "lookup": lookup, **kept_to, **sampling_values(sampling)}
         if draft is not None:
             options["draft"] = models.enter_context(open_model(draft, opened.n_ctx, threads))
         first = [{"role": "system", "content": system}] if system else []
         if talk:
-            _talk(opened, first, options, verbose)
-        elif chat:
-            _stream(opened, _prompt(opened, [*first, {"role": "user", "content": prompt or ""}]), options, verbose)
+            from ..kernels.build import cache_dir
+            from .talk import Talk
+            from .terminal import reader
+
+            conversation = Talk(opened, opened.session(first, drop_oldest=drop_oldest), options, sys.stdout, verbose)
+            with _kept(opened, prompt_cache, lambda: conversation.reply):
+                conversation.run(reader(cache_dir() / "history"))
+            return
+        if chat:
+            messages = [*first, {"role": "user", "content": prompt or ""}]
+            generation: Generation = opened.chat(messages, stream=True, **options)
         else:
-            _stream(opened, prompt or "", options, verbose)
+            generation = opened.generate(prompt or "", **options)
+        with _kept(opened, prompt_cache, lambda: generation):
+            _stream(opened, generation, verbose)
 
 
-def _prompt(model: "Model", messages: list[dict[str, str]]) -> list[int]:
-    from ..errors import UnsupportedError
-
-    template = model.chat_template
-    if template is None:
-        raise UnsupportedError(f"{model.file.path}: the file has no chat template; use -p without --chat")
-    return template.encode(model.tokenizer, messages)
-
-
-def _stream(model: "Model", prompt: str | list[int], options: dict, verbose: bool) -> str:
-    generation = model.generate(prompt, **options)
-    pieces = []
-    terminal = sys.stdout.isatty()  # which a model's text must not give orders
+def _stream(model: "Model", generation: "Generation", verbose: bool) -> None:
     try:
-        for piece in generation:
-            pieces.append(piece)
-            print(visible(piece) if terminal else piece, end="", flush=True)
+        AnswerWriter(sys.stdout).write(generation)
     except KeyboardInterrupt:
         generation.cancel()
-        print(flush=True)
         raise
-    print(flush=True)
     if generation.finish_reason == "context":
         print(f"(the context of {model.n_ctx} tokens is full; -c N gives more)", file=sys.stderr)
     if verbose:
-        _timings(model, generation)
-    return "".join(pieces)
+        print("\n".join(timings(model, generation)), file=sys.stderr)
 
 
-def _talk(model: "Model", messages: list[dict[str, str]], options: dict, verbose: bool) -> None:
-    print("Say something; an empty line or Ctrl-D ends. Ctrl-C stops an answer.", file=sys.stderr)
-    while True:
-        try:
-            said = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if not said:
-            return
-        messages.append({"role": "user", "content": said})
-        try:
-            answer = _stream(model, _prompt(model, messages), options, verbose)
-        except KeyboardInterrupt:
-            messages.pop()
-            continue
-        messages.append({"role": "assistant", "content": answer})
-
-
-def _timings(model: "Model", generation: "Generation") -> None:
-    prompt = len(generation.prompt_ids) - generation.n_reused
-    lines = [
-        f"load    {model.load_seconds:8.2f} s ({model.n_threads} threads)",
-        f"prompt  {generation.prompt_seconds:8.2f} s  {prompt:6} tokens  {generation.prompt_rate:9.1f} tok/s",
-        f"decode  {generation.decode_seconds:8.2f} s  {len(generation.ids):6} tokens  {generation.decode_rate:9.1f} tok/s",
-        f"ended   by {generation.finish_reason}",
-    ]
-    if generation.n_drafted:
-        right = generation.n_accepted / generation.n_drafted
-        lines.append(f"guesses {generation.n_drafted:8} tokens, {right:.1%} right")
-    memory = model.expert_memory
-    if memory is not None:
-        found = memory.n_found / memory.n_chosen
-        lines.append(f"experts {memory.held / 1e9:8.2f} GB in memory; {found:.1%} of {memory.n_chosen} choices were there")
-    print("\n".join(lines), file=sys.stderr)
+@contextmanager
+def _kept(model: "Model", path: Path | None, generation: "Callable[[], Generation | None]") -> Iterator[None]:
+    """Writes what a generation has computed to a file, if one is named, also after an interrupt."""
+    try:
+        yield
+    finally:
+        done = generation()
+        if path is not None and done is not None and done.ids:
+            done.cancel()
+            model.save_cache(path, [*done.prompt_ids, *done.ids[:-1]])

@@ -1,5 +1,6 @@
 """The options of sampling as flags, from their one table."""
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, signature
 from typing import Annotated, Any, TypeVar
@@ -42,6 +43,49 @@ def sampling_values(flags: Mapping[str, Any]) -> dict[str, Any]:
         A value is out of its range.
     """
     return {name: _value(name, given) for name, given in flags.items() if given is not None}
+
+
+def read_value(name: str, text: str) -> Any:
+    """An option's value from a text; "none" stands for None, or for an empty list.
+
+    Raises
+    ------
+    Error
+        It is of another kind, or out of its range.
+    """
+    kind = option_table()[name][0]
+    if kind == Sequence[str]:
+        return _value(name, read_texts(text))
+    if kind == Mapping[int, float]:
+        return _value(name, [] if text == "none" else text.split())
+    return checked_option(name, read_number(text))
+
+
+def read_number(text: str) -> int | float | str | None:
+    """A number from a text, None from "none"; else the text as it is, for whoever checks the value."""
+    if text == "none":
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def read_texts(text: str) -> list[str]:
+    r"""Texts, in quotes where they have spaces; \n and \t are line feeds and tabs, "none" is no text.
+
+    Raises
+    ------
+    Error
+        A quote isn't closed.
+    """
+    try:
+        texts = [] if text == "none" else shlex.split(text)
+    except ValueError as error:
+        raise Error(f"{text}: {str(error).lower()}") from None
+    return [t.replace("\\n", "\n").replace("\\t", "\t") for t in texts]
 
 
 def _value(name: str, given: Any) -> Any:

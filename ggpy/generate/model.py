@@ -337,8 +337,7 @@ class Model:
         """
         self._runner.check()
         ids = self._prompt_ids(prompt)
-        self._runner.check_ids(ids)
-        with self._scheduler.recall(ids) as sequence:
+        with self._scheduler.recall(self._request(ids)) as sequence:
             if len(ids) > len(sequence):
                 sequence.extend(ids[len(sequence) :])
             sequence.save(path)
@@ -346,6 +345,8 @@ class Model:
     def load_cache(self, path: str | Path) -> None:
         """Knows the keys and values that `save_cache` or `TokenSequence.save` wrote: prompts that begin alike take what
         they have in common, for the same bits as without. They make room when others need it, as all that is known.
+
+        Models with states go on from the file's end or, where a prompt differs before it, take nothing.
 
         Raises
         ------

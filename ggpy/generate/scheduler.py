@@ -627,24 +627,26 @@ class Scheduler:
             self._check_hooks()
             if runner.hooks:
                 raise Error(f"{runner.file.path}: the model has hooks, which would have changed these values")
-            at = prefixes.root
+            at: Prefix | None = prefixes.root
             for first, page in zip(range(0, len(sequence.ids), SLAB), sequence.pages, strict=True):
                 ids = tuple(sequence.ids[first : first + SLAB])
-                if len(ids) == SLAB or runner.pages.holders(page) == 1:  # as in _release
-                    at = prefixes.add(at, ids, page)
+                whole = len(ids) == SLAB or runner.pages.holders(page) == 1  # as in _release
+                at = prefixes.add(at, ids, page) if at is not None and whole else None
+            self._leave_snapshot(sequence, at)
 
-    def recall(self, ids: Sequence[int]) -> TokenSequence:
-        """A sequence of as many of the ids as are known."""
+    def recall(self, request: Request) -> TokenSequence:
+        """A sequence of as many of a request's tokens as are known. The request is for nothing else."""
         self._check()
         sequence = TokenSequence(self._runner)
         with self._lock, self._runner.lock:
             self._check_hooks()
-            at: Prefix | None = self._runner.prefixes.root
-            while at is not None and (rest := tuple(ids[len(sequence) :][:SLAB])):
-                page, n = self._runner.prefixes.nearest(at, rest)
-                if n:
-                    sequence.adopt([page], rest[:n])
-                at = at.children.get(rest)
+            request.sequence, request.prefix = sequence, self._runner.prefixes.root
+            request.tokens.append(request.tokens[-1])  # what may be taken ends before the last one
+            if self._runner.has_states:
+                self._reuse_states(request, [])
+            else:
+                self._reuse(request, {})
+            request.sequence = request.prefix = None
         return sequence
 
     def close(self) -> None:

@@ -78,10 +78,18 @@ class Session:
 
     @property
     def messages(self) -> list[Message]:
-        """The messages so far. Of a reply that goes on, what has been taken of it; of one that gave nothing, nothing."""
+        """The messages so far. Of a reply that goes on, what has been taken of it; of one that gave nothing, nothing.
+
+        May be set: the conversation goes on with these."""
         if self._reply is None or not self._reply.text:
             return list(self._messages)
         return [*self._messages, self._reply.message]
+
+    @messages.setter
+    def messages(self, messages: Iterable[Message]) -> None:
+        checked = checked_messages(messages)
+        self.end_reply()
+        self._messages = checked
 
     @with_options(ChatOptions)
     def send(self, message: str | Message, *, stream: bool = False, **options: "Unpack[ChatOptions]") -> Reply:
@@ -162,25 +170,6 @@ class Session:
             raise Error("the conversation has no message of a user")
         return said[-1]
 
-    @property
-    def system(self) -> str | None:
-        """The system message that the conversation begins with, if any. What is set holds from the next reply on."""
-        return self._messages[0].get("content") if self._n_system else None
-
-    @system.setter
-    def system(self, text: str | None) -> None:
-        self.end_reply()
-        self._messages[: self._n_system] = [] if text is None else [{"role": "system", "content": text}]
-
-    def clear(self) -> None:
-        """Forgets everything but the system message."""
-        self.end_reply()
-        del self._messages[self._n_system :]
-
-    @property
-    def _n_system(self) -> int:
-        return int(bool(self._messages) and self._messages[0]["role"] == "system")
-
     def save(self, path: str | Path) -> None:
         """Writes the messages to a file, as JSON.
 
@@ -204,14 +193,11 @@ class Session:
             The file can't be read, or isn't one.
         """
         try:
-            saved = json.loads(Path(path).read_text("utf-8"))
-            messages = checked_messages(saved["messages"])
+            self.messages = json.loads(Path(path).read_text("utf-8"))["messages"]
         except OSError as error:
             raise Error(f"{path}: {error.strerror}") from None
         except (ValueError, TypeError, KeyError, RecursionError, Error):
             raise Error(f"{path}: not a saved conversation") from None
-        self.end_reply()
-        self._messages = messages
 
 
 def checked_messages(messages: Iterable[Message]) -> list[Message]:

@@ -116,6 +116,19 @@ def test_chat_goes_through_the_template(folder, capsys):
     assert code == 0 and out.endswith("\n")
 
 
+def test_a_prompt_cache_changes_no_text(folder, capsys, tmp_path):
+    flags = ["-p", "the hand of the law", "-n", 8, "--temp", 0, "-v", "--prompt-cache", tmp_path / "cache"]
+    first, second = (call(capsys, "run", folder / "f32.gguf", *flags) for _ in range(2))
+    assert first[:2] == second[:2] and first[0] == 0
+    assert "reused         0 tokens" in first[2] and "reused         0 tokens" not in second[2]
+    before = (tmp_path / "cache").read_bytes()
+    code, out, err = call(capsys, "run", folder / "f32.gguf", *flags, "--kv-type", "f32")
+    assert (code, out) == (1, "") and "a sequence of another model, or of this one with other options" in err
+    assert (tmp_path / "cache").read_bytes() == before
+    code, _, err = call(capsys, "run", folder / "f32.gguf", *flags[:-1], tmp_path / "none" / "cache")
+    assert code == 1 and "there is no folder" in err
+
+
 def test_inspect_prints_metadata_and_tensors(folder, capsys):
     code, out, _ = call(capsys, "inspect", folder / "f32.gguf")
     assert code == 0 and "general.architecture" in out and "blk.2.ffn_down.weight" in out
@@ -182,7 +195,8 @@ def test_starting_imports_nothing_heavy(folder):
         "import sys; from ggpy.cli import main\n"
         f"try: main(['run', {str(folder / 'f32.gguf')!r}, '-p', 'the', '-n', '2', '--temp', '0'])\n"
         "except SystemExit as e: assert not e.code\n"
-        "heavy = {'numba', 'gguf', 'torch', 'transformers', 'converters', 'huggingface_hub', 'jinja2'} & set(sys.modules)\n"
+        "heavy = {'numba', 'gguf', 'torch', 'transformers', 'converters', 'huggingface_hub', 'jinja2', 'prompt_toolkit'}\n"
+        "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -78,6 +78,26 @@ def test_a_session_keeps_what_was_said(model):
     assert session.messages == session.messages[:3] and session.messages[-1] == first.message
 
 
+def test_a_reply_may_be_given_once_more_and_messages_set(model):
+    session = model.session()
+    with pytest.raises(ggpy.Error, match="no message of a user"):
+        session.retry()
+    first = session.send("Hello", **OPTIONS)
+    again = session.retry(max_tokens=8, temperature=5, seed=1)
+    assert again.text != first.text
+    assert session.messages == [{"role": "user", "content": "Hello"}, again.message]
+    assert session.retry(**OPTIONS).text == first.text
+    with pytest.raises(ggpy.ContextFullError):
+        session.messages = [{"role": "user", "content": "word " * 400}, first.message]
+        session.retry(**OPTIONS)
+    assert session.messages[1] == first.message
+    session.messages = [{"role": "system", "content": "Be brief."}]
+    session.send("Hello", **OPTIONS)
+    assert [m["role"] for m in session.messages] == ["system", "user", "assistant"]
+    with pytest.raises(ggpy.Error, match="message 1 is no mapping"):
+        session.messages = ["Hello"]
+
+
 def test_of_a_reply_that_is_left_what_was_taken_stays(model):
     session = model.session()
     reply = session.send("Hello", stream=True, max_tokens=50, temperature=0)
@@ -123,12 +143,14 @@ def test_sessions_are_saved_and_loaded(model, tmp_path):
     other.load(tmp_path / "talk.json")
     assert other.messages == session.messages
     assert other.send("And?", **OPTIONS).text == session.send("And?", **OPTIONS).text
-    for text in ("", "{}", "[]", '{"messages": [3]}', '{"messages": "hi"}', "\xff"):
+    for text in ("", "{}", "[]", "[" * 100_000, '{"messages": [3]}', '{"messages": "hi"}', "\xff"):
         (tmp_path / "bad.json").write_bytes(text.encode("latin-1"))
         with pytest.raises(ggpy.Error, match="not a saved conversation"):
             other.load(tmp_path / "bad.json")
     with pytest.raises(ggpy.Error, match="No such file"):
         other.load(tmp_path / "none.json")
+    with pytest.raises(ggpy.Error, match="there is no folder"):
+        other.save(tmp_path / "none" / "talk.json")
 
 
 # Thoughts
