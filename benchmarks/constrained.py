@@ -45,7 +45,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "maxItems": 3,
         "items": record(
             id={"type": "string", "pattern": "^[A-Z]{2}-[0-9]{4}$"},
-            amount={"type": "number", "minimum": 0, "maximum": 1000, "multipleOf": 0.01},
+            amount={"type": "number", "minimum": 0, "maximum": 1000, "multipleOf": 0.25},
             paid={"type": "boolean"},
             note={"anyOf": [{"type": "null"}, TEXT]},
         ),
@@ -62,7 +62,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     },
     "event": record(
         title={"type": "string", "minLength": 3, "maxLength": 30},
-        on={"type": "string", "format": "date"},
+        on={"type": "string", "pattern": "^20[0-9]{2}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])$"},
+        host={"type": "string", "format": "ipv4"},
         kind={"enum": ["fête", "meeting", "концерт", "祭り", 'a "quoted" word']},
         guests={"type": "array", "items": TEXT, "minItems": 1, "maxItems": 3},
     ),

@@ -48,7 +48,7 @@ class Request:
         The token before which all log-probabilities that are wanted are known: the prompt's length, or less while some of
         the prompt's own are to come.
     constraint : Constraint or None
-        What its text must keep to.
+        What its text must keep to, until it ends.
     finish_reason, error
         How it ended: one of the two, or None while it goes on.
     cancelled : bool
@@ -194,6 +194,7 @@ class Request:
         self.pieces.append(Piece(text, token, *self._logprobs_of(token, logits), reason or None))
         if reason:
             self.finish_reason = reason
+            self.constraint = None  # near a megabyte, and generations are kept for their texts
 
 
 class Scheduler:

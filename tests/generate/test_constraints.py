@@ -76,8 +76,8 @@ SCHEMAS = {
     },
     "formats": {
         "type": "object",
-        "properties": {"on": {"type": "string", "format": "date"}, "ip": {"type": "string", "format": "ipv4"}},
-        "required": ["on", "ip"],
+        "properties": {"id": {"type": "string", "format": "uuid"}, "ip": {"type": "string", "format": "ipv4"}},
+        "required": ["id", "ip"],
         "additionalProperties": False,
     },
     "multiples": {"type": "integer", "multipleOf": 7, "minimum": 0, "maximum": 700},
@@ -440,6 +440,12 @@ def test_ends(model):
     next(cancelled)
     cancelled.cancel()
     assert cancelled.finish_reason == "cancelled" and not list(cancelled)
+
+
+def test_a_generation_that_has_ended_holds_no_grammar(model):
+    done = [model.generate(ids(4), regex="[a-z]{5}", max_tokens=n).run() for n in (2, 9)]
+    assert [g.finish_reason for g in done] == ["length", "stop"]
+    assert all(g._request.constraint is None for g in done)
 
 
 def test_constraints_beside_each_other_and_beside_none(model):
