@@ -7,7 +7,7 @@ import math
 import re
 import stat
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -250,6 +250,40 @@ class ShiftedRows:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return self.rows.read(start, stop) + np.float32(self.shift)
+
+
+@dataclass(frozen=True)
+class ReshapedRows:
+    """A tensor with one axis, its values in rows (implements `Rows`)."""
+
+    rows: Rows
+    shape: tuple[int, ...]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.rows.sources
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.rows.read(0, 1).reshape(-1, self.shape[-1])[start:stop]
+
+
+@dataclass(frozen=True)
+class ChangedRows:
+    """A tensor whose values a function changes, any rows by themselves (implements `Rows`)."""
+
+    rows: Rows
+    change: Callable[[np.ndarray], np.ndarray]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rows.shape
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.rows.sources
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.change(self.rows.read(start, stop))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ggpy.quantization import FILE_TYPES, encode, tensor_types
 from ggpy.quantization.mixes import check_without_importance, file_type, sizes
 from ggpy.quantization.model import in_order
 
-from . import decoders, deepseek2, llama, mixtral, olmoe, qwen
+from . import decoders, deepseek2, granite, lfm2, llama, mixtral, nemotron, olmoe, qwen, qwen35
 from .card import read_card
 from .checkpoint import FILE_PATTERNS, Checkpoint, ComputedRows, Rows
 from .family import ROPE_OF_SOME, Family, refuse_unread, rope_parameters
@@ -37,6 +37,10 @@ FAMILIES: tuple[Family, ...] = (
     olmoe.FAMILY,
     deepseek2.FAMILY,
     *decoders.FAMILIES,
+    *qwen35.FAMILIES,
+    *lfm2.FAMILIES,
+    granite.FAMILY,
+    nemotron.FAMILY,
 )
 
 Progress = Callable[[int, int, str], None]

@@ -132,6 +132,21 @@ def refuse_unread(config: Config) -> None:
             raise UnsupportedError(f"{config.path}: {key} {shown(value)} isn't understood, so that the file would be wrong")
 
 
+def text_part(config: Config) -> dict[str, Any]:
+    """The language model's settings where a checkpoint also sees or hears: what it has as ``text_config``.
+
+    What stands beside that is about the rest, or repeats it.
+    """
+    values = config.get("text_config")
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConversionError(f"{config.path}: text_config is not an object")
+    tied = bool(values.get("tie_word_embeddings") or config.get("tie_word_embeddings"))
+    config.asked.update(key for key in config.values if key not in values)
+    return values | {"architectures": config.get("architectures"), "tie_word_embeddings": tied}
+
+
 def head_dim(config: Config) -> int:
     """Length of a head's query and key; where config.json has none, the embedding shared evenly by the heads."""
     if config.get("head_dim") is not None:
@@ -283,25 +298,35 @@ def rope_parameters(config: Config, *also: str) -> Config:
     return rope
 
 
-def write_decoder_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
-    """Add the metadata that nearly all decoders have."""
+def write_decoder_hparams(
+    writer: gguf.GGUFWriter, config: Config, n_head_kv: list[int] | None = None, n_ff: list[int] | None = None
+) -> None:
+    """Add the metadata that nearly all decoders have; `n_head_kv` and `n_ff`: see `write_sizes`."""
     config.only("hidden_act", "silu")
     every_layer = "sliding_window" in config.defaults and "use_sliding_window" not in config.defaults  # Mistral's
     write_windows(writer, config, "all" if every_layer else "")
-    write_sizes(writer, config)
+    write_sizes(writer, config, n_head_kv, n_ff)
     writer.add_layer_norm_rms_eps(config.number("rms_norm_eps", 1e-6, least=0))
     write_rope_hparams(writer, config)
 
 
-def write_sizes(writer: gguf.GGUFWriter, config: Config) -> None:
-    """Add a decoder's sizes, named as in config.json for most of them."""
+def write_sizes(
+    writer: gguf.GGUFWriter, config: Config, n_head_kv: list[int] | None = None, n_ff: list[int] | None = None
+) -> None:
+    """Add a decoder's sizes, named as in config.json for most of them.
+
+    Parameters
+    ----------
+    n_head_kv, n_ff : list of int, optional
+        Heads of keys and values, and values inside the feed-forward part, of each layer, where they differ.
+    """
     writer.add_block_count(config.integer("num_hidden_layers"))
     writer.add_context_length(config.integer("max_position_embeddings"))
     writer.add_embedding_length(config.integer("hidden_size"))
-    writer.add_feed_forward_length(config.integer("intermediate_size"))
+    writer.add_feed_forward_length(n_ff or config.integer("intermediate_size"))
     n_head = config.integer("num_attention_heads")
     writer.add_head_count(n_head)
-    writer.add_head_count_kv(config.integer("num_key_value_heads", n_head))
+    writer.add_head_count_kv(n_head_kv or config.integer("num_key_value_heads", n_head))
     if config.get("head_dim") is not None:
         writer.add_key_length(config.integer("head_dim"))
         writer.add_value_length(config.integer("head_dim"))

@@ -199,11 +199,12 @@ OPS["SWIGLU_CLAMPED"] = Op(_clamped_shape, _clamped_reference, _clamped_lower)
 
 
 def _bias_shape(x: "Tensor", y: "Tensor") -> Shape:
-    _need(y.type == "F32" and y.shape == x.shape[1:], "takes one float32 row to add to every token's")
+    _need(y.type == "F32" and y.shape == x.shape[1:], "takes one float32 row for all tokens")
     return x.shape
 
 
 OPS["ADD_BIAS"] = Op(_bias_shape, lambda run, x, y: x + y, _pair_lower)
+OPS["MUL_ROW"] = Op(_bias_shape, lambda run, x, y: x * y, _pair_lower)
 
 
 OPS["SCALE"] = Op(lambda x, factor: x.shape, lambda run, x, factor: x * np.float32(factor), _each_lower)
@@ -788,56 +789,61 @@ OPS["L2_NORM"] = Op(_l2_norm_shape, _l2_norm_reference, _l2_norm_lower)
 # --- SHORT_CONV: each column with its values in the tokens before -------------------------------------------------------
 
 
-def _short_conv_shape(x: "Tensor", w: "Tensor", tail: "Tensor", silu: bool = False) -> Shape:
+def _short_conv_shape(x: "Tensor", w: "Tensor", tail: "Tensor", *bias: "Tensor", silu: bool = False) -> Shape:
     _need(len(x.shape) == 2 and w.type == "F32" and w.shape[1:] == x.shape[1:], "takes float32 rows for its tokens")
     _need(tail.op == "STATE" and tail.shape == (w.shape[0] - 1, w.shape[1]), "the state holds other rows")
+    _need(all(b.type == "F32" and b.shape == x.shape[1:] for b in bias), "takes a float32 row as bias")
     _vectors(x.shape[1])
     return x.shape
 
 
 def _short_conv_reference(
-    run: "Reference", x: np.ndarray, w: np.ndarray, tails: np.ndarray, silu: bool = False
+    run: "Reference", x: np.ndarray, w: np.ndarray, tails: np.ndarray, *bias: np.ndarray, silu: bool = False
 ) -> np.ndarray:
     out, before = np.empty_like(x), len(w) - 1
     for (span, n_past, _), slot in zip(run.batch.each(), run.batch.spans[:, 4], strict=True):
         rows = np.concatenate([tails[slot] * (n_past > 0), x[span]])
-        out[span] = sum(w[k] * rows[k : len(rows) - before + k] for k in range(len(w)))
+        out[span] = sum(w[k] * rows[k : len(rows) - before + k] for k in range(len(w))) + sum(bias)
         tails[slot] = rows[len(rows) - before :]
     return _silu(out) if silu else out
 
 
 def _short_conv_lower(p: "Plan", node: "Tensor") -> None:
-    x, w, tail = node.inputs
+    x, w, tail, *bias = node.inputs
+    given: dict[str, Any] = {"x": x, "w": w, "bias": bias[0] if bias else 0, "tails": p.state(tail)}
     sizes: dict[str, Any] = {"n_cols": x.shape[1], "width": w.shape[0], "slot_stride": 4 * tail.n_values}
     silu = node.attrs.get("silu", False)
-    p.step("short_conv", node, writes=("out", "tails"), x=x, w=w, tails=p.state(tail), out=node, silu_after=silu, **sizes)
+    p.step("short_conv", node, writes=("out", "tails"), out=node, silu_after=silu, **given, **sizes)
 
 
 # The last row of w is the token's own; before a sequence's first token there are zeros.
 OPS["SHORT_CONV"] = Op(_short_conv_shape, _short_conv_reference, _short_conv_lower)
 
 
-# --- DELTA_GATES, DELTA_RULE: a matrix that learns which value belongs to which key (Yang et al. 2025) ------------------
+# --- DELTA_GATES, DELTA_RULE, STATE_SCAN: a matrix for each head that learns which value belongs to which key ------------
 
 
-def _delta_gates_shape(decay: "Tensor", beta: "Tensor", a: "Tensor", dt: "Tensor") -> Shape:
-    _need(decay.shape == beta.shape and len(decay.shape) == 2, "takes two values of each head")
+def _delta_gates_shape(decay: "Tensor", a: "Tensor", dt: "Tensor", *beta: "Tensor") -> Shape:
+    _need(len(decay.shape) == 2 and all(b.shape == decay.shape for b in beta), "takes a value or two of each head")
     _need(a.shape == dt.shape == decay.shape[1:] and a.type == dt.type == "F32", "takes float32 weights of each head")
     return (*decay.shape, 2)
 
 
 def _delta_gates_reference(
-    run: "Reference", decay: np.ndarray, beta: np.ndarray, a: np.ndarray, dt: np.ndarray
+    run: "Reference", decay: np.ndarray, a: np.ndarray, dt: np.ndarray, *beta: np.ndarray
 ) -> np.ndarray:
-    return np.stack([np.exp(a * np.logaddexp(decay + dt, 0)), _sigmoid(beta)], -1).astype(np.float32)
+    step = np.logaddexp(decay + dt, 0)
+    return np.stack([np.exp(a * step), _sigmoid(beta[0]) if beta else step], -1).astype(np.float32)
 
 
 def _delta_gates_lower(p: "Plan", node: "Tensor") -> None:
-    decay, beta, a, dt = node.inputs
-    p.step("delta_gates", node, decay=decay, beta=beta, a=a, dt=dt, out=node, n_head=node.shape[1])
+    decay, a, dt, *beta = node.inputs
+    given: dict[str, Any] = {"decay": decay, "a": a, "dt": dt, "beta": beta[0] if beta else 0}
+    p.step("delta_gates", node, out=node, n_head=node.shape[1], **given)
 
 
-# How much of its state each head keeps, exp(a softplus(decay + dt)), and how much of a new value it takes, sigmoid(beta).
+# How much of its state each head keeps, exp(a step) with step = softplus(decay + dt), and how much of a new value it takes:
+# sigmoid(beta), or step.
 OPS["DELTA_GATES"] = Op(_delta_gates_shape, _delta_gates_reference, _delta_gates_lower)
 
 
@@ -863,6 +869,31 @@ def _state_columns(memory: np.ndarray) -> list[tuple[slice, np.ndarray]]:
     return views
 
 
+def _through_states(
+    run: "Reference",
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    gates: np.ndarray,
+    memory: np.ndarray,
+    learns: bool,
+) -> np.ndarray:
+    """q S (n_tokens, n_head, head_dim) of queries, keys and values of each head; see `kernels.states`."""
+    out = np.empty_like(v)
+    for (span, n_past, _), slot in zip(run.batch.each(), run.batch.spans[:, 4], strict=True):
+        s = np.zeros(memory.shape[1:], np.float32)
+        for columns, stored in _state_columns(memory[slot]):
+            s[..., columns] = stored * (n_past > 0)
+        for t in range(span.start, span.stop):
+            s *= gates[t, :, 0, None, None]
+            change = gates[t, :, 1, None] * (v[t] - np.einsum("hi,hij->hj", k[t], s) * learns)
+            s += k[t][:, :, None] * change[:, None]
+            out[t] = np.einsum("hi,hij->hj", q[t], s)
+        for columns, stored in _state_columns(memory[slot]):
+            stored[...] = s[..., columns]
+    return out
+
+
 def _delta_rule_reference(
     run: "Reference",
     keys: np.ndarray,
@@ -873,36 +904,69 @@ def _delta_rule_reference(
     tiled: bool,
     scale: float,
 ) -> np.ndarray:
-    _, n_head, n, head_dim = memory.shape
+    _, n_head, _, head_dim = memory.shape
     n_head_k = keys.shape[1] // 2
     of_head = np.arange(n_head) % n_head_k if tiled else np.arange(n_head) // (n_head // n_head_k)
     q, k = keys[:, :n_head_k][:, of_head], keys[:, n_head_k:][:, of_head]
     v = values[:, first : first + n_head * head_dim].reshape(len(values), n_head, head_dim)
-    out = np.empty((len(keys), n_head, head_dim), np.float32)
-    for (span, n_past, _), slot in zip(run.batch.each(), run.batch.spans[:, 4], strict=True):
-        s = np.zeros((n_head, n, head_dim), np.float32)
-        for columns, stored in _state_columns(memory[slot]):
-            s[..., columns] = stored * (n_past > 0)
-        for t in range(span.start, span.stop):
-            s *= gates[t, :, 0, None, None]
-            change = gates[t, :, 1, None] * (v[t] - np.einsum("hi,hij->hj", k[t], s))
-            s += k[t][:, :, None] * change[:, None]
-            out[t] = np.float32(scale) * np.einsum("hi,hij->hj", q[t], s)
-        for columns, stored in _state_columns(memory[slot]):
-            stored[...] = s[..., columns]
-    return out
+    return np.float32(scale) * _through_states(run, q, k, v, gates, memory, True)
+
+
+def _state_step(p: "Plan", node: "Tensor", kernel: str, memory: "Tensor", **params: Any) -> None:
+    n_head, head_dim_k, head_dim = memory.shape
+    sizes: dict[str, Any] = {"n_head": n_head, "head_dim_k": head_dim_k, "head_dim": head_dim}
+    sizes["slot_stride"] = 4 * memory.n_values
+    p.step(kernel, node, writes=("out", "memory"), memory=p.state(memory), out=node, **sizes, **params)
 
 
 def _delta_rule_lower(p: "Plan", node: "Tensor") -> None:
     keys, values, gates, memory = node.inputs
-    a = node.attrs
-    sizes: dict[str, Any] = {"n_head": node.shape[1], "n_head_k": keys.shape[1] // 2, "tiled": a["tiled"]}
-    sizes |= {"head_dim_k": keys.shape[2], "head_dim": node.shape[2], "scale": float(a["scale"])}
-    sizes |= {"value_stride": 4 * values.shape[1], "slot_stride": 4 * memory.n_values}
-    given: dict[str, Any] = {"keys": keys, "values": p.at(values, 4 * a["first"]), "gates": gates}
-    p.step("delta_rule", node, writes=("out", "memory"), memory=p.state(memory), out=node, **given, **sizes)
+    a, n = node.attrs, keys.n_values // keys.shape[0]
+    given: dict[str, Any] = {
+        "queries": keys,
+        "keys": p.at(keys, 2 * n),
+        "values": p.at(values, 4 * a["first"]),
+        "gates": gates,
+    }
+    how: dict[str, Any] = {"n_head_k": keys.shape[1] // 2, "tiled": a["tiled"], "scale": float(a["scale"]), "skip": 0}
+    _state_step(p, node, "delta_rule", memory, key_stride=4 * n, value_stride=4 * values.shape[1], **given, **how)
 
 
 # `keys` are queries and then keys, each shared by several heads: consecutive ones, or, tiled, every n-th. Of the rows with
 # values, the first `first` are left out.
 OPS["DELTA_RULE"] = Op(_delta_rule_shape, _delta_rule_reference, _delta_rule_lower)
+
+
+def _state_scan_shape(x: "Tensor", gates: "Tensor", memory: "Tensor", skip: "Tensor", n_head_k: int) -> Shape:
+    n_head, head_dim_k, head_dim = memory.shape
+    width = n_head * head_dim + 2 * n_head_k * head_dim_k
+    _need(memory.op == "STATE" and x.shape[1:] == (width,), f"takes rows of {width} values, and a state")
+    _need(gates.shape[1:] == (n_head, 2) and n_head % n_head_k == 0, "takes two gates for each head")
+    _need(skip.type == "F32" and skip.shape == (n_head,), "takes a float32 weight of each head")
+    _vectors(head_dim)
+    return (x.shape[0], n_head, head_dim)
+
+
+def _state_scan_reference(
+    run: "Reference", x: np.ndarray, gates: np.ndarray, memory: np.ndarray, skip: np.ndarray, n_head_k: int
+) -> np.ndarray:
+    _, n_head, n, head_dim = memory.shape
+    v, k, q = np.split(x, np.cumsum([n_head * head_dim, n_head_k * n]), axis=1)
+    q, k = (np.repeat(part.reshape(len(x), n_head_k, n), n_head // n_head_k, 1) for part in (q, k))
+    v = np.ascontiguousarray(v).reshape(len(x), n_head, head_dim)
+    return _through_states(run, q, k, v, gates, memory, False) + v * skip[:, None]
+
+
+def _state_scan_lower(p: "Plan", node: "Tensor") -> None:
+    x, gates, memory, skip = node.inputs
+    n_head_k, n_values = node.attrs["n_head_k"], _row(node)
+    keys, row = 4 * n_values, 4 * x.shape[1]
+    queries = keys + 4 * n_head_k * memory.shape[1]
+    given: dict[str, Any] = {"queries": p.at(x, queries), "keys": p.at(x, keys), "values": x, "gates": gates, "skip": skip}
+    how: dict[str, Any] = {"n_head_k": n_head_k, "tiled": False, "scale": 1.0, "key_stride": row, "value_stride": row}
+    _state_step(p, node, "state_scan", memory, **given, **how)
+
+
+# Mamba-2 (Dao & Gu 2024): rows are values, keys (B) and queries (C); consecutive heads share keys. `skip` says how much of
+# each head's values is added to the result (D).
+OPS["STATE_SCAN"] = Op(_state_scan_shape, _state_scan_reference, _state_scan_lower)

@@ -259,18 +259,25 @@ def l2_norm(ith, nth, x, out, state, n_cols, n_rows_per_token, x_stride, eps):
             store(outr + i, load_f32(xr + i) * scale)
 
 
-@kernel("add_bias")
-def add_bias(ith, nth, x, y, out, state, n_cols):
-    """out = x + y, with one row y for all tokens."""
-    start, stop = share(ld_state(state, 0), ith, nth)
-    end = whole(n_cols)
-    for t in range(start, stop):
-        xr, outr = x + 4 * n_cols * t, out + 4 * n_cols * t
-        for i in range(0, 4 * end, _V):
-            store(outr + i, load_f32(xr + i) + load_f32(y + i))
-        if end < n_cols:
-            v = load_first(xr + 4 * end, n_cols - end) + load_first(y + 4 * end, n_cols - end)
-            store_first(outr + 4 * end, v, n_cols - end)
+def _with_row(name, combine):
+    """x and one row y for all tokens."""
+    combine = function(combine)
+
+    @kernel(name)
+    def with_row(ith, nth, x, y, out, state, n_cols):
+        start, stop = share(ld_state(state, 0), ith, nth)
+        end = whole(n_cols)
+        for t in range(start, stop):
+            xr, outr = x + 4 * n_cols * t, out + 4 * n_cols * t
+            for i in range(0, 4 * end, _V):
+                store(outr + i, combine(load_f32(xr + i), load_f32(y + i)))
+            if end < n_cols:
+                v = combine(load_first(xr + 4 * end, n_cols - end), load_first(y + 4 * end, n_cols - end))
+                store_first(outr + 4 * end, v, n_cols - end)
+
+
+_with_row("add_bias", lambda x, y: x + y)
+_with_row("mul_row", lambda x, y: x * y)
 
 
 @kernel("soft_max")

@@ -1,4 +1,4 @@
-"""Layers that know a fixed size of each sequence: short convolutions and the gated delta rule.
+"""Layers that know a fixed size of each sequence: short convolutions, the gated delta rule, Mamba-2's scan.
 
 What they know stands in the sequence's slot, slot_stride bytes after that of the slot before, and is brought up to date by
 each run. Work is shared out by span and by columns or heads; an item goes through a span's tokens one after the other, so
@@ -29,8 +29,8 @@ def _fill_zero(to, n_bytes):
 
 
 @kernel("short_conv")
-def short_conv(ith, nth, x, w, tails, out, counter, state, n_cols, width, slot_stride, silu_after):
-    """out[t] = sum over k of w[k] * x[t - width + 1 + k], column by column, w (width, n_cols).
+def short_conv(ith, nth, x, w, bias, tails, out, counter, state, n_cols, width, slot_stride, silu_after):
+    """out[t] = bias + sum over k of w[k] * x[t - width + 1 + k], column by column, w (width, n_cols); bias may be 0.
 
     A slot holds the last width - 1 rows of x, (width - 1, n_cols).
     """
@@ -50,7 +50,7 @@ def short_conv(ith, nth, x, w, tails, out, counter, state, n_cols, width, slot_s
         for t in range(n):
             to = out + row * (token + t)
             for c in range(first, stop, _V):
-                total = splat_f32(f32(0.0))
+                total = load_f32(bias + c) if bias else splat_f32(f32(0.0))
                 for k in range(width):
                     at = t + k - before
                     source = tail + row * (at + before) if at < 0 else xs + row * at
@@ -90,99 +90,114 @@ def softplus(x):
 
 @kernel("delta_gates")
 def delta_gates(ith, nth, decay, beta, a, dt, out, state, n_head):
-    """For each token and head, e^(a * softplus(decay + dt)) and sigmoid(beta), a pair."""
+    """For each token and head, e^(a * softplus(decay + dt)) and sigmoid(beta), a pair; if beta is 0, the softplus."""
     n = ld_state(state, 0) * n_head
     for i in range(n * ith // nth, n * (ith + 1) // nth):
         h = i % n_head
         step = softplus(ld_f32(decay + 4 * i) + ld_f32(dt + 4 * h))
         st_f32(out + 8 * i, max_f32(exp(splat_f32(ld_f32(a + 4 * h) * step))))
-        st_f32(out + 8 * i + 4, max_f32(sigmoid(splat_f32(ld_f32(beta + 4 * i)))))
+        if beta:
+            step = max_f32(sigmoid(splat_f32(ld_f32(beta + 4 * i))))
+        st_f32(out + 8 * i + 4, step)
 
 
-def _delta_columns(vectors):
-    """The rule for some columns of a head's state, all tokens of a span."""
+def _columns(vectors, learns):
+    """The rule for some columns of a head's state, all tokens of a span.
+
+    `learns`: a key's value is what the state doesn't answer to it yet; else the value as it is. `skip` is the address of
+    the values' own share in the result, or 0.
+    """
 
     @function
-    def delta_columns(q, k, key_stride, v, value_stride, gates, n_head, memory, line, out, out_stride, n_tokens, n, scale):
+    def columns(q, k, key_stride, v, value_stride, gates, n_head, memory, line, out, out_stride, n_tokens, n, scale, skip):
         answer = tile_f32(vectors)  # of the state to the next key
-        for i in range(n):
-            answer = fma(load_tile_f32(memory + line * i, _V, vectors), splat_f32(ld_f32(k + 4 * i)), answer)
+        if learns:
+            for i in range(n):
+                answer = fma(load_tile_f32(memory + line * i, _V, vectors), splat_f32(ld_f32(k + 4 * i)), answer)
         for t in range(n_tokens):
             decay, beta = splat_f32(ld_f32(gates)), splat_f32(ld_f32(gates + 4))
             # One pass reads and writes the state, and asks it for the next token's answer: of the last, for nothing.
             following = k + key_stride if t + 1 < n_tokens else k
-            change = (load_tile_f32(v, _V, vectors) - answer * decay) * beta
+            value = load_tile_f32(v, _V, vectors)
+            change = value * beta
+            if learns:
+                change = (value - answer * decay) * beta
             answer, total = tile_f32(vectors), tile_f32(vectors)
             for i in range(n):
                 row = load_tile_f32(memory + line * i, _V, vectors) * decay
                 row = fma(splat_f32(ld_f32(k + 4 * i)), change, row)
                 store(memory + line * i, row)
                 total = fma(row, splat_f32(ld_f32(q + 4 * i)), total)
-                answer = fma(row, splat_f32(ld_f32(following + 4 * i)), answer)
-            store(out, total * splat_f32(scale))
+                if learns:
+                    answer = fma(row, splat_f32(ld_f32(following + 4 * i)), answer)
+            total = total * splat_f32(scale)
+            if skip:
+                total = fma(value, splat_f32(ld_f32(skip)), total)
+            store(out, total)
             k = following
             q, v, gates, out = q + key_stride, v + value_stride, gates + 8 * n_head, out + out_stride
 
-    return delta_columns
+    return columns
 
 
-_two, _one = _delta_columns(2), _delta_columns(1)
+def _define(name, learns):
+    two, one = _columns(2, learns), _columns(1, learns)
 
-
-@kernel("delta_rule")
-def delta_rule(
-    ith,
-    nth,
-    keys,
-    values,
-    gates,
-    memory,
-    out,
-    counter,
-    state,
-    n_head,
-    n_head_k,
-    tiled,
-    head_dim_k,
-    head_dim,
-    value_stride,
-    slot_stride,
-    scale,
-):
-    """The gated delta rule (Yang et al. 2025): of each head's state S (head_dim_k, head_dim), token by token,
-
-        S = decay * S;  S += k (beta * (v - k S));  out = scale * q S
-
-    `keys` holds n_head_k queries and then as many keys of each token; head h takes those of h % n_head_k if tiled, else of
-    h // (n_head / n_head_k). `gates`: see `delta_gates`. A slot holds, for each head, STATE_COLUMNS columns of S row by
-    row, then the next ones.
-    """
-    n_spans, spans = ld_state(state, 1), ld_state(state, 3)
-    key_stride, out_stride = 8 * n_head_k * head_dim_k, 4 * n_head * head_dim
-    n_parts = (head_dim + STATE_COLUMNS - 1) // STATE_COLUMNS
-    per_span = n_head * n_parts
-    factor = bits_f32(scale)
-    item = next_item(counter)
-    while item < n_spans * per_span:
-        token, n, n_past, slot = _span(spans, n_spans - 1 - item // per_span)
-        h, first = item % per_span // n_parts, item % n_parts * STATE_COLUMNS
-        hk = h % n_head_k if tiled else h // (n_head // n_head_k)
-        n_cols = min(STATE_COLUMNS, head_dim - first)
-        line = 4 * n_cols
-        s = memory + slot_stride * slot + 4 * head_dim_k * (h * head_dim + first)
-        if n_past == 0:
-            _fill_zero(s, line * head_dim_k)
-        q = keys + key_stride * token + 4 * head_dim_k * hk
-        k = q + 4 * head_dim_k * n_head_k
-        at = 4 * (h * head_dim + first)
-        v, o, g = values + value_stride * token + at, out + out_stride * token + at, gates + 8 * (n_head * token + h)
-        for c in range(0, line, 2 * _V):
-            if c + 2 * _V <= line:
-                _two(
-                    q, k, key_stride, v + c, value_stride, g, n_head, s + c, line, o + c, out_stride, n, head_dim_k, factor
-                )
-            else:
-                _one(
-                    q, k, key_stride, v + c, value_stride, g, n_head, s + c, line, o + c, out_stride, n, head_dim_k, factor
-                )
+    @kernel(name)
+    def rule(
+        ith,
+        nth,
+        queries,
+        keys,
+        values,
+        gates,
+        memory,
+        skip,
+        out,
+        counter,
+        state,
+        n_head,
+        n_head_k,
+        tiled,
+        head_dim_k,
+        head_dim,
+        key_stride,
+        value_stride,
+        slot_stride,
+        scale,
+    ):
+        n_spans, spans = ld_state(state, 1), ld_state(state, 3)
+        out_stride, factor = 4 * n_head * head_dim, bits_f32(scale)
+        n_parts = (head_dim + STATE_COLUMNS - 1) // STATE_COLUMNS
+        per_span = n_head * n_parts
         item = next_item(counter)
+        while item < n_spans * per_span:
+            token, n, n_past, slot = _span(spans, n_spans - 1 - item // per_span)
+            h, first = item % per_span // n_parts, item % n_parts * STATE_COLUMNS
+            hk = h % n_head_k if tiled else h // (n_head // n_head_k)
+            line = 4 * min(STATE_COLUMNS, head_dim - first)
+            s = memory + slot_stride * slot + 4 * head_dim_k * (h * head_dim + first)
+            if n_past == 0:
+                _fill_zero(s, line * head_dim_k)
+            at = key_stride * token + 4 * head_dim_k * hk
+            q, k, at = queries + at, keys + at, 4 * (h * head_dim + first)
+            v, o, g = values + value_stride * token + at, out + out_stride * token + at, gates + 8 * (n_head * token + h)
+            share = skip + 4 * h if skip else 0
+            sizes = (n, head_dim_k, factor, share)
+            for c in range(0, line, 2 * _V):
+                if c + 2 * _V <= line:
+                    two(q, k, key_stride, v + c, value_stride, g, n_head, s + c, line, o + c, out_stride, *sizes)
+                else:
+                    one(q, k, key_stride, v + c, value_stride, g, n_head, s + c, line, o + c, out_stride, *sizes)
+            item = next_item(counter)
+
+
+# A head's state S (head_dim_k, head_dim) goes from token to token:
+#
+#     S = decay * S;  S += k (beta * (v - k S));  out = scale * q S                (the gated delta rule, Yang et al. 2025)
+#     S = decay * S;  S += k (beta * v);          out = scale * q S + skip * v     (Mamba-2, Dao & Gu 2024)
+#
+# Of each token's n_head_k queries and keys, head h takes those of h % n_head_k if tiled, else of h // (n_head / n_head_k).
+# `gates`: see `delta_gates`. A slot holds, for each head, STATE_COLUMNS columns of S row by row, then the next ones.
+_define("delta_rule", True)
+_define("state_scan", False)

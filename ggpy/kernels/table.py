@@ -159,6 +159,7 @@ def _kernels() -> dict[str, Kernel]:
         "add": Kernel("rows", ("x", "y", "out", "state", "n_cols")),
         "mul": Kernel("rows", ("x", "y", "out", "state", "n_cols")),
         "add_bias": Kernel("rows", ("x", "y", "out", "state", "n_cols")),
+        "mul_row": Kernel("rows", ("x", "y", "out", "state", "n_cols")),
         "swiglu": Kernel("rows", ("x", "y", "out", "state", "n_cols")),
         "swiglu_clamped": Kernel("rows", ("x", "y", "out", "state", "n_cols", "alpha", "limit")),
         "relu_squared": Kernel("rows", ("x", "out", "state", "n_cols")),
@@ -191,17 +192,29 @@ def _kernels() -> dict[str, Kernel]:
         "gated": Kernel("rows", ("x", "gate", "out", "state", "n_cols", "n_rows_per_token", "gate_stride")),
         "l2_norm": Kernel("rows", ("x", "out", "state", "n_cols", "n_rows_per_token", "x_stride", "eps")),
         "short_conv": Kernel(
-            "states", ("x", "w", "tails", "out", "counter", "state", "n_cols", "width", "slot_stride", "silu_after")
+            "states", ("x", "w", "bias", "tails", "out", "counter", "state", "n_cols", "width", "slot_stride", "silu_after")
         ),
         "delta_gates": Kernel("states", ("decay", "beta", "a", "dt", "out", "state", "n_head")),
-        "delta_rule": Kernel(
-            "states",
-            (
-                *("keys", "values", "gates", "memory", "out", "counter", "state", "n_head", "n_head_k", "tiled"),
-                *("head_dim_k", "head_dim", "value_stride", "slot_stride", "scale"),
-            ),
-        ),
     }
+    for name in ("delta_rule", "state_scan"):
+        params: tuple[str, ...] = (
+            *(
+                "queries",
+                "keys",
+                "values",
+                "gates",
+                "memory",
+                "skip",
+                "out",
+                "counter",
+                "state",
+                "n_head",
+                "n_head_k",
+                "tiled",
+            ),
+            *("head_dim_k", "head_dim", "key_stride", "value_stride", "slot_stride", "scale"),
+        )
+        table[name] = Kernel("states", params)
     work = ("out", "partial", "scratch", "scratch_stride", "state", "counter")
     for name in GELUS:
         table[f"gelu_{name}"] = Kernel("rows", ("x", "out", "state", "n_cols"))
@@ -209,7 +222,7 @@ def _kernels() -> dict[str, Kernel]:
         table[f"geglu_{name}"] = Kernel("rows", ("x", "y", "out", "state", "n_cols"))
     for name in KV_TYPES:
         for part in "kv":
-            params: tuple[str, ...] = ("x", "cache", "scratch", "scratch_stride", "state", "n_head_kv", "head_dim")
+            params = ("x", "cache", "scratch", "scratch_stride", "state", "n_head_kv", "head_dim")
             table[f"store_{part}_{name}"] = Kernel("attention", params)
         params = ("latent", "k_rot", "cache", "scratch", "scratch_stride", "state", "n_latent", "n_rot")
         table[f"store_latent_{name}"] = Kernel("latent", params)

@@ -9,6 +9,9 @@ from ..errors import GraphError, UnsupportedError
 from .decoder import Style
 from .deepseek2 import DeepSeek2
 from .hparams import Hparams, Options
+from .lfm2 import Lfm2
+from .mamba2 import Hybrid, Single
+from .qwen35 import Qwen35
 from .rope import Rope
 from .weights import DerivedWeight, Weights
 
@@ -78,6 +81,13 @@ ARCHITECTURES: dict[str, Reader] = {
     "gpt2": Style(rope="", layer_norm=True, act="gelu").read,
     "phi2": Style(**_PARALLEL, act="gelu").read,
     "deepseek2": DeepSeek2.read,
+    "lfm2": Lfm2.read,
+    "lfm2moe": Lfm2.read,
+    "qwen35": Qwen35.read,
+    "qwen35moe": Qwen35.read,
+    "qwen3next": Qwen35.read,
+    "granitehybrid": Hybrid.read_granite,
+    "nemotron_h": Single.read,
 }
 
 

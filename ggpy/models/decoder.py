@@ -64,6 +64,10 @@ class Style:
         In models of so many layers scores are scaled as if heads shared the embedding evenly, where the file doesn't say.
     whole_yarn : bool
         Whether the parts of YaRN's frequencies begin and end at whole dimensions.
+    mixed : bool
+        Whether layers may have no heads of keys, or no feed-forward part: they have something else.
+    sections : bool
+        Whether rotary embeddings may have sections: text has the same position in all.
     """
 
     rope: str = "neox"
@@ -85,6 +89,8 @@ class Style:
     gating: str = "softmax"
     shared_scale_at: int = 0
     whole_yarn: bool = True
+    mixed: bool = False
+    sections: bool = False
 
     def read(self, hp: Hparams, options: Options) -> "Decoder":
         """The decoder of a file.
@@ -98,13 +104,13 @@ class Style:
         """
         for key in _UNKNOWN:
             value = hp.file.metadata.get(f"{hp.arch}.{key}")
-            if value is not None and np.any(np.asarray(value)):
+            if value is not None and np.any(np.asarray(value)) and not (self.sections and key.endswith("_sections")):
                 raise UnsupportedError(f"{hp.file.path}: key {hp.arch}.{key}: not supported")
         n_layer, n_embd = hp.n_layer(), hp.size("embedding_length")
-        n_head = hp.sizes("attention.head_count", n_layer)
-        n_head_kv = hp.sizes("attention.head_count_kv", n_layer, n_head[0])
+        n_head, least = hp.sizes("attention.head_count", n_layer), 0 if self.mixed else 1
+        n_head_kv = hp.sizes("attention.head_count_kv", n_layer, n_head[0], least)
         for n, n_kv in zip(n_head, n_head_kv, strict=True):
-            if n % n_kv:
+            if n_kv and n % n_kv:
                 raise hp.error(f"{n} heads can't share {n_kv} heads of keys and values")
         head_dim = hp.size("attention.key_length", n_embd // n_head[0])
         if hp.size("attention.value_length", head_dim) != head_dim:
@@ -115,7 +121,7 @@ class Style:
         windows = self._windows(hp, n_layer)
         ropes, rope_of = self._ropes(hp, options, n_rot, windows)
         # Models of experts alone may leave it out.
-        n_ff = hp.sizes("feed_forward_length", n_layer, hp.count("expert_feed_forward_length") or None)
+        n_ff = hp.sizes("feed_forward_length", n_layer, hp.count("expert_feed_forward_length") or None, least)
         how = {"normalize": self.normalize, "gating": self.gating, "act": self.act}
         experts = Experts.read(hp, n_ff[0], options.n_expert_used, **how)  # type: ignore[arg-type]
         length = n_embd / n_head[0] if n_layer == self.shared_scale_at else head_dim

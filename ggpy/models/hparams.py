@@ -64,12 +64,12 @@ class Hparams:
             raise self.error(f"key {self.arch}.{key}: {value} makes no sense")
         return value
 
-    def sizes(self, key: str, n: int, default: int | None = None) -> tuple[int, ...]:
-        """A number greater than 0 for each of n layers: one for all, or an array."""
+    def sizes(self, key: str, n: int, default: int | None = None, least: int = 1) -> tuple[int, ...]:
+        """A number of at least `least` for each of n layers: one greater than 0 for all, or an array."""
         values = self.file.metadata.get(f"{self.arch}.{key}")
         if not isinstance(values, np.ndarray):
             return (self.size(key, default),) * n
-        if values.dtype.kind not in "iu" or len(values) < n or not ((values[:n] > 0) & (values[:n] < _MOST)).all():
+        if values.dtype.kind not in "iu" or len(values) < n or not ((values[:n] >= least) & (values[:n] < _MOST)).all():
             raise self.error(f"key {self.arch}.{key}: {values.tolist()[:8]} make no sense for {n} layers")
         return tuple(values[:n].tolist())
 

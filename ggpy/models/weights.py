@@ -1,5 +1,6 @@
 """The weights of a model: found by name in its file, and checked."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from ..errors import GGUFError
 from ..quant import block_type
 
 if TYPE_CHECKING:
-    from ..file import GGUFFile
+    from ..file import GGUFFile, GGUFTensor
     from ..graph import Graph, Tensor
 
 
@@ -98,6 +99,27 @@ class Weights:
         if name not in self._derived:
             self._derived[name] = make()
         return self._graph.weight(self._derived[name])
+
+    def stored(self, name: str, *shape: int) -> "GGUFTensor":
+        """A tensor of the file, which must have this shape; see `check`."""
+        self.check(name, *shape)
+        return self._file.tensors[name]
+
+    def values(self, name: str, n: int) -> "Tensor":
+        """The n values of the weight `name`, whatever its shape, as one row."""
+        shape = self.stored_shape(name) or (n,)
+        stored = self.stored(name, *(shape if math.prod(shape) == n else (n,)))
+        return self._graph.weight(DerivedWeight(name, stored.type, (n,), stored.data.reshape(-1)))
+
+    def by_columns(self, name: str, n_rows: int, n_cols: int) -> "Tensor":
+        """The weight `name`, which must have this shape, as float32 (n_cols, n_rows)."""
+        stored = self.stored(name, n_rows, n_cols)
+
+        def transposed() -> DerivedWeight:
+            values = np.ascontiguousarray(stored.dequantize().T)
+            return DerivedWeight(f"{name}.transposed", "F32", (n_cols, n_rows), values.view(np.uint8))
+
+        return self.derived(f"{name}.transposed", transposed)
 
     def optional(self, name: str, *shape: int) -> "Tensor | None":
         """The same, or None if the file has no such tensor."""

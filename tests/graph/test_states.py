@@ -25,7 +25,9 @@ class Layer:
         rng = np.random.default_rng(5)
         self.w = random_weight("w", "F32", (width, self.n_cols), rng)
         self.w.data[:] = (np.sqrt(self.n_cols, dtype=np.float32) * self.w.dequantize()).view(np.uint8)
-        self.a, self.dt = (random_weight(name, "F32", (self.n_head,), rng) for name in ("a", "dt"))
+        self.a, self.dt, self.skip = (random_weight(name, "F32", (self.n_head,), rng) for name in ("a", "dt", "skip"))
+        self.bias = random_weight("bias", "F32", (self.n_cols,), rng)
+        self.row = random_weight("row", "F32", (self.n_head * head_dim,), rng)
         self.a.data[:] = (-np.abs(self.a.dequantize())).view(np.uint8)
         self.pages, self.slow = (Pages(99, n_slots=N_SLOTS) for _ in range(2))
         self._programs = {}
@@ -34,15 +36,26 @@ class Layer:
         g = Graph(n_tokens)
         x = g.input("x", (self.n_cols,))
         tail = g.state("tail", self.w.shape[0] - 1, self.n_cols)
-        y = g.op("SHORT_CONV", x, g.weight(self.w), tail, silu=True, name="conv")
+        y = g.op("SHORT_CONV", x, g.weight(self.w), tail, g.weight(self.bias), silu=True, name="conv")
         keys = g.op("L2_NORM", y, n_head=2 * self.n_head_k, head_dim=self.head_dim_k, eps=1e-6, name="keys")
         given = [g.input(name, (self.n_head,)) for name in ("decay", "beta")]
-        gates = g.op("DELTA_GATES", *given, g.weight(self.a), g.weight(self.dt), name="gates")
+        weights = g.weight(self.a), g.weight(self.dt)
+        gates = g.op("DELTA_GATES", given[0], *weights, given[1], name="gates")
         memory = g.state("memory", self.n_head, self.head_dim_k, self.head_dim)
         y = g.op("DELTA_RULE", keys, y, gates, memory, first=self.n_keys, tiled=self.tiled, scale=0.3, name="rule")
         gate = g.input("gate", (self.n_head, 16 + self.head_dim))
         g.output(g.op("GATED", y, gate, first=16, name="gated"), "out")
+        self.scan(g, x, given[0], weights)
         return g
+
+    def scan(self, g, x, step, weights):
+        """Mamba-2's, after a convolution without bias."""
+        x = g.op("SHORT_CONV", x, g.weight(self.w), g.state("other.tail", self.w.shape[0] - 1, self.n_cols), name="plain")
+        gates = g.op("DELTA_GATES", step, *weights, name="steps")
+        memory = g.state("other.memory", self.n_head, self.head_dim_k, self.head_dim)
+        y = g.op("STATE_SCAN", x, gates, memory, g.weight(self.skip), n_head_k=self.n_head_k, name="scan")
+        y = g.op("RESHAPE", y, shape=(self.n_head * self.head_dim,), name="rows")
+        g.output(g.op("MUL_ROW", y, g.weight(self.row), name="scaled"), "scan")
 
     def run(self, spans):
         """What each span's tokens give, by the kernels; each token's inputs follow from its id."""
@@ -53,10 +66,11 @@ class Layer:
         shapes = {t.name: t.shape[1:] for t in self.graph(1) if t.op == "INPUT"}
         rngs = [np.random.default_rng(t) for t in batch.ids]
         inputs = {k: np.stack([2 * r.standard_normal(s).astype(np.float32) for r in rngs]) for k, s in shapes.items()}
-        got = self._programs[size].run(inputs, batch)["out"]
-        expected = Reference(self.graph(n), self.slow).run(inputs, batch)["out"]
-        np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
-        return [got[r].tobytes() for r in rows]
+        got = self._programs[size].run(inputs, batch)
+        expected = Reference(self.graph(n), self.slow).run(inputs, batch)
+        for name, value in got.items():
+            np.testing.assert_allclose(value, expected[name], atol=1e-5 * np.abs(expected[name]).max())
+        return [np.array([got["out"][r].tobytes(), got["scan"][r].tobytes()], object) for r in rows]
 
 
 @SETTINGS
@@ -74,9 +88,9 @@ def test_any_cuts_and_company_give_the_same_bits(teams, sizes, width, tiled, len
     layer, alone = Layer(teams(threads), *sizes, width, tiled), Layer(teams(1), *sizes, width, tiled)
     sequences = [rng.integers(0, 1 << 30, n).tolist() for n in lengths]
     pages = range(pages_of(150))
-    wanted = [alone.run([Span(tokens, 0, pages, len(tokens), 3)])[0] for tokens in sequences]
+    wanted = [alone.run([Span(tokens, 0, pages, len(tokens), 3)])[0].tolist() for tokens in sequences]
     slots = rng.permutation(N_SLOTS).tolist()
-    done, got, turn = [0] * len(lengths), [b""] * len(lengths), 0
+    done, got, turn = [0] * len(lengths), [np.array([b"", b""], object)] * len(lengths), 0
     while any(d < n for d, n in zip(done, lengths, strict=True)):
         spans, whose = [], []
         for i, tokens in enumerate(sequences):
@@ -87,8 +101,8 @@ def test_any_cuts_and_company_give_the_same_bits(teams, sizes, width, tiled, len
                 whose.append(i)
                 done[i] += n
         for i, values in zip(whose, layer.run(spans), strict=True):
-            got[i] += values
-    assert got == wanted
+            got[i] = got[i] + values
+    assert [x.tolist() for x in got] == wanted
 
 
 @pytest.mark.parametrize("form", ["log1p", "large"])
@@ -100,7 +114,7 @@ def test_gates_at_the_ends_of_their_range(teams, form):
     a, dt = (random_weight(name, "F32", (1,), rng) for name in ("a", "dt"))
     a.data[:], dt.data[:] = np.array([-0.7], np.float32).view(np.uint8), 0
     g = Graph(len(values))
-    g.output(g.op("DELTA_GATES", g.input("d", (1,)), g.input("b", (1,)), g.weight(a), g.weight(dt)), "out")
+    g.output(g.op("DELTA_GATES", g.input("d", (1,)), g.weight(a), g.weight(dt), g.input("b", (1,))), "out")
     batch, _ = pack([Span(range(len(values)), 0, range(9))])
     got = Program(g, Pages(9), teams(1)).run({"d": values[:, None], "b": values[:, None]}, batch)["out"][:, 0]
     x = values.astype(np.float64)

@@ -1,0 +1,118 @@
+"""Mamba-2 (Dao & Gu 2024), by itself or in most layers of a decoder: Granite 4 and Nemotron-H."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .decoder import Decoder, Style
+from .hparams import Hparams, Options
+
+if TYPE_CHECKING:
+    from ..graph import Graph, Tensor
+    from .weights import Weights
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A Mamba-2 layer.
+
+    Attributes
+    ----------
+    n_head, head_dim : int
+        Heads, and the values of each.
+    n_group, n_state : int
+        Heads of keys and queries, which neighbours share, and their values.
+    width : int
+        Tokens that its convolution sees.
+    """
+
+    n_head: int
+    head_dim: int
+    n_group: int
+    n_state: int
+    width: int
+
+    @classmethod
+    def read(cls, hp: Hparams) -> "Scan":
+        """Reads it from a file's metadata. Raises GGUFError where a key is missing or makes no sense."""
+        n_head, inner, n_group = hp.size("ssm.time_step_rank"), hp.size("ssm.inner_size"), hp.size("ssm.group_count")
+        if inner % n_head or n_head % n_group or inner % n_group:
+            raise hp.error(f"{inner} values of {n_head} heads can't share {n_group} groups")
+        return cls(n_head, inner // n_head, n_group, hp.size("ssm.state_size"), hp.size("ssm.conv_kernel"))
+
+    def build(self, g: "Graph", w: "Weights", x: "Tensor", p: str, eps: float) -> "Tensor":
+        """The layer for (n_tokens, n_embd), of the tensors that begin with `p`."""
+        n_values, n_keys = self.n_head * self.head_dim, self.n_group * self.n_state
+        n_conv = n_values + 2 * n_keys
+        n_all = n_values + n_conv + self.n_head
+
+        def part(name: str, first: int, n: int) -> "Tensor":
+            return w.linear(f"{p}.ssm_{name}", n, x, (f"{p}.ssm_in", first, n_all))
+
+        given = [w.by_columns(f"{p}.ssm_conv1d.weight", n_conv, self.width), g.state(f"{p}.tail", self.width - 1, n_conv)]
+        bias = w.optional(f"{p}.ssm_conv1d.bias", n_conv)
+        given += [] if bias is None else [bias]
+        y = g.op("SHORT_CONV", part("xbc", n_values, n_conv), *given, silu=True, name=f"{p}.conv")
+        a, skip = (w.values(f"{p}.ssm_{name}", self.n_head) for name in "ad")
+        step = part("step", n_values + n_conv, self.n_head)
+        gates = g.op("DELTA_GATES", step, a, w(f"{p}.ssm_dt.bias", self.n_head), name=f"{p}.gates")
+        memory = g.state(f"{p}.memory", self.n_head, self.n_state, self.head_dim)
+        y = g.op("STATE_SCAN", y, gates, memory, skip, n_head_k=self.n_group, name=f"{p}.scan")
+        y = g.op("RESHAPE", y, shape=(n_values,), name=f"{p}.scan_rows")
+        y = g.op("SWIGLU", part("z", 0, n_values), y, name=f"{p}.scan_gated")
+        if w.has(f"{p}.ssm_norm.weight"):
+            y = self._norm(g, w, y, f"{p}.ssm_norm", eps)
+        return w.linear(f"{p}.ssm_out", x.shape[1], y)
+
+    def _norm(self, g: "Graph", w: "Weights", y: "Tensor", name: str, eps: float) -> "Tensor":
+        """RMS norm of each group's values."""
+        n = y.shape[1]
+        weight = w.values(f"{name}.weight", n)
+        if self.n_group == 1:
+            return g.op("RMS_NORM", y, weight, eps=eps, name=name)
+        y = g.op("RESHAPE", y, shape=(self.n_group, n // self.n_group), name=f"{name}.groups")
+        y = g.op("RMS_NORM", y, eps=eps, name=f"{name}.plain")
+        y = g.op("RESHAPE", y, shape=(n,), name=f"{name}.rows")
+        return g.op("MUL_ROW", y, weight, name=name)
+
+
+@dataclass(frozen=True)
+class Hybrid(Decoder):
+    """A decoder whose layers without heads of keys are Mamba-2's.
+
+    Attributes
+    ----------
+    scan : Scan
+    """
+
+    scan: Scan
+
+    @classmethod
+    def read_granite(cls, hp: Hparams, options: Options) -> "Hybrid":
+        """Reads Granite 4's from a file's metadata; raises as `Style.read`. Whether it rotates is said where others say
+        that YaRN was trained."""
+        rotated = hp.flag("rope.scaling.finetuned", True)
+        style = Style(rope="norm", normalize=True, divide_logits=True, mixed=True, no_rope_every=0 if rotated else 1)
+        return cls(**vars(style.read(hp, options)), scan=Scan.read(hp))
+
+    def attention(self, g: "Graph", w: "Weights", x: "Tensor", i: int) -> "Tensor":
+        """Layer i's attention or scan: (n_tokens, n_embd), normalized, to the same."""
+        if self.n_head_kv[i]:
+            return super().attention(g, w, x, i)
+        return self.scan.build(g, w, x, f"blk.{i}", self.eps)
+
+
+@dataclass(frozen=True)
+class Single(Hybrid):
+    """A decoder whose layers are one thing each: attention, a feed-forward part or, where they have neither, a scan."""
+
+    @classmethod
+    def read(cls, hp: Hparams, options: Options) -> "Single":
+        """Reads Nemotron-H's from a file's metadata; raises as `Style.read`."""
+        style = Style(act="relu_squared", mixed=True, no_rope_every=1)
+        return cls(**vars(style.read(hp, options)), scan=Scan.read(hp))
+
+    def layer(self, g: "Graph", w: "Weights", x: "Tensor", i: int) -> "Tensor":
+        """Layer i: (n_tokens, n_embd) to the same."""
+        y = w.norm(f"blk.{i}.attn_norm", x, self.eps)
+        y = self.feed_forward(g, w, y, i) if self.n_ff[i] else self.attention(g, w, y, i)
+        return g.op("ADD", x, y, name=f"blk.{i}.out")

@@ -1,0 +1,147 @@
+"""Models with states, against transformers, whatever way tokens come."""
+
+import gguf
+import numpy as np
+import pytest
+import transformers
+
+import ggpy
+from tests.converters.conftest import SIZES
+
+from .checkpoints import N_TOKENS, converted, ids, random_model, transformers_logits
+
+COMMON = {**SIZES, "num_hidden_layers": 4, "max_position_embeddings": 1024}
+LFM2 = {**COMMON, "layer_types": ["conv", "conv", "full_attention", "conv"]}
+RULE = {
+    **COMMON,
+    "head_dim": 32,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+SHARED = {**EXPERTS, "shared_expert_intermediate_size": 64}
+SCAN = {
+    **COMMON,
+    "layer_types": ["mamba", "mamba", "attention", "mamba"],
+    "shared_intermediate_size": 96,
+    "num_local_experts": 0,
+    "mamba_n_heads": 4,
+    "mamba_d_state": 16,
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.7,
+    "logits_scaling": 2.0,
+}
+SINGLE = {
+    **{k: v for k, v in COMMON.items() if k != "num_hidden_layers"},
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"],
+    "head_dim": 32,
+    "ssm_state_size": 16,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 32,
+    "n_groups": 2,
+    "time_step_min": 1e-12,  # which files can't say, and the first implementation doesn't heed
+}
+MODELS = {
+    "lfm2": ("Lfm2", {**LFM2, "block_multiple_of": 32}),
+    "lfm2moe": ("Lfm2Moe", {**LFM2, **EXPERTS, "num_dense_layers": 1}),
+    "qwen35": ("Qwen3_5Text", RULE),
+    "qwen35, as many keys as values": ("Qwen3_5Text", {**RULE, "linear_num_key_heads": 6, "tie_word_embeddings": True}),
+    "qwen35moe": ("Qwen3_5MoeText", {**RULE, **SHARED}),
+    "nemotron_h": ("NemotronH", SINGLE),
+    "granitehybrid": ("GraniteMoeHybrid", SCAN),
+    "granitehybrid, rotated, groups": (
+        "GraniteMoeHybrid",
+        {**SCAN, "position_embedding_type": "rope", "mamba_n_groups": 2},
+    ),
+    "granitehybrid, experts": ("GraniteMoeHybrid", {**SCAN, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3next": ("Qwen3Next", {**RULE, **SHARED}),
+}
+
+
+def made(name, **changes):
+    kind, sizes = MODELS[name]
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, **changes})
+    model = random_model(getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM"), config)
+    for key, buffer in model.named_buffers():
+        if "expert_bias" in key:
+            buffer.normal_(0, 0.1)
+    return model
+
+
+def converted_logits(path, tokens):
+    with ggpy.load(path, n_ctx=N_TOKENS, kv_type="f32", n_threads=2) as ours:
+        return ours.logits(tokens)
+
+
+def test_the_text_part_of_a_model_that_sees(tmp_path):
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    config = transformers.Qwen3_5Config(text_config=RULE, vision_config=vision)
+    model = random_model(transformers.Qwen3_5ForConditionalGeneration, config)
+    tokens = ids(40)
+    path = converted(tmp_path, model)
+    assert np.abs(converted_logits(path, tokens) - transformers_logits(model, tokens)).max() <= 2e-3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_transformers(tmp_path, name):
+    model, tokens = made(name), ids()
+    expected = transformers_logits(model, tokens)
+    with ggpy.load(converted(tmp_path, model), n_ctx=N_TOKENS, kv_type="f32", n_threads=2) as ours:
+        at_once = ours.logits(tokens)
+        assert np.abs(at_once - expected).max() <= 2e-3
+        with ours.new_sequence() as sequence:
+            np.testing.assert_array_equal(np.stack([sequence.extend([t]) for t in tokens]), at_once)
+    assert np.ptp(expected) > 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_file_gives_the_same_in_llama_cpp(tmp_path, name):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    path, tokens = converted(tmp_path, made(name), "f16"), ids(60)
+    theirs = llama_cpp.Llama(str(path), n_ctx=64, n_batch=64, n_threads=1, logits_all=True, verbose=False)
+    theirs.eval(tokens)
+    wanted, got = (
+        log_softmax(x.astype(np.float64)) for x in (theirs.scores[: len(tokens)], converted_logits(path, tokens))
+    )
+    assert (np.exp(wanted) * (wanted - got)).sum(-1).mean() <= 1e-3
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def test_layers_that_predict_further_tokens_are_left_aside(tmp_path):
+    path, tokens = converted(tmp_path, made("qwen35")), ids(20)
+    reader, writer = gguf.GGUFReader(path), gguf.GGUFWriter(tmp_path / "mtp.gguf", "qwen35")
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name not in ("general.architecture", "qwen35.block_count"):
+            sub = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub)
+    writer.add_block_count(5)
+    writer.add_nextn_predict_layers(1)
+    for t in reader.tensors:
+        writer.add_tensor(t.name, t.data)
+        if t.name.startswith("blk.3."):
+            writer.add_tensor(t.name.replace("blk.3.", "blk.4."), t.data)
+    writer.add_tensor("blk.4.nextn.eh_proj.weight", np.ones((64, 128), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    np.testing.assert_array_equal(converted_logits(tmp_path / "mtp.gguf", tokens), converted_logits(path, tokens))
+
+
+@pytest.mark.parametrize("kinds", [["full_attention"] * 4, ["linear_attention", "full_attention", "linear_attention"] * 2])
+def test_layers_in_another_order_than_files_can_say(tmp_path, kinds):
+    model = made("qwen35", layer_types=kinds, num_hidden_layers=len(kinds))
+    if "linear_attention" not in kinds:
+        assert (
+            np.abs(converted_logits(converted(tmp_path, model), ids(9)) - transformers_logits(model, ids(9))).max() < 2e-3
+        )
+    else:
+        with pytest.raises(ggpy.UnsupportedError, match="layer_types"):
+            converted(tmp_path, model)
