@@ -60,6 +60,8 @@ SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PICKLED_FILE = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 
 
 class Rows(Protocol):
@@ -92,10 +94,14 @@ class StoredRows:
         return (self.name,)
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of a value."""
+        return FLOAT_TYPES[self.dtype].itemsize if self.dtype in FLOAT_TYPES else OTHER_TYPES[self.dtype]
+
+    @property
     def n_bytes(self) -> int:
         """Size of the data."""
-        itemsize = FLOAT_TYPES[self.dtype].itemsize if self.dtype in FLOAT_TYPES else OTHER_TYPES[self.dtype]
-        return math.prod(self.shape) * itemsize
+        return math.prod(self.shape) * self.itemsize
 
     def read(self, start: int, stop: int) -> np.ndarray:
         dtype = FLOAT_TYPES[self.dtype]
@@ -482,16 +488,7 @@ class Checkpoint:
                 self.notes.append(f"{single}: holds all weights; {INDEX_FILE} and its shards are left aside")
             return [single], {}
         if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise ConversionError(f"{index}: has no weight_map from tensor names to files")
-            files = sorted(set(weight_map.values()))
-            for file in files:
-                if Path(file).name != file:
-                    raise ConversionError(f"{index}: {file!r} is not a file of this folder")
-                if not (self.folder / file).exists():
-                    raise ConversionError(f"{self.folder / file}: missing, {INDEX_FILE} names it")
-            return [self.folder / file for file in files], weight_map
+            return self._indexed(index)
         shards = {path.name: found for path in self.folder.glob("*.safetensors") if (found := SHARD.fullmatch(path.name))}
         if shards:
             first = next(iter(shards.values()))
@@ -503,16 +500,34 @@ class Checkpoint:
                 )
             self.notes.append(f"{self.folder}: no {INDEX_FILE}; all {len(names)} shards are taken")
             return [self.folder / name for name in names], {}
-        if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pth")):
-            raise UnsupportedError(f"{self.folder}: only PyTorch pickles here; weights are read from {SINGLE_FILE} alone")
+        if (self.folder / PICKLED_FILE).exists():
+            return [self.folder / PICKLED_FILE], {}
+        if (self.folder / PICKLED_INDEX).exists():
+            return self._indexed(self.folder / PICKLED_INDEX)
         raise ConversionError(f"{self.folder}: neither {SINGLE_FILE} nor {INDEX_FILE} here")
 
+    def _indexed(self, index: Path) -> tuple[list[Path], dict[str, str]]:
+        """The shards that an index names."""
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ConversionError(f"{index}: has no weight_map from tensor names to files")
+        files = sorted(set(weight_map.values()))
+        for file in files:
+            if Path(file).name != file:
+                raise ConversionError(f"{index}: {file!r} is not a file of this folder")
+            if not (self.folder / file).exists():
+                raise ConversionError(f"{self.folder / file}: missing, {index.name} names it")
+        return [self.folder / file for file in files], weight_map
+
     def _read_tensors(self) -> dict[str, StoredRows]:
+        from .pickled import read_pickled
+
         files, weight_map = self._files()
         tensors: dict[str, StoredRows] = {}
         unlisted = []
         for path in files:
-            for name, rows in read_safetensors(path).items():
+            read = read_pickled if path.suffix == ".bin" else read_safetensors
+            for name, rows in read(path).items():
                 if name not in weight_map and weight_map:
                     unlisted.append(name)
                 if name not in tensors or weight_map.get(name) == path.name:
@@ -521,9 +536,9 @@ class Checkpoint:
                     raise ConversionError(f"{path}: tensor {name} is in {tensors[name].path.name} too")
         for name, file in weight_map.items():
             if name not in tensors:
-                raise ConversionError(f"{self.folder / file}: has no tensor {name}, {INDEX_FILE} says it does")
+                raise ConversionError(f"{self.folder / file}: has no tensor {name}, the index says it does")
         if unlisted:
-            self.notes.append(f"{self.folder / INDEX_FILE}: doesn't list {_some(unlisted)}, which its shards have; taken")
+            self.notes.append(f"{self.folder}: the index doesn't list {_some(unlisted)}, which its shards have; taken")
         return tensors
 
     def _without_wrappers(self, tensors: dict[str, StoredRows]) -> dict[str, StoredRows]:

@@ -19,7 +19,9 @@ def quantize(
     type: Annotated[
         str | None, typer.Argument(help="Such as q4_k_m, q8_0, iq4_xs, f16; copy.", metavar="[TYPE]", show_default=False)
     ] = None,
-    imatrix: Annotated[Path | None, typer.Option("--imatrix", help="An importance matrix (GGUF).", metavar="F")] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option("--imatrix", help="An importance matrix (GGUF or .dat).", metavar="F")
+    ] = None,
     tensor_type: Annotated[
         list[str] | None,
         typer.Option("--tensor-type", help="A type for the tensors whose names match.", metavar="PATTERN=TYPE"),

@@ -1,19 +1,26 @@
-"""Importance matrices in the GGUF form that llama.cpp's imatrix tool writes.
+"""Importance matrices in the GGUF form that llama.cpp's imatrix tool writes, and in that which it wrote until 2025.
 
 For a matrix `name` the file holds `name.in_sum2`, the sums of the squared activations that met each column, and
 `name.counts`, of how many tokens; a stack of experts' matrices has sums and a count for each.
+
+The older form (`.dat`) has a number of entries, and for each the name, a number of calls and means times that number; at
+the end the number of chunks and the text's name. All numbers are int32, before strings their lengths. How many matrices a
+stack has, the file doesn't say: see `ImportanceMatrix.split`.
 """
 
 from __future__ import annotations
 
 import os
+import struct
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from ..errors import Error, GGUFError
-from ..file import GGUFFile, writing_aside
+from ..file import GGUFFile, StringArray, writing_aside
+from ..file.mapped import Mapped
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 
@@ -43,6 +50,12 @@ class ImportanceMatrix:
     chunk_size: int = 0
     path: str = ""
 
+    def split(self, name: str, n_matrices: int, n_cols: int) -> None:
+        """Divides an entry of the older form, which is one row, among the matrices of a stack, if it has their values."""
+        if self.sums[name].shape == (1, n_matrices * n_cols):
+            self.sums[name] = self.sums[name].reshape(n_matrices, n_cols)
+            self.counts[name] = np.repeat(self.counts[name], n_matrices)
+
     def weights(self, name: str) -> np.ndarray:
         """Mean squared activations, float32 (n_matrices, n_cols).
 
@@ -57,13 +70,31 @@ class ImportanceMatrix:
 
 
 def read_imatrix(path: str | os.PathLike[str]) -> ImportanceMatrix:
-    """Reads an importance matrix.
+    """Reads an importance matrix, of either form.
 
     Raises
     ------
     GGUFError
-        The file isn't one, a tensor lacks its partner, or values are negative or no numbers.
+        The file isn't one, a tensor lacks its partner, or values are negative, no numbers or too large.
     """
+    mapped = Mapped(Path(path))
+    beginning = bytes(mapped.buffer[:8])
+    # The number of entries, and the length of the first one's name.
+    is_old = len(beginning) == 8 and all(0 < n < 100_000 for n in struct.unpack("<2i", beginning))
+    matrix = _read_old(mapped) if is_old else _read_gguf(path)
+    mapped.close()
+    for name, sums in matrix.sums.items():
+        counts = matrix.counts[name]
+        for end, values in ((_SUMS, sums), (_COUNTS, counts)):
+            if not (np.isfinite(values).all() and (values >= 0).all()):
+                raise GGUFError(f"{path}: {name + end!r} has negative or infinite values, or NaN")
+        with np.errstate(over="ignore"):
+            if not np.isfinite(sums / np.where(counts > 0, counts, 1)[:, None]).all():
+                raise GGUFError(f"{path}: {name!r} has sums too large for its counts")
+    return matrix
+
+
+def _read_gguf(path: str | os.PathLike[str]) -> ImportanceMatrix:
     with GGUFFile(path) as file:
         if file.get("general.type", str, "") != "imatrix":
             raise GGUFError(f"{path}: not an importance matrix: 'general.type' isn't 'imatrix'")
@@ -79,16 +110,44 @@ def read_imatrix(path: str | os.PathLike[str]) -> ImportanceMatrix:
                 if tensor is None or tensor.type != "F32":
                     raise GGUFError(f"{path}: {name + end!r} is missing or not F32")
                 parts.append(tensor.dequantize())
-                if not (np.isfinite(parts[-1]).all() and (parts[-1] >= 0).all()):
-                    raise GGUFError(f"{path}: {name + end!r} has negative or infinite values, or NaN")
             counts[name] = parts[1].reshape(-1)
             if not counts[name].size or parts[0].size % counts[name].size:
                 raise GGUFError(f"{path}: {name!r} has {parts[0].size} sums for {counts[name].size} counts")
             sums[name] = parts[0].reshape(counts[name].size, -1)
-        datasets = list(file.metadata.get("imatrix.datasets", ()))
+        datasets = list(file.get("imatrix.datasets", (StringArray,), ()))
         n_chunks = file.get("imatrix.chunk_count", int, 0)
         chunk_size = file.get("imatrix.chunk_size", int, 0)
         return ImportanceMatrix(sums, counts, datasets, n_chunks, chunk_size, str(path))
+
+
+def _read_old(mapped: Mapped) -> ImportanceMatrix:
+    buffer, at = mapped.buffer, 0
+
+    def take(n: int) -> memoryview:
+        nonlocal at
+        if not 0 <= n <= len(buffer) - at:
+            raise GGUFError(f"{mapped.path}: not an importance matrix: {n} bytes at byte {at} reach beyond the end")
+        at += n
+        return buffer[at - n : at]
+
+    def number() -> int:
+        return int(struct.unpack("<i", take(4))[0])
+
+    def text() -> str:
+        return bytes(take(number())).decode("utf-8", "replace")
+
+    matrix = ImportanceMatrix({}, {}, path=str(mapped.path))
+    for _ in range(number()):
+        name, n_calls, n_values = text(), number(), number()
+        if n_values < 1 or name in matrix.sums:
+            raise GGUFError(f"{mapped.path}: not an importance matrix: entry {name!r} is empty or there twice")
+        matrix.sums[name] = np.frombuffer(take(4 * n_values), "<f4").astype(np.float32)[None]
+        # Without calls the values are taken as they are.
+        matrix.counts[name] = np.array([max(n_calls, 1)], np.float32)
+    if at < len(buffer):
+        matrix.n_chunks = number()
+        matrix.datasets = [text()]
+    return matrix
 
 
 def write_imatrix(path: str | os.PathLike[str], matrix: ImportanceMatrix) -> None:

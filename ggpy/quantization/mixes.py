@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ..errors import Error, UnsupportedError
+from ..file.cursor import shorten
 from ..quant import block_type
 
 
@@ -218,8 +219,8 @@ class Override:
             raise Error(f"{text!r}: expected PATTERN=TYPE, such as ffn_down=q6_k")
         try:
             return cls(re.compile(pattern), block_type(type.upper()).name)
-        except re.error as error:
-            raise Error(f"{pattern!r} is no regular expression: {error}") from None
+        except (re.error, RecursionError, OverflowError) as error:
+            raise Error(f"{shorten(pattern)} is no regular expression: {error}") from None
 
 
 def file_type(name: str, copy: bool = True) -> str:

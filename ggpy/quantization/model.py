@@ -193,6 +193,7 @@ def _check_importance(file: GGUFFile, importance: ImportanceMatrix) -> None:
     for name in shared:
         shape = file.tensors[name].shape
         expected = math.prod(shape[:-2]), shape[-1]
+        importance.split(name, *expected)
         found = importance.sums[name].shape
         if found != expected:
             raise Error(

@@ -4,11 +4,14 @@ said, and a model card is decoration."""
 import json
 import os
 import shutil
+from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -18,6 +21,7 @@ from converters import convert
 from converters.checkpoint import Config
 from converters.conversion import FAMILIES
 from converters.family import HARMLESS, NEUTRAL, refuse_windows
+from converters.pickled import read_pickled
 from ggpy.errors import ConversionError, Error, UnsupportedError
 from ggpy.file import GGUFFile
 from ggpy.models.hparams import Hparams
@@ -312,6 +316,91 @@ def test_an_adapter_is_called_what_it_is(damaged_folder, tmp_path):
     (damaged_folder / "config.json").unlink()
     with pytest.raises(UnsupportedError, match=r"a LORA adapter of someone/base-1B, not a model; merge it"):
         dry(damaged_folder)
+
+
+# PyTorch's own form.
+
+
+def saved_as_pickles(folder, n_files=1):
+    tensors = {k: torch.tensor(v) for k, v in load_file(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()
+    if n_files == 1:
+        torch.save(OrderedDict(tensors), folder / "pytorch_model.bin")
+        return
+    names = sorted(tensors)
+    weight_map = {name: f"pytorch_model-{i % n_files + 1:05}-of-{n_files:05}.bin" for i, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        torch.save({name: tensors[name] for name in names if weight_map[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("n_files", [1, 3])
+def test_weights_in_pytorchs_form_make_the_same_file(n_files, damaged_folder, tmp_path):
+    convert(damaged_folder, tmp_path / "expected.gguf", "q8_0")
+    saved_as_pickles(damaged_folder, n_files)
+    convert(damaged_folder, tmp_path / "model.gguf", "q8_0")
+    assert (tmp_path / "model.gguf").read_bytes() == (tmp_path / "expected.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_tensors_in_pytorchs_form_are_torchs(dtype, tmp_path):
+    whole = torch.randn(6, 4).to(dtype)
+    parameter = torch.nn.Parameter(whole[:2])
+    torch.save({"part": whole[2:5], "all": whole, "parameter": parameter, "scalar": whole[0, 0]}, tmp_path / "m.bin")
+    read = read_pickled(tmp_path / "m.bin")
+    np.testing.assert_array_equal(read["part"].read(1, 3), whole[3:5].float().numpy())
+    np.testing.assert_array_equal(read["all"].read(0, 6), whole.float().numpy())
+    np.testing.assert_array_equal(read["parameter"].read(0, 2), whole[:2].float().numpy())
+    assert read["scalar"].shape == ()
+
+
+class Harm:
+    def __reduce__(self):
+        return os.system, ("touch harm",)
+
+
+NOT_WEIGHTS = {
+    "code": ({"w": Harm()}, "it names posix.system, which no weights need"),
+    "a module": (torch.nn.Linear(2, 2), "it names torch.nn.modules.linear.Linear"),
+    "more than tensors": ({"model": {"w": torch.ones(2)}}, "more than tensors and their names"),
+    "transposed": ({"w": torch.randn(3, 4).T}, "tensor w: its values don't lie in order"),
+    "a number": (5, "not weights alone"),
+}
+
+
+@pytest.mark.parametrize("what", NOT_WEIGHTS)
+def test_other_pickles_are_refused_and_not_run(what, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    value, message = NOT_WEIGHTS[what]
+    torch.save(value, tmp_path / "m.bin")
+    with pytest.raises(UnsupportedError, match=f"m.bin: .*{message}|m.bin: {message}") as caught:
+        read_pickled(tmp_path / "m.bin")
+    assert "\n" not in str(caught.value) and not (tmp_path / "harm").exists()
+
+
+def test_the_form_from_before_pytorch_1_6_is_refused(tmp_path):
+    torch.save({"w": torch.ones(2)}, tmp_path / "m.bin", _use_new_zipfile_serialization=False)
+    with pytest.raises(UnsupportedError, match=r"from version 1\.6 on"):
+        read_pickled(tmp_path / "m.bin")
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    changes=st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), min_size=1, max_size=4), cut=st.integers(0, 3000)
+)
+def test_damaged_pickles_are_read_or_refused(changes, cut, tmp_path):
+    path = tmp_path / "m.bin"
+    torch.save({"w": torch.ones(3, 2), "v": torch.zeros(4)}, path)
+    content = bytearray(path.read_bytes())
+    for at, byte in changes:
+        content[at % len(content)] = byte
+    path.write_bytes(content[: max(len(content) - cut // 10, 1)] if cut % 2 else content)
+    try:
+        for rows in read_pickled(path).values():
+            if rows.shape and rows.dtype == "F32":
+                rows.read(0, 1)
+    except Error as error:
+        assert "m.bin" in str(error)
 
 
 # Quantized weights.

@@ -1,5 +1,7 @@
 """Importance matrices against libgguf's reader and the layout of llama.cpp's tools/imatrix."""
 
+import struct
+
 import gguf
 import libgguf
 import numpy as np
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ggpy.errors import Error, GGUFError
-from ggpy.quantization import ImportanceMatrix, read_imatrix, write_imatrix
+from ggpy.quantization import ImportanceMatrix, Override, quantize_model, read_imatrix, write_imatrix
 
 from .shapes import write_gguf
 
@@ -100,3 +102,90 @@ def test_sums_that_cannot_be_are_refused(bad, tmp_path):
 def test_a_folder_that_is_not_there_is_one_error(tmp_path):
     with pytest.raises(Error, match="no folder"):
         write_imatrix(tmp_path / "nowhere" / "m.gguf", matrix(np.random.default_rng(0)))
+
+
+def old_form(sums, n_calls=4, tail=True):
+    """What llama.cpp's imatrix tool wrote until 2025."""
+    content = struct.pack("<i", len(sums))
+    for name, values in sums.items():
+        content += struct.pack("<i", len(name)) + name.encode() + struct.pack("<2i", n_calls, values.size)
+        content += values.astype("<f4").tobytes()
+    return content + (struct.pack("<2i", 7, 8) + b"text.txt" if tail else b"")
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("n_calls", [0, 4])
+def test_the_older_form_is_read_as_libgguf_reads_it(n_calls, tail, tmp_path):
+    path = tmp_path / "m.dat"
+    sums = matrix(np.random.default_rng(1)).sums
+    path.write_bytes(old_form(sums, n_calls, tail))
+    read, theirs = read_imatrix(path), libgguf.load_imatrix(path)
+    assert set(theirs) == set(read.sums)
+    for name, values in sums.items():
+        read.split(name, *values.shape)
+        found = read.weights(name)
+        assert found.shape == values.shape
+        np.testing.assert_array_equal(found[values > 0], theirs[name].reshape(values.shape)[values > 0])
+    assert (read.n_chunks, read.datasets) == ((7, ["text.txt"]) if tail else (0, []))
+
+
+def test_a_model_is_quantized_alike_with_both_forms(tmp_path):
+    rng = np.random.default_rng(2)
+    tensors = {"blk.0.ffn_up_exps.weight": rng.standard_normal((3, 8, 256), np.float32)}
+    shapes = {name: values.shape for name, values in tensors.items()}
+    keys = {"llama.block_count": 1, "general.architecture": "llama"}
+    write_gguf(tmp_path / "model.gguf", keys, shapes, tensors, "llama")
+    means = rng.gamma(1, 5, (3, 256)).astype(np.float32)
+    (tmp_path / "m.dat").write_bytes(old_form({"blk.0.ffn_up_exps.weight": means * 4}))
+    write_imatrix(
+        tmp_path / "m.gguf",
+        ImportanceMatrix({"blk.0.ffn_up_exps.weight": means * 4}, {"blk.0.ffn_up_exps.weight": np.full(3, 4, np.float32)}),
+    )
+    written = []
+    for form in ("dat", "gguf"):
+        quantize_model(tmp_path / "model.gguf", tmp_path / f"{form}.out", "q4_0", imatrix=tmp_path / f"m.{form}")
+        written.append(gguf.GGUFReader(tmp_path / f"{form}.out").tensors[0].data.tobytes())
+    assert written[0] == written[1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(at=st.integers(0, 500), byte=st.integers(0, 255), cut=st.booleans())
+def test_a_damaged_older_file_is_read_or_refused(at, byte, cut, tmp_path_factory):
+    path = tmp_path_factory.mktemp("imatrix") / "m.dat"
+    content = bytearray(old_form({"a": np.ones(32, np.float32), "b": np.ones(64, np.float32)}))
+    at %= len(content)
+    content[at] = byte
+    path.write_bytes(content[:at] if cut else content)
+    try:
+        read_imatrix(path)
+    except Error as error:
+        assert str(path) in str(error)
+
+
+def test_values_too_large_for_their_counts_are_refused(tmp_path):
+    path = tmp_path / "m.gguf"
+    write_imatrix(path, ImportanceMatrix({"a": np.full((1, 32), 3e38, np.float32)}, {"a": np.array([1e-3], np.float32)}))
+    with pytest.raises(GGUFError, match="sums too large for its counts"):
+        read_imatrix(path)
+
+
+def test_datasets_of_another_type_are_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "")
+    writer.kv_data[0].clear()
+    writer.add_type("imatrix")
+    writer.add_uint32("imatrix.datasets", 5)
+    for end in ("in_sum2", "counts"):
+        writer.add_tensor(f"a.{end}", np.ones((1, 32 if end == "in_sum2" else 1), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(GGUFError, match=r"imatrix\.datasets' must be StringArray, not int"):
+        read_imatrix(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("pattern", ["((((", "(" * 100_000, "a{99999999999999999999}", "[", "*"])
+def test_patterns_that_are_no_regular_expressions_are_refused(pattern):
+    with pytest.raises(Error, match="is no regular expression") as caught:
+        Override.parse(f"{pattern}=q8_0")
+    assert len(str(caught.value)) < 300
