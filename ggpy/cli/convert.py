@@ -16,9 +16,13 @@ def convert(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="The file to write; default: SRC-TYPE.gguf here.")] = None,
     type: Annotated[str, typer.Option("--type", help="Such as f16, bf16, q8_0, q4_k_m.")] = "q8_0",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan: tensors, types, sizes.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Run a few tokens through transformers, too, and compare.")
+    ] = False,
 ) -> None:
-    """Convert a Hugging Face checkpoint (safetensors) to a GGUF file."""
+    """Convert a Hugging Face checkpoint (safetensors, or PyTorch's .bin) to a GGUF file."""
     from converters import convert as convert_checkpoint
+    from converters import verify as verify_file
 
     target = out or Path(f"{Path(source).name or 'model'}-{type}.gguf")
     if dry_run:
@@ -33,6 +37,13 @@ def convert(
 
     with GGUFFile(target) as file:
         print(f"{target}: {len(file.tensors)} tensors, {target.stat().st_size / 1e6:,.1f} MB")
+    if verify:
+        with kernel_progress() as compiling:
+            found = verify_file(source, target, kernel_progress=compiling)
+        print(
+            f"like transformers: the same best token {found.n_same} of {found.n_tokens} times, "
+            f"mean KL divergence {found.kl:.6f}"
+        )
 
 
 def _print_notes(plan: "Plan") -> None:
