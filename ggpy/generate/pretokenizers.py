@@ -108,9 +108,8 @@ class PreTokenizer:
 #: names -> row; the first name is what a conversion writes
 ROWS: dict[str, PreTokenizer] = {
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
-    "gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de gigachat a.x-4.0 mellum jais trillion granite-docling exaone4": (
-        PreTokenizer((_GPT2,))
-    ),
+    "gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de gigachat a.x-4.0 mellum jais trillion granite-docling exaone4 "
+    "jina-v1-en jina-v2-code roberta-bpe": PreTokenizer((_GPT2,)),
     "olmo mpt modern-bert": PreTokenizer((_GPT2,), nfc=True),
     "smollm starcoder refact codeshell exaone minerva-7b mellum2": PreTokenizer((r"\p{N}", _GPT2)),
     "command-r": PreTokenizer((r"\p{N}", _GPT2), nfc=True),
@@ -144,6 +143,7 @@ ROWS: dict[str, PreTokenizer] = {
         )
     ),
     "gpt-4o llama4 kanana2 talkie minimax-m2": PreTokenizer((_GPT4O,)),
+    "granite-embed-multi-97m": PreTokenizer((_GPT4O,), ignore_merges=True),
     "tekken": PreTokenizer((_cased("", r"\p{N}"),), ignore_merges=True, add_bos=True),
     "tiny_aya cohere2moe": PreTokenizer((r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O)),
     "youtu": PreTokenizer(
@@ -199,7 +199,7 @@ ROWS: dict[str, PreTokenizer] = {
         add_bos=True,
     ),
     "gemma4": PreTokenizer((r"[^\n]+|[\n]+",), add_bos=True, byte_level=False),
-    "sarvam-moe": PreTokenizer((r"[^\n]+|[\n]+",), byte_level=False),
+    "sarvam-moe granite-embed-multi-311m": PreTokenizer((r"[^\n]+|[\n]+",), byte_level=False),
 }
 
 #: What `tokenizer.ggml.pre` may be.
