@@ -41,6 +41,8 @@ ROPE_COMMON = frozenset({"rope_type", "type", "rope_theta", "finetuned"})
 # Keys of config.json that change nothing in a forward pass of a decoder: where it comes from, what training and sampling
 # did, ids of special tokens (which the tokenizer's files have), what programs keep there for themselves.
 _HARMLESS_NAMES = (
+    "_model_name_or_path compression_config max_sequence_length model_max_length tokenizer_model_max_length model_name "
+    "tokenizer_padding_side use_flash_attn neftune_noise_alpha multiple_of description license author "
     "architectures model_type _name_or_path name_or_path transformers_version torch_dtype dtype auto_map "
     "custom_pipelines tokenizer_class processor_class finetuning_task task_specific_params problem_type id2label "
     "label2id num_labels transformers.js_config is_llama_config unsloth_fixed unsloth_version base_model_tp_plan "
@@ -62,7 +64,13 @@ _HARMLESS_NAMES = (
 )
 HARMLESS = frozenset(_HARMLESS_NAMES.split())
 # Keys that change nothing at this value.
-NEUTRAL: dict[str, Any] = {"partial_rotary_factor": 1, "rotary_pct": 1, "is_decoder": True}
+NEUTRAL: dict[str, Any] = {
+    "partial_rotary_factor": 1,
+    "rotary_pct": 1,
+    "is_decoder": True,
+    "use_qk_norm": True,  # Qwen 3 without it would lack the norms' tensors
+    "shared_expert_intermediate_size": 0,
+}
 
 
 def as_they_are(tensors: Mapping[str, Rows], config: Config) -> dict[str, Rows]:
@@ -129,7 +137,9 @@ def refuse_unread(config: Config) -> None:
         if key in config.asked or key in HARMLESS or value in (None, False, "", [], {}):
             continue
         if key not in NEUTRAL or value != NEUTRAL[key]:
-            raise UnsupportedError(f"{config.path}: {key} {shown(value)} isn't understood, so that the file would be wrong")
+            raise UnsupportedError(
+                f"{config.path}: {key} {shown(value)} isn't understood; if it changes nothing, take it out"
+            )
 
 
 def text_part(config: Config) -> dict[str, Any]:

@@ -139,6 +139,31 @@ def test_settings_that_change_nothing_are_taken(damaged_folder):
     assert not HARMLESS & NEUTRAL.keys()
 
 
+# Keys, beyond those of a forward pass, that released models have.
+RELEASED = {
+    "SmolLM2-135M-Instruct": ("llama", {"_model_name_or_path": "x", "is_llama_config": True, "rope_interleaved": False}),
+    "Qwen3-Coder": ("qwen3moe", {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0}),
+    "Qwen2.5": (
+        "qwen2",
+        {"use_mrope": False, "max_window_layers": 28, "sliding_window": 131072, "use_sliding_window": False},
+    ),
+    "DeepSeek-R1": (
+        "deepseek3",
+        {"auto_map": {}, "ep_size": 1, "num_nextn_predict_layers": 1, "aux_loss_alpha": 0.001, "seq_aux": True}
+        | {"moe_layer_freq": 1, "pretraining_tp": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_keys_that_released_models_have_are_taken(name, request):
+    model, keys = RELEASED[name]
+    folder = request.getfixturevalue("damaged_folder") if model == "llama" else request.getfixturevalue("damaged")(model)
+    before = dry(folder)
+    edit_config(folder, **keys)
+    assert dry(folder) == before
+
+
 def test_dynamic_scaling_begins_where_the_context_ends(damaged_folder, tmp_path):
     """It changes nothing before max_position_embeddings, which is what the file has as its context."""
     edit_config(damaged_folder, rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0})
