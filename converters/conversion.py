@@ -205,6 +205,11 @@ def find_source(source: str | os.PathLike[str]) -> tuple[Path, str | None]:
     hub_id = str(source)
     if folder.is_dir():
         return folder, None
+    if folder.is_file():
+        with folder.open("rb") as file:
+            is_gguf = file.read(4) == b"GGUF"
+        what = "a GGUF file already; 'ggpy quantize' makes other types of it" if is_gguf else "a file; name its folder"
+        raise ConversionError(f"{folder}: not a checkpoint's folder, but {what}")
     if folder.exists():
         raise ConversionError(f"{folder}: not a checkpoint's folder")
     if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")) or hub_id.endswith("/"):

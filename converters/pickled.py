@@ -109,7 +109,9 @@ def read_pickled(path: Path) -> dict[str, StoredRows]:
             pickled = archive.read(infos["data.pkl"])
     except zipfile.BadZipFile as error:
         raise UnsupportedError(f"{path}: {error}; PyTorch's weights are read from version 1.6 on") from None
-    except (OSError, NotImplementedError, RuntimeError) as error:
+    except (ConversionError, UnsupportedError):
+        raise
+    except Exception as error:  # an archive can be broken in many ways
         raise ConversionError(f"{path}: {error}") from error
     try:
         values = _Unpickler(io.BytesIO(pickled)).load()

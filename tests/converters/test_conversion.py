@@ -512,6 +512,14 @@ def test_checkpoint_of_the_hub_is_fetched_by_its_id(llama_folder, tmp_path, monk
     assert not any("bin" in pattern for pattern in asked["patterns"])
 
 
+def test_files_are_called_what_they_are(llama_folder, tmp_path):
+    with pytest.raises(ConversionError, match="but a file; name its folder"):
+        convert(llama_folder / "model.safetensors", tmp_path / "model.gguf", "q8_0")
+    (tmp_path / "old.gguf").write_bytes(b"GGUF\3\0\0\0")
+    with pytest.raises(ConversionError, match="but a GGUF file already; 'ggpy quantize'"):
+        convert(tmp_path / "old.gguf", tmp_path / "model.gguf", "q8_0")
+
+
 def test_unreachable_hub_is_one_line(tmp_path, monkeypatch):
     def snapshot_download(repo_id, allow_patterns):
         raise OSError("no route\nto the host")
