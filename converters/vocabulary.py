@@ -430,11 +430,17 @@ def read_encoder(checkpoint: Checkpoint) -> Encoder | None:
     ------
     ConversionError
         A broken tokenizer.json.
+    UnsupportedError
+        Byte pairs with marks inside or at the end of words, which GGUF has no place for, or some left out at random.
     """
     file = checkpoint.folder / "tokenizer.json"
     if file.is_file():
         from tokenizers import Tokenizer
 
+        model = checkpoint.json("tokenizer.json").get("model")
+        for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+            if isinstance(model, dict) and model.get("type", "BPE") == "BPE" and model.get(key):
+                raise UnsupportedError(f"{file}: its {key} {shown(model[key])} has no place in GGUF")
         try:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises plain Exceptions

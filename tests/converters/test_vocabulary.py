@@ -412,3 +412,13 @@ def test_every_known_splitting_is_found_by_trying(names, damaged_folder):
     assert (found.ignore_merges, found.nfc) == (row.ignore_merges, row.nfc)
     for text in (*CHECK_TEXTS, *TRAINING_TEXT):
         assert found.splitter().pre_tokenize_str(text) == row.splitter().pre_tokenize_str(text)
+
+
+@pytest.mark.parametrize("key", ["continuing_subword_prefix", "end_of_word_suffix", "dropout"])
+def test_byte_pairs_of_another_spelling_are_refused(key, damaged_folder, tmp_path):
+    path = damaged_folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"][key] = 0.1 if key == "dropout" else "##"
+    path.write_text(json.dumps(values))
+    with pytest.raises(UnsupportedError, match=f"its {key} .* has no place in GGUF"):
+        convert(damaged_folder, tmp_path / "model.gguf", "f32", dry_run=True)
