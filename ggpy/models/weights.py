@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import GGUFError
+from ..errors import GGUFError, UnsupportedError
 from ..quant import block_type
 
 if TYPE_CHECKING:
@@ -53,6 +53,12 @@ ACTS: dict[str, tuple[int, str, dict[str, Any]]] = {
 }
 
 
+def _widened(stored: "GGUFTensor") -> DerivedWeight:
+    """A weight of one axis in float32."""
+    values = np.ascontiguousarray(stored.dequantize())
+    return DerivedWeight(stored.name, "F32", stored.shape, values.view(np.uint8))
+
+
 class Weights:
     """Finds the weights that a graph asks for.
 
@@ -76,6 +82,8 @@ class Weights:
         ------
         GGUFError
             It isn't there, or has another shape.
+        UnsupportedError
+            It is of a type that can only be listed.
         """
         self._asked.add(name)
         weight = self._file.tensors.get(name)
@@ -83,6 +91,10 @@ class Weights:
             raise GGUFError(f"{self._file.path}: tensor {name} is missing")
         if weight.shape != shape:
             raise GGUFError(f"{self._file.path}: tensor {name} has shape {weight.shape}, expected {shape}")
+        if block_type(weight.type).decode is None:
+            raise UnsupportedError(
+                f"{self._file.path}: tensor {name} is {weight.type}, which ggpy only lists; get a file of another type"
+            )
 
     def stored_shape(self, name: str) -> "tuple[int, ...] | None":
         """The shape of a tensor of the file, None if there is no such tensor."""
@@ -92,7 +104,10 @@ class Weights:
     def __call__(self, name: str, *shape: int) -> "Tensor":
         """The weight `name`, which must have this shape; see `check`."""
         self.check(name, *shape)
-        return self._graph.weight(self._file.tensors[name])
+        stored = self._file.tensors[name]
+        if len(shape) == 1 and stored.type != "F32":  # some files have norms and biases in fewer bits
+            return self.derived(name, lambda: _widened(stored))
+        return self._graph.weight(stored)
 
     def derived(self, name: str, make: Callable[[], DerivedWeight]) -> "Tensor":
         """A weight that isn't in the file as it is; made once."""
