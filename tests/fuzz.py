@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -330,10 +331,9 @@ def work(seeds):
                 if len(str(error)) > 1000 or "\n" in str(error):
                     what = "message"
             except Exception as error:
-                place = error.__traceback__
-                while place.tb_next is not None and "ggpy" in str(place.tb_next.tb_frame.f_code.co_filename):
-                    place = place.tb_next
-                where = f"{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}"
+                frames = traceback.extract_tb(error.__traceback__)
+                inner = [f for f in frames if "ggpy" in f.filename or "converters" in f.filename] or frames
+                where = f"{Path(inner[-1].filename).name}:{inner[-1].lineno}"
                 what = " ".join(f"exception {type(error).__name__} in {where}: {error}"[:200].split())
             size = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
             used = _memory() - before

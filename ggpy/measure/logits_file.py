@@ -20,6 +20,10 @@ _MAGIC = b"_logits_"
 _RANGE = 16.0
 
 
+def _row_bytes(n_vocab: int) -> int:
+    return 8 + 2 * (n_vocab + n_vocab % 2)
+
+
 def _row_type(n_vocab: int) -> np.dtype:
     return np.dtype([("step", "<f4"), ("least", "<f4"), ("level", "<u2", (n_vocab + n_vocab % 2,))])
 
@@ -31,7 +35,7 @@ def counted(n_ctx: int) -> int:
 
 def file_bytes(n_chunks: int, n_ctx: int, n_vocab: int) -> int:
     """The size of such a file."""
-    return 20 + n_chunks * (4 * n_ctx + counted(n_ctx) * _row_type(n_vocab).itemsize)
+    return 20 + n_chunks * (4 * n_ctx + counted(n_ctx) * _row_bytes(n_vocab))
 
 
 def check_space(path: Path, n_chunks: int, n_ctx: int, n_vocab: int) -> None:
@@ -94,6 +98,8 @@ class LogitsFile:
 
     def __init__(self, path: str | Path):
         self.path = path
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise Error(f"{path}: not a regular file")
         self._file = open(path, "rb")  # noqa: SIM115
         try:
             self._read_head()
@@ -108,11 +114,11 @@ class LogitsFile:
         head = self._file.read(12)
         n_ctx, n_vocab, n_chunks = np.frombuffer(head, "<i4").tolist() if len(head) == 12 else (0, 0, 0)
         self.n_vocab: int = n_vocab
-        self._row = _row_type(max(n_vocab, 0))
         expected = file_bytes(n_chunks, n_ctx, max(n_vocab, 0))
         if n_ctx < 3 or n_vocab < 1 or n_chunks < 1 or size != expected:
             parts = f"{n_chunks} chunks of {n_ctx} tokens"
             raise Error(f"{self.path}: damaged or cut off: {size} bytes, {expected} expected for {parts}")
+        self._row = _row_type(n_vocab)
         self.tokens = np.frombuffer(self._file.read(4 * n_chunks * n_ctx), "<i4").reshape(n_chunks, n_ctx)
 
     def __enter__(self) -> "LogitsFile":

@@ -98,11 +98,13 @@ class Hparams:
         n = self.size("block_count") - self.count("nextn_predict_layers")
         if n <= 0:
             raise self.error(f"key {self.arch}.nextn_predict_layers: no layer is left")
+        if n > len(self.file.tensors):  # so that tables of layers are no larger than the file
+            raise self.error(f"key {self.arch}.block_count: {n} layers of {len(self.file.tensors)} tensors")
         return n
 
     def n_vocab(self) -> int:
         """Rows of the embedding."""
         embedding = self.file.tensors.get("token_embd.weight")
-        if embedding is None or len(embedding.shape) != 2:
-            raise self.error("tensor token_embd.weight is missing or no matrix")
+        if embedding is None or len(embedding.shape) != 2 or not embedding.shape[0]:
+            raise self.error("tensor token_embd.weight is missing, empty or no matrix")
         return embedding.shape[0]

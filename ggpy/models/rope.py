@@ -8,6 +8,7 @@ import numpy as np
 from ..errors import UnsupportedError
 from .hparams import Hparams
 
+_MOST_ROTATED = 1 << 14  # a file's number makes tables
 _NEIGHBOURS = 256  # positions whose cosines and sines are worked out together
 _MOST_BLOCKS = 512  # of them that are kept: 64 KB each where 64 values are rotated
 
@@ -113,6 +114,8 @@ def read_rope(hp: Hparams, n_rot: int, n_ctx: int = 0, whole_yarn: bool = True) 
     GGUFError
         A key of the wrong type, a number out of its range.
     """
+    if n_rot > _MOST_ROTATED:
+        raise hp.error(f"{n_rot} values of a head are rotated; ggpy rotates up to {_MOST_ROTATED}")
     freq_base = _base(hp, "rope.freq_base", 10000.0)
     base = _frequencies(freq_base, n_rot)
     kind = hp.text("rope.scaling.type", "none")

@@ -94,3 +94,10 @@ def test_what_was_cached_under_other_hooks_is_computed_anew(model):
     again = model.generate(prompt, max_tokens=8, temperature=0)
     list(again)
     assert again.ids == plain.ids and again.n_reused == 0
+
+
+def test_programs_of_hooks_that_are_gone_are_let_go(model):
+    for _ in range(30):
+        with model.hooked({"blk.1.ffn_out": lambda name, value: None}):
+            model.logits(ids(2))
+    assert len(model._runner._programs) <= 6

@@ -120,6 +120,12 @@ def test_bad_bases_are_refused(model, chunks, base, tmp_path):
     other.write_bytes(b"GGUF" + base.read_bytes())
     with pytest.raises(Error, match="not a file of log-prob"):
         LogitsFile(other)
+    for vocabulary in (2**31 - 1, 2**28, -1, 0):
+        changed = bytearray(base.read_bytes())
+        changed[12:16] = struct.pack("<i", vocabulary)
+        cut.write_bytes(changed)
+        with pytest.raises(Error, match="damaged or cut off"):
+            LogitsFile(cut)
     for size in (9, 25, base.stat().st_size - 1):
         cut.write_bytes(base.read_bytes()[:size])
         with pytest.raises(Error, match="damaged or cut off"):

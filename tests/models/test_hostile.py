@@ -36,6 +36,8 @@ def run(path, kv_type="f32", **options):
     [
         ("attention.layer_norm_rms_epsilon", "float64", 1e300, "no number for a model"),
         ("expert_weights_scale", "float32", NAN, "no number for a model"),
+        ("rope.dimension_count", "uint32", 2**30, "of a"),
+        ("attention.key_length_mla", "uint32", 2**30, "expected"),
         ("expert_group_count", "uint32", 3, "8 experts in 3 groups"),
         ("expert_group_count", "uint32", 2**31, "groups"),
         ("expert_group_used_count", "uint32", 0, "too few in the groups"),
