@@ -268,12 +268,15 @@ def make_seeds(folder):
     """Sound files of every kind."""
     import ggpy
     from tests.models.checkpoints import converted
+    from tests.models.test_architectures import made as decoder
     from tests.models.test_moe import made
 
-    for name in ("V3", "V2", "V2-Lite, yarn", "mixtral", "qwen2moe", "qwen2"):
+    models = dict.fromkeys(("V3", "V2", "V2-Lite, yarn", "mixtral", "qwen2moe", "qwen2"), made)
+    models |= dict.fromkeys(("gemma2", "gpt-oss", "phi3, long", "glm4moe", "cohere2", "gpt2"), decoder)
+    for name, make in models.items():
         place = folder / name.split(",")[0]
         place.mkdir()
-        converted(place, made(name)).rename(folder / f"{place.name}.gguf")
+        converted(place, make(name)).rename(folder / f"{place.name}.gguf")
         (place / "checkpoint").rename(folder / f"{place.name}.checkpoint")
         place.rmdir()
     ggpy.quantize(folder / "mixtral.gguf", folder / "mixtral-q8_0.gguf", "q8_0")

@@ -121,12 +121,25 @@ def test_failures_are_one_line_that_says_where(source, message):
         "{{ messages[0]['role'].__class__.x }}",
         "{{ cycler.__init__.__globals__ }}",
         "{{ (messages | map(attribute='__class__') | first).__mro__ }}",
+        "{% set f = '{0.__class__.__mro__}'.format %}{{ f(messages) }}",  # CVE-2024-56326
     ],
 )
 def test_a_template_stays_in_the_sandbox(source):
     with pytest.raises(TokenizerError, match="unsafe"):
         ChatTemplate(source).render(MESSAGES)
     assert MESSAGES[0] == {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ('{0.__class__}' | attr('format'))(messages) }}",  # CVE-2025-27516
+        "{{ (['{0.__class__}'.format] | first)(messages) }}",
+        "{{ '' | attr('__class__') }}{{ self._TemplateReference__context }}{{ strftime_now.__globals__ }}",
+    ],
+)
+def test_ways_around_the_sandbox_find_nothing(source):
+    assert ChatTemplate(source).render(MESSAGES) == ""
 
 
 def test_what_the_sandbox_hides_is_empty():

@@ -9,6 +9,7 @@ from tests.file.edit import Edited
 from tests.graph import guards
 
 from .checkpoints import converted, ids
+from .test_architectures import made as decoder
 from .test_moe import made
 
 NAN, INF = float("nan"), float("inf")
@@ -37,6 +38,7 @@ def run(path, kv_type="f32", **options):
         ("attention.layer_norm_rms_epsilon", "float64", 1e300, "no number for a model"),
         ("expert_weights_scale", "float32", NAN, "no number for a model"),
         ("rope.dimension_count", "uint32", 2**30, "of a"),
+        ("block_count", "uint32", 2**31 - 1, "layers of"),
         ("attention.key_length_mla", "uint32", 2**30, "expected"),
         ("expert_group_count", "uint32", 3, "8 experts in 3 groups"),
         ("expert_group_count", "uint32", 2**31, "groups"),
@@ -119,6 +121,14 @@ def test_every_step_writes_what_is_its_own(tmp_path, simd_form, name):
         plain = run(path, kv_type=kv_type)
         with guards.guarded():
             assert run(path, kv_type=kv_type).tobytes() == plain.tobytes()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt-oss", "gpt2", "cohere2"])
+def test_every_step_of_other_decoders_writes_what_is_its_own(tmp_path, name):
+    path = converted(tmp_path, decoder(name))
+    plain = run(path, kv_type="f16")
+    with guards.guarded():
+        assert run(path, kv_type="f16").tobytes() == plain.tobytes()
 
 
 def test_guards_find_what_is_out_of_bounds(tmp_path, monkeypatch):
