@@ -53,8 +53,6 @@ class AnswerWriter:
         finally:
             if self._splitter is not None:
                 self._write(self._splitter.flush())
-            if self._in_thoughts:
-                self._end_thoughts()
             self._put("\n")
             self._out.flush()
 
@@ -193,7 +191,7 @@ class Editor:
             _PROMPT,
             multiline=True,
             key_bindings=keys,
-            prompt_continuation=_MORE,
+            prompt_continuation=lambda width, line, wraps: " " * width if wraps else _MORE,
             enable_suspend=True,
             complete_while_typing=False,
             reserve_space_for_menu=0,

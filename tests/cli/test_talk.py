@@ -161,7 +161,7 @@ def test_thoughts_are_shown_apart(screen):
     )
     assert shown(pieces, screen, prompt="", thinking=False) == "\x1b[2mthinking…\x1b[22m\r\x1b[KHello\n"
     assert shown(["well</think>Hello"], screen, prompt="<think>\n").endswith("Hello\n")
-    assert shown(["<think>well"], screen, prompt="").endswith("…done thinking\n\n\x1b[22m\n")
+    assert shown(["<think>well"], screen, prompt="").endswith("\x1b[2mwell\x1b[22m\n")
     assert shown(pieces, screen) == "<think>well</think>\n\nHello\n"  # no reply to a conversation
 
 
