@@ -137,7 +137,11 @@ def _of_command(text: str) -> tuple[str, str]:
 def _read_lines() -> str:
     text = ""
     while True:
-        text += input(_MORE if text else _PROMPT)
+        try:
+            text += input(_MORE if text else _PROMPT)
+        except KeyboardInterrupt:
+            print()  # the terminal has shown a ^C
+            raise
         if text.endswith("\\"):
             text = text[:-1]
         elif not is_open(text):
