@@ -10,7 +10,7 @@ from ..errors import ContextFullError, Error
 from ..generate.options import option_table
 from ..printable import visible
 from .sampling import read_number, read_texts, read_value
-from .terminal import AnswerWriter, unquoted
+from .terminal import AnswerWriter, unechoed, unquoted
 from .timings import timings
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ class Talk:
             reply = self.reply = ask()
             if reply.n_dropped:
                 self._note(f"(the context is full: the oldest {reply.n_dropped} messages are dropped)")
-            AnswerWriter(self._out, reply.prompt, self._thinking).write(reply)
+            with unechoed():
+                AnswerWriter(self._out, reply.prompt, self._thinking).write(reply)
             self._out.write("\n")
         except KeyboardInterrupt:
             pass

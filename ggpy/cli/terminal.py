@@ -2,8 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -53,8 +53,6 @@ class AnswerWriter:
         finally:
             if self._splitter is not None:
                 self._write(self._splitter.flush())
-            if self._in_thoughts:
-                self._end_thoughts()
             self._put("\n")
             self._out.flush()
 
@@ -84,6 +82,24 @@ class AnswerWriter:
 
 
 # Reading
+
+
+@contextmanager
+def unechoed() -> Iterator[None]:
+    """What is typed meanwhile isn't shown among what is written: the next prompt takes it."""
+    if os.name != "posix" or sys.stdin is None or not sys.stdin.isatty():
+        yield
+        return
+    import termios
+
+    before = termios.tcgetattr(sys.stdin)
+    silent = before[:]
+    silent[3] &= ~termios.ECHO
+    try:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 def reader(history: Path) -> Callable[[], str]:
@@ -121,7 +137,11 @@ def _of_command(text: str) -> tuple[str, str]:
 def _read_lines() -> str:
     text = ""
     while True:
-        text += input(_MORE if text else _PROMPT)
+        try:
+            text += input(_MORE if text else _PROMPT)
+        except KeyboardInterrupt:
+            print()  # the terminal has shown a ^C
+            raise
         if text.endswith("\\"):
             text = text[:-1]
         elif not is_open(text):
@@ -175,7 +195,7 @@ class Editor:
             _PROMPT,
             multiline=True,
             key_bindings=keys,
-            prompt_continuation=_MORE,
+            prompt_continuation=lambda width, line, wraps: " " * width if wraps else _MORE,
             enable_suspend=True,
             complete_while_typing=False,
             reserve_space_for_menu=0,

@@ -13,7 +13,7 @@ def timings(model: "Model", generation: "Generation | None") -> list[str]:
     n_used = 0
     if generation is not None:
         n_prompt, n = len(generation.prompt_ids) - generation.n_reused, len(generation.ids)
-        n_used = len(generation.prompt_ids) + n
+        n_used = len(generation.prompt_ids) + max(0, n - 1)  # the last token isn't evaluated
         lines += [
             f"prompt  {generation.prompt_seconds:8.2f} s  {n_prompt:6} tokens  {generation.prompt_rate:9.1f} tok/s",
             f"decode  {generation.decode_seconds:8.2f} s  {n:6} tokens  {generation.decode_rate:9.1f} tok/s",

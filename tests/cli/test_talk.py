@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import ggpy
 from ggpy.cli.talk import Talk
-from ggpy.cli.terminal import AnswerWriter, Editor, is_open, unquoted
+from ggpy.cli.terminal import AnswerWriter, Editor, is_open, unechoed, unquoted
 from ggpy.generate.chat import ChatTemplate
 from ggpy.kernels import build
 from ggpy.printable import visible
@@ -161,7 +161,7 @@ def test_thoughts_are_shown_apart(screen):
     )
     assert shown(pieces, screen, prompt="", thinking=False) == "\x1b[2mthinking…\x1b[22m\r\x1b[KHello\n"
     assert shown(["well</think>Hello"], screen, prompt="<think>\n").endswith("Hello\n")
-    assert shown(["<think>well"], screen, prompt="").endswith("…done thinking\n\n\x1b[22m\n")
+    assert shown(["<think>well"], screen, prompt="").endswith("\x1b[2mwell\x1b[22m\n")
     assert shown(pieces, screen) == "<think>well</think>\n\nHello\n"  # no reply to a conversation
 
 
@@ -179,6 +179,18 @@ def test_a_terminal_gets_no_control_characters_of_a_model_and_a_file_gets_all(sc
     out = io.StringIO()
     AnswerWriter(out).write([text])
     assert out.getvalue() == text + "\n"
+
+
+def test_what_is_typed_in_the_middle_of_an_answer_is_not_shown(monkeypatch):
+    main, other = pty.openpty()
+    with open(other) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        before = termios.tcgetattr(stdin)
+        with pytest.raises(KeyboardInterrupt), unechoed():
+            assert termios.tcgetattr(stdin)[3] == before[3] & ~termios.ECHO != before[3]
+            raise KeyboardInterrupt
+        assert termios.tcgetattr(stdin) == before
+    os.close(main)
 
 
 # Commands
