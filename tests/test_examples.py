@@ -17,6 +17,7 @@ EXPECTED = {
     "json_schema": r"(\{'name': '.{0,20}', 'age': \d+, 'tribe': '\w+'\}\n){3}And [a-z ]+, and [a-z ]+\.\n\d+(\+\d+)+=\d+\n",
     "layer_off": r"all layers: \d\.\d\d nats a token\n(without layer \d: \d\.\d\d\n){3}",
     "logit_lens": r"(?s)before layer 0 .*before layer 3 .*at the end +' the'",
+    "prompt_cache": r"\d\.\d MB for \d+ tokens\n[1-9]\d+ of \d+ tokens were there: \w",
     "quantization_sweep": r"(?s)q8_0 +4\.\d +0\.00\d\d .*\nq2_k +2\.\d +0\.0",
     "search": r"(?s)They did eat.*\n  0\.\d+ And they sat down to eat bread.*He climbed.*\n  0\.\d+ And he went up into",
     "tasks": r"(?s)Then said Jesus.*\nAnd the angel of the[^.]*\.\nNow there was a man",
