@@ -12,13 +12,17 @@ from .checkpoints import converted, ids, random_model
 from .test_llama import SIZES
 
 
-def rewritten(source, out, change):
-    """A copy of a GGUF file; `change(name, values)` gives the values and the type to write."""
+def rewritten(source, out, change, arrays=()):
+    """A copy of a GGUF file; `change(name, values)` gives the values and the type to write, `arrays` are keys whose number
+    is repeated for each of three layers."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(out, "qwen2")
     for key, field in reader.fields.items():
         if not key.startswith("GGUF.") and key != "general.architecture":
             kinds = field.types
+            if key in arrays:
+                writer.add_array(key, [field.contents()] * 3)
+                continue
             writer.add_key_value(key, field.contents(), kinds[0], kinds[-1] if len(kinds) > 1 else None)
     for tensor in reader.tensors:
         values, kind = change(tensor.name, tensor.data)
@@ -66,3 +70,9 @@ def test_a_type_that_can_only_be_listed_is_named_with_the_file(with_biases, tmp_
     path = rewritten(with_biases, tmp_path / "model.gguf", change)
     with pytest.raises(UnsupportedError, match=r"model\.gguf: tensor blk\.1\.ffn_gate\.weight is NVFP4"):
         logits(path)
+
+
+def test_arrays_of_equal_numbers_are_that_number(with_biases, tmp_path):
+    keys = ("qwen2.attention.head_count_kv", "qwen2.feed_forward_length")
+    path = rewritten(with_biases, tmp_path / "model.gguf", lambda name, values: (values, None), keys)
+    np.testing.assert_array_equal(logits(path), logits(with_biases))
