@@ -98,6 +98,8 @@ class Hparams:
         n = self.size("block_count") - self.count("nextn_predict_layers")
         if n <= 0:
             raise self.error(f"key {self.arch}.nextn_predict_layers: no layer is left")
+        if n > len(self.file.tensors):  # before anything is made for each layer
+            raise self.error(f"key {self.arch}.block_count: {n} layers of {len(self.file.tensors)} tensors")
         return n
 
     def n_vocab(self) -> int:
