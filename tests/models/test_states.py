@@ -114,25 +114,53 @@ def log_softmax(x):
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def test_layers_that_predict_further_tokens_are_left_aside(tmp_path):
-    path, tokens = converted(tmp_path, made("qwen35")), ids(20)
-    reader, writer = gguf.GGUFReader(path), gguf.GGUFWriter(tmp_path / "mtp.gguf", "qwen35")
+def rewritten(path, out, changes, extra):
+    """A file with other metadata and more tensors."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
     for field in reader.fields.values():
-        if not field.name.startswith("GGUF.") and field.name not in ("general.architecture", "qwen35.block_count"):
+        if not field.name.startswith("GGUF.") and field.name not in ("general.architecture", *changes):
             sub = field.types[-1] if len(field.types) > 1 else None
             writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub)
-    writer.add_block_count(5)
-    writer.add_nextn_predict_layers(1)
+    for key, value in changes.items():
+        writer.add_uint32(key, value)
     for t in reader.tensors:
         writer.add_tensor(t.name, t.data)
-        if t.name.startswith("blk.3."):
-            writer.add_tensor(t.name.replace("blk.3.", "blk.4."), t.data)
-    writer.add_tensor("blk.4.nextn.eh_proj.weight", np.ones((64, 128), np.float32))
+    for name, data in extra(reader).items():
+        writer.add_tensor(name, data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    np.testing.assert_array_equal(converted_logits(tmp_path / "mtp.gguf", tokens), converted_logits(path, tokens))
+    return out
+
+
+def test_layers_that_predict_further_tokens_are_left_aside(tmp_path):
+    path, tokens = converted(tmp_path, made("qwen35")), ids(20)
+
+    def extra(reader):
+        like = {t.name.replace("blk.3.", "blk.4."): t.data for t in reader.tensors if t.name.startswith("blk.3.")}
+        return like | {"blk.4.nextn.eh_proj.weight": np.ones((64, 128), np.float32)}
+
+    changes = {"qwen35.block_count": 5, "qwen35.nextn_predict_layers": 1}
+    other = rewritten(path, tmp_path / "mtp.gguf", changes, extra)
+    np.testing.assert_array_equal(converted_logits(other, tokens), converted_logits(path, tokens))
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("block_count", 2**31 - 1, "2147483647 layers of 56 tensors"),
+        ("ssm.time_step_rank", 5, "can't be shared by 5 heads"),
+        ("ssm.group_count", 4, "these can't share 4 keys"),
+        ("ssm.conv_kernel", 3, r"blk\.0\.ssm_conv1d\.weight has shape"),
+        ("ssm.state_size", 2**31 - 1, r"blk\.0\.attn_qkv\.weight has shape"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(tmp_path, key, value, message):
+    path = converted(tmp_path, made("qwen35"))
+    with pytest.raises(ggpy.GGUFError, match=message):
+        ggpy.load(rewritten(path, tmp_path / "changed.gguf", {f"qwen35.{key}": value}, lambda reader: {}))
 
 
 @pytest.mark.parametrize("kinds", [["full_attention"] * 4, ["linear_attention", "full_attention", "linear_attention"] * 2])
