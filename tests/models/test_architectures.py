@@ -39,6 +39,14 @@ LONG = {
 MINISTRAL = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3}
 EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 2}
 GLM = {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "n_shared_experts": 1}
+GEMMA4 = {
+    **WINDOW,
+    "num_hidden_layers": 6,
+    "layer_types": [*["sliding_attention"] * 2, "full_attention"] * 2,
+    "global_head_dim": 28,
+    "hidden_size_per_layer_input": 12,
+    "vocab_size_per_layer_input": N_VOCAB,
+}
 #: GGUF's name and what is special: class without ForCausalLM, its configuration without Config, sizes
 MODELS = {
     "llama, odd": ("Llama", "Llama", {**HEADS, **UNTIED}),
@@ -59,6 +67,12 @@ MODELS = {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
             },
         },
+    ),
+    "gemma4": ("Gemma4", "Gemma4Text", {**HEADS, **GEMMA4, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}),
+    "gemma4, keys are values": (
+        "Gemma4",
+        "Gemma4Text",
+        {**HEADS, **GEMMA4, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "final_logit_softcapping": 5.0},
     ),
     "gpt-oss": ("GptOss", "GptOss", {**HEADS, **WINDOW, **EXPERTS, "rope_parameters": {**YARN, "truncate": False}}),
     "gpt-oss, default rope": ("GptOss", "GptOss", {**HEADS, **WINDOW, **EXPERTS, "rope_parameters": DEFAULT}),
@@ -111,7 +125,11 @@ def made(name):
     cls, config, changes = MODELS[name]
     config = getattr(transformers, f"{config}Config")(**{**SIZES, **changes})
     config._attn_implementation = "eager"
-    return random_model(getattr(transformers, cls, None) or getattr(transformers, f"{cls}ForCausalLM"), config)
+    model = random_model(getattr(transformers, cls, None) or getattr(transformers, f"{cls}ForCausalLM"), config)
+    for key, buffer in model.named_buffers():
+        if key.endswith(("layer_scalar", "e_score_correction_bias")):
+            buffer.normal_(1.0, 0.2)
+    return model
 
 
 @pytest.mark.parametrize("name", MODELS)
