@@ -24,7 +24,7 @@ from ggpy.quantization import FILE_TYPES, encode, tensor_types
 from ggpy.quantization.mixes import check_without_importance, file_type, sizes
 from ggpy.quantization.model import in_order
 
-from . import decoders, deepseek2, granite, lfm2, llama, mixtral, nemotron, olmoe, qwen, qwen35
+from . import decoders, deepseek2, gemma4, granite, lfm2, llama, mixtral, nemotron, olmoe, qwen, qwen35
 from .card import read_card
 from .checkpoint import FILE_PATTERNS, Checkpoint, ComputedRows, Rows
 from .family import ROPE_OF_SOME, Family, refuse_unread, rope_parameters
@@ -37,6 +37,7 @@ FAMILIES: tuple[Family, ...] = (
     olmoe.FAMILY,
     deepseek2.FAMILY,
     *decoders.FAMILIES,
+    gemma4.FAMILY,
     *qwen35.FAMILIES,
     *lfm2.FAMILIES,
     granite.FAMILY,

@@ -29,12 +29,20 @@ ROPE_SCALINGS: dict[str, frozenset[str]] = {
         {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
         | {"attention_factor", "mscale", "mscale_all_dim", "truncate", "extrapolation_factor"}
     ),
+    "proportional": frozenset(),
     "longrope": frozenset(
         {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"}
     ),
 }
 # Settings that only some families understand, and ask for.
-ROPE_OF_SOME = ("longrope", "full_attention", "partial_rotary_factor", "llama_4_scaling_beta", "max_position_embeddings")
+ROPE_OF_SOME = (
+    "longrope",
+    "proportional",
+    "full_attention",
+    "partial_rotary_factor",
+    "llama_4_scaling_beta",
+    "max_position_embeddings",
+)
 # "finetuned" says how the model came to it.
 ROPE_COMMON = frozenset({"rope_type", "type", "rope_theta", "finetuned"})
 
@@ -278,7 +286,7 @@ def rope_parameters(config: Config, *also: str) -> Config:
     config : Config
     *also : str
         Settings that the caller reads, beyond those of `ROPE_SCALINGS`. With "full_attention", parameters may be there for
-        each kind of layer; those of layers without windows are taken. "longrope" allows for that kind.
+        each kind of layer; those of layers without windows are taken. The names of some kinds allow for these.
 
     Raises
     ------
@@ -299,7 +307,7 @@ def rope_parameters(config: Config, *also: str) -> Config:
         {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": values.get("type", "default")}, config.path
     )
     rope.values |= {key: value for key, value in values.items() if value is not None}
-    kind = rope.choice("rope_type", [kind for kind in ROPE_SCALINGS if kind != "longrope" or kind in also], "default")
+    kind = rope.choice("rope_type", [k for k in ROPE_SCALINGS if k not in ROPE_OF_SOME or k in also], "default")
     for key, value in values.items():
         if key in ROPE_COMMON or key in ROPE_SCALINGS[kind] or key in also or value in (None, False):
             continue

@@ -437,15 +437,20 @@ def _attention_reference(
 
 def _attention_lower(p: "Plan", node: "Tensor") -> None:
     q, k, v, cache, *sinks = node.inputs
-    n_before, n_after = _reach(node.attrs.get("window", 0), node.attrs.get("causal", True))
-    n_head, head_dim = q.shape[1:]
-    _, n_head_kv, head_dim_v = v.shape
     keys, values = p.cache(cache)
+    n_head_kv, head_dim, head_dim_v = cache.shape
     p.step(f"store_k_{p.kv_type}", node, writes=("cache",), x=k, cache=keys, n_head_kv=n_head_kv, head_dim=head_dim)
     p.step(f"store_v_{p.kv_type}", node, writes=("cache",), x=v, cache=values, n_head_kv=n_head_kv, head_dim=head_dim_v)
-    sizes: dict[str, Any] = {"n_head": n_head, "n_head_kv": n_head_kv, "head_dim": head_dim, "head_dim_v": head_dim_v}
+    _attend_to_cache(p, node, q, cache, sinks[0] if sinks else 0)
+
+
+def _attend_to_cache(p: "Plan", node: "Tensor", q: "Tensor", cache: "Tensor", sinks: "Tensor | int") -> None:
+    keys, values = p.cache(cache)
+    n_head_kv, head_dim, head_dim_v = cache.shape
+    n_before, n_after = _reach(node.attrs.get("window", 0), node.attrs.get("causal", True))
+    sizes: dict[str, Any] = {"n_head": q.shape[1], "n_head_kv": n_head_kv, "head_dim": head_dim, "head_dim_v": head_dim_v}
     sizes |= {"scale": float(node.attrs["scale"]), "cap": float(node.attrs.get("cap", 0.0))}
-    sizes |= {"sinks": sinks[0] if sinks else 0, "n_before": n_before, "n_after": n_after}
+    sizes |= {"sinks": sinks, "n_before": n_before, "n_after": n_after}
     _attention_steps(p, node, "attention", (n_head_kv, head_dim), n_before, q=q, k_cache=keys, v_cache=values, **sizes)
 
 
@@ -469,6 +474,48 @@ def _attention_steps(p: "Plan", node: "Tensor", kernel: str, keys: Shape, n_befo
 # symmetric attention (not `causal`, within the tokens of a run and those before them) window // 2 on both sides. `cap`:
 # scores become cap * tanh(score / cap). `sinks`: for each head a logit that takes its part of the weight. 0 is none.
 OPS["ATTENTION"] = Op(_attention_shape, _attention_reference, _attention_lower)
+
+
+def _again_shape(
+    q: "Tensor", cache: "Tensor", *, scale: float, window: int = 0, cap: float = 0.0, causal: bool = True
+) -> Shape:
+    _need(cache.op == "CACHE" and len(cache.shape) == 3, "takes the keys and values of another attention")
+    n_head_kv, head_dim, head_dim_v = cache.shape
+    _need(len(q.shape) == 3 and q.shape[1] % n_head_kv == 0 and q.shape[2] == head_dim, "queries and cache differ in shape")
+    return (*q.shape[:2], head_dim_v)
+
+
+def _again_reference(run: "Reference", q: np.ndarray, cache: Any, **how: Any) -> np.ndarray:
+    n_head_kv, head_dim, head_dim_v = cache.shape
+    k, v = np.empty((len(q), n_head_kv, head_dim), np.float32), np.empty((len(q), n_head_kv, head_dim_v), np.float32)
+    return _attention_reference(run, q, k, v, cache.as_it_is(), **how)
+
+
+def _again_lower(p: "Plan", node: "Tensor") -> None:
+    q, cache = node.inputs
+    _attend_to_cache(p, node, q, cache, 0)
+
+
+# Over the keys and values that another ATTENTION of this run has stored.
+OPS["ATTENTION_AGAIN"] = Op(_again_shape, _again_reference, _again_lower)
+
+
+# --- HEAD: one part of each token's values ----------------------------------------------------------------------------
+
+
+def _head_shape(x: "Tensor", index: int) -> Shape:
+    _need(len(x.shape) == 3 and 0 <= index < x.shape[1], f"no head {index}")
+    return (x.shape[0], x.shape[2])
+
+
+def _head_lower(p: "Plan", node: "Tensor") -> None:
+    (x,) = node.inputs
+    _, n_head, n = x.shape
+    sizes: dict[str, Any] = {"n_head": 1, "n_x": n, "n_y": 0, "x_head_stride": 4 * n_head * n}
+    p.step("join_heads", node, x=p.at(x, 4 * n * node.attrs["index"]), y=x, out=node, y_stride=0, y_head_stride=0, **sizes)
+
+
+OPS["HEAD"] = Op(_head_shape, lambda run, x, index: x[:, index], _head_lower)
 
 
 # --- JOIN_HEADS: heads of two parts -----------------------------------------------------------------------------------

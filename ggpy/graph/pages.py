@@ -96,7 +96,8 @@ class Pages(Pool):
 
     def view(self, cache: "Tensor") -> "CacheView | LatentView":
         """The cache in numpy's terms, for the reference executor."""
-        return (LatentView if len(cache.shape) == 1 else CacheView)(*self.arrays(cache))
+        first, *values = self.arrays(cache)
+        return CacheView(first, values[0], cache.shape) if values else LatentView(first)
 
 
 def _quantize(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -140,15 +141,21 @@ def _rows(slabs: np.ndarray, pages: np.ndarray, n: int, by_rows: bool) -> np.nda
 class CacheView:
     """One cache, written and read in the order of positions."""
 
-    def __init__(self, keys: np.ndarray, values: np.ndarray):
-        self._keys, self._values = keys, values
+    def __init__(self, keys: np.ndarray, values: np.ndarray, shape: tuple[int, ...]):
+        self._keys, self._values, self.shape, self._writes = keys, values, shape, True
+
+    def as_it_is(self) -> "CacheView":
+        """The same, to which nothing is appended."""
+        view = CacheView(self._keys, self._values, self.shape)
+        view._writes = False
+        return view
 
     def append(
         self, k: np.ndarray, v: np.ndarray, places: np.ndarray, pages: np.ndarray, n: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Stores (n_tokens, n_head_kv, head_dim) and (n_tokens, n_head_kv, head_dim_v) at their places; the keys and
         values of the first n positions of a sequence with these pages, as float32."""
-        for i, place in enumerate(places):
+        for i, place in enumerate(places if self._writes else ()):
             _put(self._keys, place, k[i], by_rows=False)
             _put(self._values, place, v[i], by_rows=True)
         keys, values = _rows(self._keys, pages, n, by_rows=False), _rows(self._values, pages, n, by_rows=True)

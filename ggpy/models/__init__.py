@@ -8,6 +8,7 @@ import numpy as np
 from ..errors import GraphError, UnsupportedError
 from .decoder import Style
 from .deepseek2 import DeepSeek2
+from .gemma4 import Gemma4
 from .hparams import Hparams, Options
 from .lfm2 import Lfm2
 from .mamba2 import Hybrid, Single
@@ -56,6 +57,7 @@ ARCHITECTURES: dict[str, Reader] = {
     "olmoe": Style().read,
     "gemma2": Style(**_GEMMA, window=4096, window_every=2, shared_scale_at=46).read,
     "gemma3": Style(**_GEMMA, window_every=6, window_base=10000.0, shared_scale_at=62).read,
+    "gemma4": Gemma4.read,
     "gpt-oss": Style(
         ffn_norm="post_attention_norm", act="swiglu_clamped", window_every=2, normalize=True, whole_yarn=False
     ).read,

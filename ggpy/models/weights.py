@@ -152,6 +152,13 @@ class Weights:
             )
         return self._graph.weight(DerivedWeight(name, stored.type, (n, *shape[1:]), stored.data[first : first + n]))
 
+    def number(self, name: str) -> float | None:
+        """The value of a tensor of one, None if the file has no such tensor."""
+        if not self.has(name):
+            return None
+        self.check(name, 1)
+        return float(self._file.tensors[name].dequantize()[0])
+
     def has(self, name: str) -> bool:
         """Whether the file has this tensor."""
         return name in self._file.tensors

@@ -196,10 +196,14 @@ def test_attention_over_runs_of_any_length(
         k, v = (g.input(name, (n_head_kv, n)) for name, n in (("k", head_dim), ("v", head_dim_v or head_dim)))
         cache = g.cache("cache", *k.shape[1:], v.shape[2])
         sinks = [g.weight(random_weight("sinks", "F32", (group * n_head_kv,), rng))] if has_sinks else []
-        g.output(g.op("ATTENTION", q, k, v, cache, *sinks, scale=1 / np.sqrt(head_dim), **how), "out")
+        how["scale"] = 1 / np.sqrt(head_dim)
+        g.output(g.op("ATTENTION", q, k, v, cache, *sinks, **how), "out")
+        g.output(g.op("ATTENTION_AGAIN", q, cache, **how), "again")
         inputs = {t.name: 2 * rng.standard_normal((n_tokens, *t.shape[1:])).astype(np.float32) for t in (q, k, v)}
         got, expected = both(g, inputs, teams(threads), n_past, pages)
         close(got["out"], expected["out"], 5e-6)
+        close(got["again"], expected["again"], 5e-6)
+        assert sinks or got["again"].tobytes() == got["out"].tobytes()
         n_past += n_tokens
 
 
@@ -217,8 +221,11 @@ def test_heads_are_joined_exactly(teams, n_head, n, n_y, one_for_all, n_tokens, 
     g = Graph(n_tokens)
     x, y = g.input("x", (n_head, 40)), g.input("y", (1 if one_for_all else n_head, n_y))
     g.output(g.op("JOIN_HEADS", x, y, n=n), "out")
+    g.output(g.op("HEAD", x, index=n_head - 1), "last")
     inputs = {t.name: rng.standard_normal((n_tokens, *t.shape[1:])).astype(np.float32) for t in (x, y)}
-    got = Program(g, Pages(1), teams(threads)).run(inputs, alone(len(inputs["x"])))["out"]
+    outputs = Program(g, Pages(1), teams(threads)).run(inputs, alone(len(inputs["x"])))
+    got = outputs["out"]
+    np.testing.assert_array_equal(outputs["last"], inputs["x"][:, -1])
     assert got.shape == (n_tokens, n_head, n + n_y)
     np.testing.assert_array_equal(got[..., :n], inputs["x"][..., :n])
     np.testing.assert_array_equal(got[..., n:], np.repeat(inputs["y"], n_head // y.shape[1], 1))

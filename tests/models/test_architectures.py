@@ -5,6 +5,7 @@ import pytest
 import transformers
 
 import ggpy
+from tests.converters.test_families import llama_cpp_logprobs
 
 from .checkpoints import converted, random_model, transformers_logits
 
@@ -26,6 +27,7 @@ HEADS, NO_GROUPS = {"head_dim": 20}, {"num_key_value_heads": None}
 WINDOW = {"sliding_window": 30}
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 BASE = {"rope_theta": 10000.0}
+DEFAULT = {**BASE, "rope_type": "default"}
 YARN = {**BASE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 PARTIAL = {"rope_parameters": {**BASE, "partial_rotary_factor": 0.4}}
 LONG = {
@@ -37,12 +39,20 @@ LONG = {
 MINISTRAL = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3}
 EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 2}
 GLM = {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "n_shared_experts": 1}
+GEMMA4 = {
+    **WINDOW,
+    "num_hidden_layers": 6,
+    "layer_types": [*["sliding_attention"] * 2, "full_attention"] * 2,
+    "global_head_dim": 28,
+    "hidden_size_per_layer_input": 12,
+    "vocab_size_per_layer_input": N_VOCAB,
+}
 #: GGUF's name and what is special: class without ForCausalLM, its configuration without Config, sizes
 MODELS = {
     "llama, odd": ("Llama", "Llama", {**HEADS, **UNTIED}),
     "llama, tied, windows": ("Mistral", "Mistral", {**HEADS, **TIED, **WINDOW}),
     "gemma2": ("Gemma2", "Gemma2", {**HEADS, **WINDOW, "query_pre_attn_scalar": 24}),
-    "gemma3": ("Gemma3", "Gemma3Text", {**HEADS, **WINDOW, "num_hidden_layers": 7}),
+    "gemma3": ("Gemma3", "Gemma3Text", {**HEADS, **WINDOW, "num_hidden_layers": 7, "query_pre_attn_scalar": 20}),
     "gemma3, scaled, untied": (
         "Gemma3",
         "Gemma3Text",
@@ -58,7 +68,14 @@ MODELS = {
             },
         },
     ),
+    "gemma4": ("Gemma4", "Gemma4Text", {**HEADS, **GEMMA4, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}),
+    "gemma4, keys are values": (
+        "Gemma4",
+        "Gemma4Text",
+        {**HEADS, **GEMMA4, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "final_logit_softcapping": 5.0},
+    ),
     "gpt-oss": ("GptOss", "GptOss", {**HEADS, **WINDOW, **EXPERTS, "rope_parameters": {**YARN, "truncate": False}}),
+    "gpt-oss, default rope": ("GptOss", "GptOss", {**HEADS, **WINDOW, **EXPERTS, "rope_parameters": DEFAULT}),
     "mistral3": ("Ministral3", "Ministral3", {**HEADS, "rope_parameters": MINISTRAL}),
     "phi3": ("Phi3", "Phi3", {**WINDOW}),
     "phi3, short": ("Phi3", "Phi3", {**TIED, "rope_parameters": LONG, "original_max_position_embeddings": 200}),
@@ -76,7 +93,7 @@ MODELS = {
         "Olmo3",
         {
             **WINDOW,
-            "rope_parameters": {"sliding_attention": {**BASE, "rope_type": "default"}, "full_attention": YARN},
+            "rope_parameters": {"sliding_attention": DEFAULT, "full_attention": YARN},
         },
     ),
     "exaone4": ("Exaone4", "Exaone4", {**HEADS, **TIED, "sliding_window": None, "layer_types": ["full_attention"] * 4}),
@@ -108,7 +125,11 @@ def made(name):
     cls, config, changes = MODELS[name]
     config = getattr(transformers, f"{config}Config")(**{**SIZES, **changes})
     config._attn_implementation = "eager"
-    return random_model(getattr(transformers, cls, None) or getattr(transformers, f"{cls}ForCausalLM"), config)
+    model = random_model(getattr(transformers, cls, None) or getattr(transformers, f"{cls}ForCausalLM"), config)
+    for key, buffer in model.named_buffers():
+        if key.endswith(("layer_scalar", "e_score_correction_bias")):
+            buffer.normal_(1.0, 0.2)
+    return model
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -128,3 +149,22 @@ def test_logits_equal_transformers(tmp_path, name):
         prompts = [tokens[:50], tokens[:7], tokens_of(33, 1)]
         alone = [ours.generate(prompt, max_tokens=5, temperature=0).run().ids for prompt in prompts]
         assert sorted(result.ids for result in ours.generate_batch(prompts, max_tokens=5, temperature=0)) == sorted(alone)
+
+
+#: those whose odd sizes llama.cpp takes, and whose windows and frequencies it doesn't compute in another way
+IN_LLAMA_CPP = (
+    *("llama, odd", "gemma3", "gpt-oss, default rope", "mistral3", "phi3, long", "granite", "smollm3", "olmo2, windows"),
+    *("hunyuan-dense", "glm4", "command-r", "stablelm", "gptneox", "gpt2", "phi2"),
+)
+
+
+@pytest.mark.parametrize("name", IN_LLAMA_CPP)
+def test_llama_cpp_computes_the_same_from_the_file(tmp_path, name):
+    path, tokens = converted(tmp_path, made(name)), tokens_of(N_TOKENS, 0)
+    lengths = [5, N_TOKENS]
+    prompts = [tokens[:n] for n in lengths]
+    theirs = llama_cpp_logprobs(path, tmp_path / "checkpoint", prompts, n_ctx=256, n_vocab=N_VOCAB)
+    with ggpy.load(path, n_ctx=N_CTX, kv_type="f32", n_threads=2) as model:
+        logits = model.logits(tokens)[[n - 1 for n in lengths]].astype(np.float64)
+    ours = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert (np.exp(theirs) * (theirs - ours)).sum(-1).max() <= 1e-3
