@@ -8,6 +8,7 @@ import numpy as np
 from ..errors import GraphError, UnsupportedError
 from .decoder import Style
 from .deepseek2 import DeepSeek2
+from .encoder import EncoderStyle
 from .hparams import Hparams, Options
 from .lfm2 import Lfm2
 from .mamba2 import Hybrid, Single
@@ -88,6 +89,9 @@ ARCHITECTURES: dict[str, Reader] = {
     "qwen3next": Qwen35.read,
     "granitehybrid": Hybrid.read_granite,
     "nemotron_h": Single.read,
+    # BERT (Devlin et al. 2018), RoBERTa and XLM-R
+    "bert": EncoderStyle().read,
+    "nomic-bert": EncoderStyle(rope=True, act="swiglu").read,
 }
 
 
