@@ -24,10 +24,11 @@ from ggpy.quantization import FILE_TYPES, encode, tensor_types
 from ggpy.quantization.mixes import check_without_importance, file_type, sizes
 from ggpy.quantization.model import in_order
 
-from . import decoders, deepseek2, gemma4, granite, lfm2, llama, mixtral, nemotron, olmoe, qwen, qwen35
+from . import bert, decoders, deepseek2, gemma4, granite, lfm2, llama, mixtral, nemotron, olmoe, qwen, qwen35
 from .card import read_card
 from .checkpoint import FILE_PATTERNS, Checkpoint, ComputedRows, Rows
 from .family import ROPE_OF_SOME, Family, refuse_unread, rope_parameters
+from .pooling import write_pooling
 from .vocabulary import check_vocabulary, read_encoder, write_vocabulary
 
 FAMILIES: tuple[Family, ...] = (
@@ -42,6 +43,7 @@ FAMILIES: tuple[Family, ...] = (
     *lfm2.FAMILIES,
     granite.FAMILY,
     nemotron.FAMILY,
+    *bert.FAMILIES,
 )
 
 Progress = Callable[[int, int, str], None]
@@ -326,6 +328,7 @@ def write_metadata(writer: gguf.GGUFWriter, checkpoint: Checkpoint, family: Fami
     writer.add_type(gguf.GGUFType.MODEL)
     general.set_gguf_meta_model(writer)
     family.write_hparams(writer, checkpoint.config)
+    write_pooling(writer, checkpoint)
     write_vocabulary(writer, checkpoint)
     # Last, and in this order, as quantize_model has them.
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -17,6 +17,7 @@ from gguf import TokenType
 from ggpy.errors import ConversionError, Error, UnsupportedError
 
 from .checkpoint import Checkpoint, read_bytes, shown
+from .encoder_vocabulary import ENCODER_MODELS, write_encoder_vocabulary
 
 # It warns of templates for pairs of texts, which no conversion needs.
 logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
@@ -73,6 +74,9 @@ def write_vocabulary(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     n_vocab = checkpoint.config.integer("vocab_size")
     settings = checkpoint.json("tokenizer_config.json", optional=True)
     tokenizer = checkpoint.json("tokenizer.json", optional=True)
+    if (tokenizer.get("model") or {}).get("type") in ENCODER_MODELS:
+        write_encoder_vocabulary(writer, checkpoint, tokenizer)
+        return
     add_space_prefix = settings.get("add_prefix_space")
     pieces = _pieces(checkpoint, tokenizer)
     if pieces is not None:

@@ -19,9 +19,9 @@ POOLINGS = ("none", "mean", "cls", "last")
 _STORED = (None, "mean", "cls", "last", "rank")  # by `{arch}.pooling_type`
 
 
-def pooling_of(file: "GGUFFile") -> str:
-    """How a file says that the vectors of a text's tokens become one: "mean", "cls", "last" or "rank"; where it doesn't
-    say, as is best for causal models, the last one's.
+def pooling_of(file: "GGUFFile", is_encoder: bool) -> str:
+    """How a file says that the vectors of a text's tokens become one: "mean", "cls", "last" or "rank". Where it doesn't
+    say: of encoders the mean, of others the last, which alone knows of all tokens.
 
     Raises
     ------
@@ -32,7 +32,7 @@ def pooling_of(file: "GGUFFile") -> str:
     kind = file.get(key, int, default=0)
     if not 0 <= kind < len(_STORED):
         raise GGUFError(f"{file.path}: key {key}: {kind} is no kind of pooling")
-    return _STORED[kind] or "last"
+    return _STORED[kind] or ("mean" if is_encoder else "last")
 
 
 class _Text:
@@ -112,21 +112,21 @@ def embed(
             raise ContextFullError(f"texts[{i}] has {len(ids)} tokens, the context holds {runner.n_ctx}")
         runner.check_ids(ids)
     todo = enumerate(texts)
-    begun: list[_Text] = []  # one at most: the beginning of it has been evaluated
+    begun: list[_Text] = []  # one at most: it, or the rest of it, comes with the next run
     n_done = 0
     while n_done < len(texts):
         room = min(scheduler.give_way(), runner.n_batch)
         with runner.lock:
             work: list[tuple[_Text, int]] = []
-            while room and (not work or runner.has_room):
+            while room > 0 and (not work or runner.has_room):
                 if begun:
                     text = begun.pop()
                 elif (following := next(todo, None)) is not None:
                     text = _Text(*following, TokenSequence(runner), pooling, normalize)
                 else:
                     break
-                n = min(len(text.rest), room)
-                if work and runner.pages.n_free < pages_of(n):
+                n = len(text.rest) if runner.is_encoder else min(len(text.rest), room)
+                if work and (n > room or runner.pages.n_free < pages_of(n)):
                     begun.append(text)
                     break
                 text.sequence.make_room(n)
@@ -151,7 +151,7 @@ def hidden_states(runner: "Runner", ids: list[int], layers: Sequence[int]) -> np
     """See `Model.hidden_states`; `layers` from 0 to n_layer."""
     sequence = TokenSequence(runner)
     out = np.empty((len(layers), len(ids), runner.arch.n_embd), np.float32)
-    for chunk, _ in sequence.chunks(ids, runner.n_batch):
+    for chunk, _ in sequence.chunks(ids, runner.n_run):
         first = len(sequence)
         with runner.lock:
             sequence.make_room(len(chunk))

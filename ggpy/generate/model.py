@@ -290,7 +290,7 @@ class Model:
         """
         if isinstance(texts, str):
             raise Error("embed takes a list of texts; for one: embed([text])")
-        kind = pooling or pooling_of(self.file)
+        kind = pooling or pooling_of(self.file, self._runner.is_encoder)
         if kind not in POOLINGS:
             raise Error(f"pooling {kind!r}; there are {', '.join(POOLINGS)}")
         self._runner.check()
@@ -416,6 +416,7 @@ class Model:
         draft: "Model | Drafter | None" = None,
         **sampling: "Unpack[SamplingOptions]",
     ) -> Request:
+        self._runner.check_logits()
         if sampler is None:
             tokenizer = self.tokenizer if sampling.get("dry_multiplier") else None
             standard = StandardSampler(tokenizer=tokenizer, **sampling)

@@ -26,6 +26,7 @@ _LOGITS_BYTES = 64 << 20  # that a run may take for its logits
 _PROGRAMS = 6  # that are kept: for one token, for many, for embeddings; without hooks and with those of now
 #: contexts that the pages of keys and values hold, if a quarter of the machine's memory is enough for them
 _CONTEXTS = 4
+_SHORT = 8  # tokens of a text for which encoders have pages enough
 #: slots of states beside each of them, and the fewest in all: two sequences, and what they were before a run
 _SLOTS, _LEAST_SLOTS = 16, 4
 
@@ -63,6 +64,10 @@ class Runner:
         What runs now.
     n_outputs : int
         For how many tokens of a run, at most, logits can be had.
+    is_encoder : bool
+        Whether tokens see those after them, too: then texts are run whole, and there are embeddings but no logits.
+    n_run : int
+        The most tokens of a run: n_batch, but of an encoder at least a context.
     has_states : bool
         Whether the model has layers with states: then a sequence can't simply forget its last tokens (`snapshots`).
 
@@ -96,9 +101,15 @@ class Runner:
         self._dropped_slots: list[int] = []
         self._derived: dict[str, DerivedWeight] = {}
         self._programs: OrderedDict[tuple, Program] = OrderedDict()
-        graph = self.graph(1)
+        graph = self.graph(1, output="embeddings")
+        self.is_encoder = not all(t.attrs.get("causal", True) for t in graph)
+        self.n_run = max(n_batch, n_ctx) if self.is_encoder else n_batch
+        if "positions" in graph and n_ctx > arch.n_ctx_train:
+            raise Error(f"{file.path}: a context of {n_ctx}; the model has learned {arch.n_ctx_train} positions")
         piece_bytes = (Pages(0, kv_type).page_bytes(graph), slot_bytes(graph))
         contexts = _CONTEXTS if ram_budget is None else 1
+        if self.is_encoder:  # many short texts go into a run
+            contexts = max(contexts, -(-n_batch // (_SHORT * pages_of(n_ctx))))
         n_pages, n_slots = _counts(*piece_bytes, pages_of(n_ctx), contexts, None if kv_memory is None else int(kv_memory))
         kv_bytes = n_pages * piece_bytes[0] + n_slots * piece_bytes[1]
         self.has_states = n_slots > 0
@@ -109,16 +120,22 @@ class Runner:
             self.expert_memory = ExpertMemory(file, graph, ram_budget, kv_bytes)
         # One token, and a prompt: both are sure to be needed, so their kernels are compiled together.
         try:
-            names = [name for n in {1, n_batch} for name in self._program(n).plan.names]
+            programs = [(self.n_run, self._end)] if self.is_encoder else [(1, self._end), (n_batch, self._end)]
+            names = [name for how in programs for name in self._program(*how).plan.names]
         except MemoryError:
             raise Error(f"no memory for {kv_bytes:,} bytes of keys and values; kv_memory takes less") from None
         load(names, progress)
 
-    def graph(self, n_tokens: int, n_outputs: int | None = None, output: Output = "logits") -> "Graph":
-        """The compute graph for up to n_tokens tokens; see `build_graph`."""
+    @property
+    def _end(self) -> Output:
+        return "embeddings" if self.is_encoder else "logits"
+
+    def graph(self, n_tokens: int, n_outputs: int | None = None, output: Output | None = None) -> "Graph":
+        """The compute graph for up to n_tokens tokens, by default with all that the model gives; see `build_graph`."""
+        output = output or self._end
         return build_graph(self.file, self.arch, n_tokens, n_outputs, output=output, derived=self._derived)
 
-    def _program(self, n_tokens: int, output: Output = "logits") -> Program:
+    def _program(self, n_tokens: int, output: Output) -> Program:
         hooks = dict(self.hooks)  # as they are now: another thread may change them
         key = (n_tokens, output, *hooks.items())
         program = self._programs.get(key)
@@ -153,6 +170,11 @@ class Runner:
         """Whether this process is a fork of the one that opened the model."""
         return os.getpid() != self._pid
 
+    def check_logits(self) -> None:
+        """Raises UnsupportedError if the model is an encoder."""
+        if self.is_encoder:
+            raise UnsupportedError(f"{self.file.path}: an encoder, which gives embeddings, not logits: see Model.embed")
+
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raises Error if one of them isn't a token."""
         for i in ids:
@@ -168,7 +190,7 @@ class Runner:
 
     def program_of(self, n_tokens: int, output: Output = "logits") -> Program:
         """The program that runs n_tokens tokens. Memory is taken for one when it is first used."""
-        return self._program(1 if n_tokens == 1 and output == "logits" else self.n_batch, output)
+        return self._program(1 if n_tokens == 1 and output == "logits" else self.n_run, output)
 
     def run(self, spans: Sequence[Span], profile: np.ndarray | None = None, output: Output = "logits") -> list[np.ndarray]:
         """Evaluates tokens of some sequences; each one's logits as it wants them, float32 (n_outputs, n_vocab), or its
@@ -196,6 +218,8 @@ class Runner:
     ) -> tuple[dict[str, np.ndarray], list[slice]]:
         """The outputs of a graph, and which of their rows are each span's."""
         self.check()
+        if output == "logits":
+            self.check_logits()
         with self.lock:
             self.check()
             self.file.check()

@@ -84,11 +84,9 @@ class _Fields:
             raise _wrong(name, "a boolean", value)
         return bool(value)
 
-    def array(self, name: str, kind: type[T], length: int | None = None, default: list[T] | None = None) -> list[T]:
+    def array(self, name: str, kind: type[T], length: int | None = None) -> list[T]:
         """The array as a list; `length`: how many elements it must have."""
         value = self._value(name)
-        if value is None and default is not None:
-            return default
         if value is None or isinstance(value, (str, bytes)) or not hasattr(value, "__len__"):
             raise _wrong(name, f"an array of {kind.__name__}", value)
         items = value.tolist() if hasattr(value, "tolist") else list(value)
@@ -100,6 +98,13 @@ class _Fields:
         if length is not None and len(items) != length:
             raise TokenizerError(f"tokenizer.ggml.{name} has {len(items)} elements, tokenizer.ggml.tokens has {length}")
         return items
+
+    def data(self, name: str) -> bytes:
+        """An array of bytes; empty where there is none."""
+        value = self._value(name)
+        if value is None or isinstance(value, bytes):
+            return value or b""
+        return bytes(x & 255 for x in self.array(name, int))
 
     def token_id(self, name: str, n_vocab: int, default: int | None = None) -> int | None:
         value = self._value(name)
@@ -321,7 +326,7 @@ class Tokenizer:
         if self._kind == "t5":
             if fields.flag("remove_extra_whitespaces", False):
                 spaces = [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip(), *spaces]
-            charsmap = bytes(x & 255 for x in fields.array("precompiled_charsmap", int, default=[]))
+            charsmap = fields.data("precompiled_charsmap")
             try:
                 first = [normalizers.Precompiled(charsmap)] if charsmap else []
             except Exception as error:  # the package raises bare Exceptions

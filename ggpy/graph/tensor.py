@@ -129,8 +129,9 @@ class Graph:
 
     def cache(self, name: str, *shape: int) -> Tensor:
         """What a run knows of the tokens before it, and adds its own to: for ATTENTION (n_head_kv, head_dim, head_dim_v),
-        keys and values of a token; for ATTENTION_LATENT (n_latent + n_rot,)."""
-        return self._add(Tensor("CACHE", (), shape, "F16", name))
+        keys and values of a token; for ATTENTION_LATENT (n_latent + n_rot,). Asking again gives the same node: layers may
+        share one if no run needs what another has left there."""
+        return self._by_name.get(name) or self._add(Tensor("CACHE", (), shape, "F16", name))
 
     def state(self, name: str, *shape: int) -> Tensor:
         """What a run knows of the tokens before it where that has a fixed size: float32 values of each sequence, which a

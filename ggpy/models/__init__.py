@@ -9,6 +9,7 @@ from ..errors import GraphError, UnsupportedError
 from .decoder import Style
 from .deepseek2 import DeepSeek2
 from .gemma4 import Gemma4
+from .encoder import EncoderStyle
 from .hparams import Hparams, Options
 from .lfm2 import Lfm2
 from .mamba2 import Hybrid, Single
@@ -90,6 +91,9 @@ ARCHITECTURES: dict[str, Reader] = {
     "qwen3next": Qwen35.read,
     "granitehybrid": Hybrid.read_granite,
     "nemotron_h": Single.read,
+    # BERT (Devlin et al. 2018), RoBERTa and XLM-R
+    "bert": EncoderStyle().read,
+    "nomic-bert": EncoderStyle(rope=True, act="swiglu").read,
 }
 
 

