@@ -8,8 +8,8 @@ import numpy as np
 from ..errors import GraphError, UnsupportedError
 from .decoder import Style
 from .deepseek2 import DeepSeek2
-from .gemma4 import Gemma4
 from .encoder import EncoderStyle
+from .gemma4 import Gemma4
 from .hparams import Hparams, Options
 from .lfm2 import Lfm2
 from .mamba2 import Hybrid, Single
