@@ -266,7 +266,8 @@ def write_windows(writer: gguf.GGUFWriter, config: Config, rule: str) -> None:
         kinds = config.get("layer_types", default)
         for key in ("sliding_window_pattern", "_sliding_window_pattern"):  # what layer_types is made of
             config.get(key)
-        if not isinstance(kinds, list) or len(kinds) != n_layer or not {*kinds} <= {"full_attention", "sliding_attention"}:
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(kinds, list) or len(kinds) != n_layer or not all(kind in known for kind in kinds):
             raise UnsupportedError(f"{config.path}: layer_types {shown(kinds)}; known: full_attention, sliding_attention")
         has = [kind == "sliding_attention" for kind in kinds]
     elif config.get("sliding_window") is None:
