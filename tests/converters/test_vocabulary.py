@@ -180,10 +180,17 @@ def test_unknown_splitting_is_refused_with_those_known(damaged_folder):
         metadata_of(damaged_folder)
 
 
-@pytest.mark.parametrize("model", [models.WordPiece(unk_token="?"), models.Unigram(), models.BPE()])
+@pytest.mark.parametrize("model", [models.WordLevel(unk_token="?"), models.BPE()])
 def test_other_kinds_of_tokenizer_are_refused(model, damaged_folder):
     Tokenizer(model).save(str(damaged_folder / "tokenizer.json"))
     with pytest.raises(UnsupportedError, match=r"tokenizer\.json: .*known: BPE"):
+        metadata_of(damaged_folder)
+
+
+@pytest.mark.parametrize("model", [models.WordPiece(unk_token="?"), models.Unigram()])
+def test_a_vocabulary_without_its_unknown_token_is_refused(model, damaged_folder):
+    Tokenizer(model).save(str(damaged_folder / "tokenizer.json"))
+    with pytest.raises((ConversionError, UnsupportedError), match=r"tokenizer\.json: .*(can't be read|unknown)"):
         metadata_of(damaged_folder)
 
 
