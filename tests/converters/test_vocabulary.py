@@ -190,7 +190,9 @@ def test_other_kinds_of_tokenizer_are_refused(model, damaged_folder):
 @pytest.mark.parametrize("model", [models.WordPiece(unk_token="?"), models.Unigram()])
 def test_encoders_tokenizers_that_lack_something_are_refused(model, damaged_folder):
     Tokenizer(model).save(str(damaged_folder / "tokenizer.json"))
-    with pytest.raises((ConversionError, UnsupportedError), match=r"tokenizer\.json: (its tokens can't be read|post_processor)"):
+    with pytest.raises(
+        (ConversionError, UnsupportedError), match=r"tokenizer\.json: (its tokens can't be read|post_processor)"
+    ):
         metadata_of(damaged_folder)
 
 
