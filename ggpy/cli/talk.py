@@ -88,7 +88,7 @@ class Talk:
             reply = self.reply = ask()
             if reply.n_dropped:
                 self._note(f"(the context is full: the oldest {reply.n_dropped} messages are dropped)")
-            AnswerWriter(self._out, reply.prompt, self._thinking).write(reply)
+            AnswerWriter(self._out, reply.parser(), self._thinking).write(reply)
             self._out.write("\n")
         except KeyboardInterrupt:
             pass

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 import ggpy
 from ggpy.generate.chat import ChatTemplate
-from ggpy.generate.thinking import ThinkingSplitter, split_thinking
+from ggpy.generate.replies import FAMILIES, ReplyParser, parse_reply
 from tests.models.checkpoints import converted
 from tests.models.test_moe import made
 
@@ -175,10 +175,10 @@ def test_sessions_are_saved_and_loaded(model, tmp_path):
 )
 @given(data=st.data())
 def test_thoughts_are_told_from_the_answer_however_the_text_is_cut(prompt, text, thinking, answer, data):
-    assert split_thinking(text, prompt) == (thinking, answer)
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))))
-    splitter = ThinkingSplitter(prompt)
+    splitter = ReplyParser(FAMILIES["plain"], None, prompt)
     parts = [p for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True) for p in splitter.push(text[a:b])]
     parts += splitter.flush()
-    got = tuple("".join(part for is_thought, part in parts if is_thought is which) for which in (True, False))
-    assert got == (thinking, answer)
+    for events in (parts, parse_reply(text, FAMILIES["plain"], None, prompt)):
+        got = tuple("".join(e.text for e in events if e.kind == kind) for kind in ("reasoning", "content"))
+        assert got == (thinking, answer)
