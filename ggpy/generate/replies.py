@@ -152,7 +152,9 @@ def _call_of(value: object, schemas: _Schemas) -> tuple[str, dict[str, Any]]:
     function = value.get("function")
     value = function if isinstance(function, dict) else value
     name = value.get("name")
-    arguments = next((value[key] for key in ("arguments", "parameters") if key in value), {} if len(value) == 1 else None)
+    arguments: Any = next(
+        (value[key] for key in ("arguments", "parameters") if key in value), {} if len(value) == 1 else None
+    )
     if isinstance(arguments, str):
         arguments = _loads(arguments)
     if not isinstance(name, str) or not isinstance(arguments, dict):
@@ -234,7 +236,8 @@ def _tagged(header: str, key: str, value_end: str, end: str, trim: bool = False)
         found = head.match(text, at)
         if found is None:
             raise _IncompleteError
-        name, arguments = html.unescape(found["name"]).strip(), {}
+        name = html.unescape(found["name"]).strip()
+        arguments: dict[str, Any] = {}
         parameters = schemas.get(name, {})
         known = parameters.get("properties")
         known = known if isinstance(known, Mapping) else {}
@@ -343,7 +346,9 @@ def _gemma_value(text: str, at: int, depth: int) -> tuple[Any, int]:
             raise _IncompleteError
         return text[at + len(_QUOTE) : stop], stop + len(_QUOTE)
     if text[at] in "{[":
-        close, pairs, items = "}" if text[at] == "{" else "]", {}, []
+        close = "}" if text[at] == "{" else "]"
+        pairs: dict[str, Any] = {}
+        items: list[Any] = []
         at = _skip(text, at + 1)
         while True:
             if at >= len(text):
@@ -544,7 +549,7 @@ def family_of(template: str) -> Family:
 
 def schemas_of(tools: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """The schemas of functions' parameters by the functions' names, from tools as OpenAI's API has them."""
-    functions = [tool.get("function", tool) for tool in tools]
+    functions = [tool.get("function", tool) for tool in tools if isinstance(tool, Mapping)]
     named = [f for f in functions if isinstance(f, Mapping) and isinstance(f.get("name"), str)]
     schemas = {f["name"]: f.get("parameters") for f in named}
     return {name: schema if isinstance(schema, Mapping) else {} for name, schema in schemas.items()}
@@ -576,6 +581,7 @@ class ReplyParser:
         self._sections = dict(family.sections) if tools is not None else {}
         self._bare = () if tools is None else family.bare
         self._held = ""
+        self._look_at = 0  # how long the held text must be, to be looked at again
         begun = [end for begin, end in family.thoughts if prompt.rstrip().endswith(begin.rstrip())]
         self._thought_end = begun[0] if begun else ""
         self._section_end = ""
@@ -588,7 +594,7 @@ class ReplyParser:
     def push(self, text: str) -> list[Event]:
         """Takes the next piece; what is certain now."""
         self._held += text
-        return self._all(False)
+        return self._all(False) if len(self._held) >= self._look_at else []
 
     def flush(self) -> list[Event]:
         """What was held back, at the end."""
@@ -598,6 +604,9 @@ class ReplyParser:
         events: list[Event] = []
         while self._step(events, final):
             pass
+        # A long call is read again only when it has grown: else its time would be quadratic.
+        held = len(self._held)
+        self._look_at = held + held // 64 if held > 4096 else 0
         return [event for event in events if event.text]
 
     def _step(self, events: list[Event], final: bool) -> bool:
