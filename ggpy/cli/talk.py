@@ -89,7 +89,7 @@ class Talk:
             if reply.n_dropped:
                 self._note(f"(the context is full: the oldest {reply.n_dropped} messages are dropped)")
             with unechoed():
-                AnswerWriter(self._out, reply.prompt, self._thinking).write(reply)
+                AnswerWriter(self._out, reply.parser(), self._thinking).write(reply)
             self._out.write("\n")
         except KeyboardInterrupt:
             pass

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from ..generate.thinking import ThinkingSplitter
+from ..generate.replies import Event, ReplyParser
 from ..printable import visible
 
 if TYPE_CHECKING:
@@ -33,31 +33,32 @@ class AnswerWriter:
     Parameters
     ----------
     out : file
-    prompt : str, optional
-        Of a reply, what comes before. None: the text has no thoughts.
+    parser : ReplyParser, optional
+        Of a reply. None: the text has no thoughts.
     thinking : bool
         Whether thoughts are shown.
     """
 
-    def __init__(self, out: TextIO, prompt: str | None = None, thinking: bool = True):
+    def __init__(self, out: TextIO, parser: ReplyParser | None = None, thinking: bool = True):
         self._out, self._thinking = out, thinking
         self._styled = obeys_escapes(out)
-        self._splitter = None if prompt is None else ThinkingSplitter(prompt)
+        self._parser = parser
         self._in_thoughts = False
 
     def write(self, pieces: Iterable[str]) -> None:
         """Writes pieces, each as it comes, and ends the line, after an interrupt too."""
         try:
             for piece in pieces:
-                self._write([(False, piece)] if self._splitter is None else self._splitter.push(piece))
+                self._write([Event("content", piece)] if self._parser is None else self._parser.push(piece))
         finally:
-            if self._splitter is not None:
-                self._write(self._splitter.flush())
+            if self._parser is not None:
+                self._write(self._parser.flush())
             self._put("\n")
             self._out.flush()
 
-    def _write(self, parts: list[tuple[bool, str]]) -> None:
-        for is_thought, text in parts:
+    def _write(self, events: list[Event]) -> None:
+        for kind, text, _ in events:
+            is_thought = kind == "reasoning"
             if is_thought and not self._in_thoughts:
                 self._put("thinking…\n" if self._thinking else "thinking…", dim=True)
             elif self._in_thoughts and not is_thought:

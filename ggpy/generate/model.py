@@ -2,7 +2,7 @@
 
 import reprlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import count, islice
@@ -20,6 +20,7 @@ from .chat import ChatTemplate
 from .embedding import POOLINGS, embed, hidden_states, pooling_of
 from .generation import Generation
 from .options import ChatOptions, Drafter, GenerationOptions, JSONSchema, Processor, Sampler, checked_option, with_options
+from .replies import Family, family_of
 from .runner import Runner
 from .sampling import StandardSampler
 from .scheduler import Request, Scheduler
@@ -403,6 +404,7 @@ class Model:
         self,
         ids: list[int],
         echo_from: int | None = None,
+        shown: Collection[int] = (),
         *,
         max_tokens: int | None = None,
         stop: str | Sequence[str] | None = (),
@@ -440,7 +442,7 @@ class Model:
         if not (json_schema is regex is grammar is None):
             constraint = self._constraints.constraint(json_schema, regex, grammar)
         how = (processors, logprobs, echo_from, constraint)
-        request = Request(self.tokenizer, ids, sampler, _limit(max_tokens), stop, *how)
+        request = Request(self.tokenizer, ids, sampler, _limit(max_tokens), stop, *how, shown)
         request.drafter = self._drafter(lookup, draft)
         return request
 
@@ -677,7 +679,7 @@ class Model:
         Returns
         -------
         Reply
-            A generation that also has `answer`, `thinking` and `message`.
+            A generation that also has `answer`, `thinking`, `tool_calls` and `message`.
 
         Raises
         ------
@@ -723,7 +725,18 @@ class Model:
         if len(ids) + room > self.n_ctx:
             left = f" and {room} for the reply" if room else ""
             raise ContextFullError(f"the conversation has {len(ids)} tokens{left}; the context holds {self.n_ctx}")
-        return Reply(self._scheduler, self._request(ids, **options), prompt)
+        family, shown = self._family
+        request = self._request(ids, shown=shown, **options)
+        return Reply(self._scheduler, request, prompt, family, None if tools is None else list(tools))
+
+    @cached_property
+    def _family(self) -> tuple[Family, frozenset[int]]:
+        """How the model marks thoughts and calls, and which control tokens are such marks."""
+        template = self.chat_template
+        sources = [] if template is None else [template.source, template.tool_use.source if template.tool_use else ""]
+        family = family_of("".join(sources))
+        encoded = [self.tokenizer.encode(mark, bos=False) for mark in family.tokens]
+        return family, frozenset(ids[0] for ids in encoded if len(ids) == 1 and self.tokenizer.is_hidden(ids[0]))
 
 
 def _best(generations: Iterator[Generation], each: int, n: int) -> Iterator[Generation]:

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,6 +72,8 @@ class Request:
         Of how many of the likeliest tokens log-probabilities are wanted, beside the token's own; None: of none.
     echo_from : int, optional
         Pieces of the prompt are wanted, too, from this token on.
+    shown : collection of int
+        Control tokens that the text has.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Request:
         logprobs: int | None = None,
         echo_from: int | None = None,
         constraint: "Constraint | None" = None,
+        shown: Collection[int] = (),
     ):
         self.tokens = list(prompt_ids)
         self.n_prompt = len(prompt_ids)
@@ -103,7 +106,7 @@ class Request:
         self._sampler, self._processors, self._max_tokens = sampler, tuple(processors), max_tokens
         self._end_tokens, self._bos = tokenizer.end_tokens, tokenizer.bos
         self.constraint = constraint
-        self._decoder = StreamDecoder(tokenizer, prompt_ids, whole=constraint is not None)
+        self._decoder = StreamDecoder(tokenizer, prompt_ids, whole=constraint is not None, shown=shown)
         self._stops = StopMatcher(stop)
         self._started = self._first = 0.0
         self._logprobs = logprobs

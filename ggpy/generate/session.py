@@ -1,5 +1,6 @@
 """Conversations: a reply to messages, and a session that keeps them."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,8 +10,8 @@ from ..errors import ContextFullError, Error
 from ..file import writing_aside
 from .generation import Generation
 from .options import ChatOptions, with_options
+from .replies import Event, Family, ReplyParser
 from .scheduler import Request, Scheduler
-from .thinking import split_thinking
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -26,7 +27,9 @@ _REPLY_ROOM = 256
 
 
 class Reply(Generation):
-    """A model's reply to a conversation: a generation whose text has thoughts and an answer.
+    """A model's reply to a conversation: a generation whose text has thoughts, an answer and calls of tools.
+
+    The text has the marks that tell them apart, also those that are control tokens.
 
     Attributes
     ----------
@@ -34,26 +37,63 @@ class Reply(Generation):
         Messages that a session has left out, since they didn't fit into the context.
     """
 
-    def __init__(self, scheduler: Scheduler, request: Request, prompt: str):
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        request: Request,
+        prompt: str,
+        family: Family,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ):
         super().__init__(scheduler, request)
         self.prompt = prompt
         self.n_dropped = 0
+        self._family, self._tools = family, tools
+
+    def parser(self) -> ReplyParser:
+        """What tells the parts of the text apart as its pieces come."""
+        return ReplyParser(self._family, self._tools, self.prompt)
+
+    def _events(self) -> list[Event]:
+        """The parts of the text taken so far; while it goes on, those that are certain."""
+        parser = self.parser()
+        events = parser.push(self.text)
+        return events if self.finish_reason is None else [*events, *parser.flush()]
 
     @property
     def answer(self) -> str:
-        """The text taken so far, without thoughts."""
-        return split_thinking(self.text, self.prompt)[1]
+        """The text taken so far, without thoughts and calls."""
+        return _text(self._events(), "content")
 
     @property
     def thinking(self) -> str:
-        """The thoughts taken so far, where the model marks them in one of the ways of `thinking.MARKERS`."""
-        return split_thinking(self.text, self.prompt)[0]
+        """The thoughts taken so far, where the model's family marks them in a known way; see `replies.FAMILIES`."""
+        return _text(self._events(), "reasoning")
 
     @property
-    def message(self) -> dict[str, str]:
-        """The reply taken so far as a message; its thoughts, if there are any, as `reasoning_content`."""
-        thinking, answer = split_thinking(self.text, self.prompt)
-        return {"role": "assistant", "content": answer} | ({"reasoning_content": thinking} if thinking else {})
+    def tool_calls(self) -> list[dict[str, Any]]:
+        """The calls of tools that are whole so far, as OpenAI's API has them; none if no tools were given."""
+        return self._calls(self._events())
+
+    def _calls(self, events: list[Event]) -> list[dict[str, Any]]:
+        calls = []
+        for i, event in enumerate(event for event in events if event.kind == "call"):
+            # Mistral's templates want ids of nine letters and digits. The same reply has the same ids.
+            said = "\0".join((self.prompt, self.text, str(self.choice), str(i)))
+            key = hashlib.sha256(said.encode(errors="surrogatepass")).hexdigest()[:9]
+            calls.append({"id": key, "type": "function", "function": {"name": event.name, "arguments": event.text}})
+        return calls
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The reply taken so far as a message; with `reasoning_content` and `tool_calls`, if there are any."""
+        events = self._events()
+        message: dict[str, Any] = {"role": "assistant", "content": _text(events, "content")}
+        if thinking := _text(events, "reasoning"):
+            message["reasoning_content"] = thinking
+        if calls := self._calls(events):
+            message["tool_calls"] = calls
+        return message
 
 
 class Session:
@@ -198,6 +238,10 @@ class Session:
             raise Error(f"{path}: {error.strerror}") from None
         except (ValueError, TypeError, KeyError, RecursionError, Error):
             raise Error(f"{path}: not a saved conversation") from None
+
+
+def _text(events: list[Event], kind: str) -> str:
+    return "".join(event.text for event in events if event.kind == kind)
 
 
 def checked_messages(messages: Iterable[Message]) -> list[Message]:

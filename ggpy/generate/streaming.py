@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from ..errors import Error
 from .tokenizer import Tokenizer
@@ -23,16 +23,25 @@ class StreamDecoder:
         Whether to write the names of control tokens.
     whole : bool
         Whether to keep a space in front anyway.
+    shown : collection of int
+        Control tokens whose names are written anyway.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), special: bool = False, whole: bool = False):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int] = (),
+        special: bool = False,
+        whole: bool = False,
+        shown: Collection[int] = (),
+    ):
         self._tokenizer = tokenizer
-        self._special = special
+        self._special, self._shown = special, shown
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_start = tokenizer.space_prefix and not whole and all(map(self._is_left_out, prompt))
 
     def _is_left_out(self, token: int) -> bool:
-        return not self._special and self._tokenizer.is_hidden(token)
+        return not self._special and self._tokenizer.is_hidden(token) and token not in self._shown
 
     def push(self, token: int) -> str:
         """The text that becomes certain with this token: often a word, nothing in the middle of a character.

@@ -19,6 +19,7 @@ import ggpy
 from ggpy.cli.talk import Talk
 from ggpy.cli.terminal import AnswerWriter, Editor, is_open, unechoed, unquoted
 from ggpy.generate.chat import ChatTemplate
+from ggpy.generate.replies import FAMILIES, ReplyParser
 from ggpy.kernels import build
 from ggpy.printable import visible
 from tests.models.checkpoints import converted, random_model
@@ -149,8 +150,9 @@ def test_three_quotes_hold_many_lines(text, opened, message):
 # What is shown
 
 
-def shown(pieces, screen, **how):
-    AnswerWriter(screen, **how).write(iter(pieces))
+def shown(pieces, screen, prompt=None, **how):
+    parser = None if prompt is None else ReplyParser(FAMILIES["plain"], None, prompt)
+    AnswerWriter(screen, parser, **how).write(iter(pieces))
     return screen.take()
 
 

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 import ggpy
 from ggpy.generate.chat import ChatTemplate
-from ggpy.generate.thinking import ThinkingSplitter, split_thinking
+from ggpy.generate.replies import FAMILIES, ReplyParser, parse_reply
+from ggpy.generate.streaming import StreamDecoder
 from tests.models.checkpoints import converted
 from tests.models.test_moe import made
 
@@ -153,7 +154,48 @@ def test_sessions_are_saved_and_loaded(model, tmp_path):
         other.save(tmp_path / "none" / "talk.json")
 
 
-# Thoughts
+# Calls of tools, and thoughts
+
+
+def test_a_reply_has_the_calls_of_tools_apart(model):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    call = '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
+    model.__dict__["chat_template"] = ChatTemplate(TEMPLATE + "{# <tool_call> #}")
+    ids = model.tokenize("Well. " + call, bos=False)
+
+    def said(before, logits):
+        n = len(before) - len(prompt)
+        logits[:] = 0
+        logits[ids[n] if n < len(ids) else min(model.tokenizer.end_tokens)] = 100
+        return logits
+
+    messages = [{"role": "user", "content": "Call"}]
+    prompt = model.tokenizer.encode_prompt(model.chat_prompt(messages, tools=tools))
+    options = {"processors": [said], "temperature": 0, "max_tokens": len(ids) + 1}
+    message = model.chat(messages, tools=tools, **options).message
+    (made_call,) = message["tool_calls"]
+    assert message == {"role": "assistant", "content": "Well.", "tool_calls": [made_call]}
+    assert made_call["type"] == "function" and made_call["function"] == {"name": "f", "arguments": '{"x": 1}'}
+    assert len(made_call["id"]) == 9 and made_call["id"].isalnum()
+    assert model.chat(messages, tools=tools, **options).tool_calls == [made_call]  # the same reply has the same ids
+    # While the reply goes on, only whole calls count.
+    reply = model.chat(messages, tools=tools, stream=True, **options)
+    while not reply.text.endswith('"x"'):
+        next(reply)
+    assert reply.tool_calls == [] and reply.answer == "Well."
+    # Cut off, it is text.
+    cut = model.chat(messages, tools=tools, **(options | {"max_tokens": len(ids) - 3}))
+    assert cut.tool_calls == [] and cut.answer == cut.text
+    # Without tools on offer, nothing is a call.
+    prompt = model.tokenizer.encode_prompt(model.chat_prompt(messages))
+    assert model.chat(messages, **options).answer == "Well. " + call
+
+
+def test_control_tokens_that_are_marks_are_written(model):
+    control = next(i for i in range(model.tokenizer.n_vocab) if model.tokenizer.is_hidden(i))
+    name = model.tokenizer.token_bytes(control).decode()
+    assert StreamDecoder(model.tokenizer).push(control) == ""
+    assert StreamDecoder(model.tokenizer, shown={control}).push(control) == name
 
 
 @pytest.mark.parametrize(
@@ -175,10 +217,10 @@ def test_sessions_are_saved_and_loaded(model, tmp_path):
 )
 @given(data=st.data())
 def test_thoughts_are_told_from_the_answer_however_the_text_is_cut(prompt, text, thinking, answer, data):
-    assert split_thinking(text, prompt) == (thinking, answer)
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))))
-    splitter = ThinkingSplitter(prompt)
+    splitter = ReplyParser(FAMILIES["plain"], None, prompt)
     parts = [p for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True) for p in splitter.push(text[a:b])]
     parts += splitter.flush()
-    got = tuple("".join(part for is_thought, part in parts if is_thought is which) for which in (True, False))
-    assert got == (thinking, answer)
+    for events in (parts, parse_reply(text, FAMILIES["plain"], None, prompt)):
+        got = tuple("".join(e.text for e in events if e.kind == kind) for kind in ("reasoning", "content"))
+        assert got == (thinking, answer)
