@@ -121,19 +121,25 @@ class StoredRows:
 
 
 @dataclass(frozen=True)
-class PickedRows:
+class _OtherRows:
+    """What is made of another tensor's values comes from where they come from."""
+
+    rows: Rows
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.rows.sources
+
+
+@dataclass(frozen=True)
+class PickedRows(_OtherRows):
     """Another tensor's rows in another order, or some of them: row i is the other's row ``order[i]`` (implements `Rows`).
 
     A tensor with one axis has one row; its values are picked.
     """
 
-    rows: Rows
     order: np.ndarray
     shape: tuple[int, ...]
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return self.rows.sources
 
     def read(self, start: int, stop: int) -> np.ndarray:
         if len(self.shape) == 1:
@@ -164,19 +170,13 @@ class StackedRows:
 
 
 @dataclass(frozen=True)
-class TransposedRows:
+class TransposedRows(_OtherRows):
     """A tensor with two or three axes, its last two exchanged (implements `Rows`)."""
-
-    rows: Rows
 
     @property
     def shape(self) -> tuple[int, ...]:
         *n, n_rows, n_columns = self.rows.shape
         return *n, n_columns, n_rows
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return self.rows.sources
 
     def read(self, start: int, stop: int) -> np.ndarray:
         n_rows, n_columns = self.shape[-2:]
@@ -186,7 +186,7 @@ class TransposedRows:
 
 
 @dataclass(frozen=True)
-class ScaledRows:
+class ScaledRows(_OtherRows):
     """A tensor times scales, one for each block of its matrices (implements `Rows`).
 
     Attributes
@@ -198,17 +198,12 @@ class ScaledRows:
     block : tuple of int
     """
 
-    rows: Rows
     scales: Rows
     block: tuple[int, int]
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.rows.shape
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return self.rows.sources
 
     def read(self, start: int, stop: int) -> np.ndarray:
         n_rows, n_columns = self.shape[-2:]
@@ -220,10 +215,9 @@ class ScaledRows:
 
 
 @dataclass(frozen=True)
-class StridedRows:
+class StridedRows(_OtherRows):
     """Of a tensor's columns every `step`-th, from `first` on (implements `Rows`)."""
 
-    rows: Rows
     first: int
     step: int
 
@@ -231,62 +225,29 @@ class StridedRows:
     def shape(self) -> tuple[int, ...]:
         return *self.rows.shape[:-1], len(range(self.first, self.rows.shape[-1], self.step))
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return self.rows.sources
-
     def read(self, start: int, stop: int) -> np.ndarray:
         return self.rows.read(start, stop)[:, self.first :: self.step]
 
 
 @dataclass(frozen=True)
-class ShiftedRows:
-    """A tensor plus a number (implements `Rows`)."""
-
-    rows: Rows
-    shift: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.rows.shape
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return self.rows.sources
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return self.rows.read(start, stop) + np.float32(self.shift)
-
-
-@dataclass(frozen=True)
-class ReshapedRows:
+class ReshapedRows(_OtherRows):
     """A tensor with one axis, its values in rows (implements `Rows`)."""
 
-    rows: Rows
     shape: tuple[int, ...]
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return self.rows.sources
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return self.rows.read(0, 1).reshape(-1, self.shape[-1])[start:stop]
 
 
 @dataclass(frozen=True)
-class ChangedRows:
+class ChangedRows(_OtherRows):
     """A tensor whose values a function changes, any rows by themselves (implements `Rows`)."""
 
-    rows: Rows
     change: Callable[[np.ndarray], np.ndarray]
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.rows.shape
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return self.rows.sources
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return self.change(self.rows.read(start, stop))

@@ -12,7 +12,7 @@ import numpy as np
 
 from ggpy.errors import UnsupportedError
 
-from .checkpoint import Config, PickedRows, Rows, ShiftedRows, StridedRows, TransposedRows, shown
+from .checkpoint import ChangedRows, Config, PickedRows, Rows, StridedRows, TransposedRows, shown
 from .experts import expert_shapes, gather_experts, n_experts, write_expert_hparams
 from .family import (
     ROPE_OF_SOME,
@@ -163,7 +163,7 @@ def decoder(
 
     def transform(name: str, rows: Rows, config: Config) -> Rows:
         if traits.norm_shift and name.endswith("norm.weight"):
-            return ShiftedRows(rows, traits.norm_shift)
+            return ChangedRows(rows, lambda x: x + np.float32(traits.norm_shift))
         return interleave(name, rows, config) if traits.interleaved and name.endswith(("weight", "bias")) else rows
 
     values = {name: dict(defaults) for name in checkpoints} if defaults else {}

@@ -3,23 +3,24 @@
 import hashlib
 import logging
 import os
-from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import Error
 
+if TYPE_CHECKING:
+    from .kernels.build import Progress
+
 #: The name of the small mixture of experts that comes with ggpy, wherever a model is named.
 DEMO = "demo"
-
-Progress = Callable[[int, int, str], None]
 
 
 def model_file(
     model: str | os.PathLike[str],
     type: str = "q8_0",
-    progress: Progress | None = None,
-    kernel_progress: Progress | None = None,
+    progress: "Progress | None" = None,
+    kernel_progress: "Progress | None" = None,
 ) -> Path:
     """The .gguf file of a model. A checkpoint is converted once and kept in the cache.
 
