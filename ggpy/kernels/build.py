@@ -2,13 +2,15 @@
 
 numba compiles each kernel in a worker process, which hands back an object file. The running process keeps those in a
 cache directory and loads them with llvmlite: a second start imports no numba (0.6 s) and has its kernels in
-milliseconds. The cache's key covers the sources, the versions of numba and llvmlite, and the processor.
+milliseconds. The cache's key covers a kernel's module and what that imports, the versions of numba and llvmlite, and the
+processor.
 """
 
 import ctypes
 import hashlib
 import logging
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from typing import Any
 from ..cpus import usable_cpus
 from ..errors import Error
 from ..simd.target import target
+from .table import KERNELS
 
 _PACKAGE = Path(__file__).parent
 
@@ -96,20 +99,48 @@ def _check_private(status: os.stat_result, path: Path) -> None:
         raise Error(f"{path}: others may write it, whose code won't be run; 'chmod go-w' or GGPY_CACHE help")
 
 
+#: an import of this package's own modules at a module's top, its dots, its module and the first of its names
+_IMPORT = re.compile(rb"^from (\.+)([\w.]*) import (\w*)", re.MULTILINE)
+
+
+@lru_cache(None)
+def _source(path: Path) -> tuple[bytes, tuple[Path, ...]]:
+    """The digest of a module of this package and the modules of the package that it imports."""
+    text = path.read_bytes()
+    imports = [
+        path.parents[len(dots) - 1].joinpath(*(module or name).decode().split(".")).with_suffix(".py")
+        for dots, module, name in _IMPORT.findall(text)
+    ]
+    return hashlib.sha256(text).digest(), tuple(filter(Path.exists, imports))
+
+
 @lru_cache
-def _key() -> str:
-    """A digest of everything that object code depends on."""
+def _key(module: str) -> str:
+    """A digest of everything that the object code of a module's kernels depends on."""
+    sources: dict[Path, bytes] = {}
+    left = [_PACKAGE / f"{module}.py"]
+    while left:
+        path = left.pop()
+        if path not in sources:
+            sources[path], imports = _source(path)
+            left += imports
     digest = hashlib.sha256()
-    for path in sorted([*(_PACKAGE.parent / "simd").glob("*.py"), *_PACKAGE.glob("*.py")]):
-        digest.update(path.read_bytes())
+    for path in sorted(sources):
+        digest.update(sources[path])
     machine = target()
-    for part in (machine.form, machine.cpu, machine.features, metadata.version("numba"), metadata.version("llvmlite")):
+    for part in (machine.form, machine.cpu, machine.features, *_versions()):
         digest.update(part.encode() + b"\0")
     return f"{machine.form}-{digest.hexdigest()[:24]}"
 
 
+@lru_cache
+def _versions() -> tuple[str, str]:
+    """The versions of the two compilers."""
+    return metadata.version("numba"), metadata.version("llvmlite")
+
+
 def _object_path(name: str) -> Path:
-    return cache_dir() / "kernels" / _key() / f"{name}.o"
+    return cache_dir() / "kernels" / _key(KERNELS[name].module) / f"{name}.o"
 
 
 def _read_object(name: str) -> tuple[str, bytes] | None:

@@ -149,19 +149,23 @@ def gelu_quick(x):
     return x / (_one() + exp(x * splat_f32(f32(-1.702))))
 
 
+#: ln(erfc(z) / t) + z² for t = 1 / (1 + z / 2), highest power of t first: within 1.2e-7 of erfc(z), relatively, for all
+#: z ≥ 0 (Press et al., Numerical Recipes, "erfcc").
+_ERFC = (0.17087277, -0.82215223, 1.48851587, -1.13520398, 0.27886807, -0.18628806, 0.09678418, 0.37409196, 1.00002368)
+_ERFC = tuple(f32(c) for c in (*_ERFC, -1.26551223))
+
+
 @function
 def gelu_erf(x):
-    """GELU, x / 2 * (1 + erf(x / sqrt 2)); erf by Abramowitz & Stegun 7.1.26, to 1.5e-7."""
+    """GELU, x / 2 * (1 + erf(x / sqrt 2))."""
     z = absolute(x) * splat_f32(f32(0.7071067811865476))
-    t = _one() / fma(z, splat_f32(f32(0.3275911)), _one())
-    p = splat_f32(f32(1.061405429))
-    p = fma(p, t, splat_f32(f32(-1.453152027)))
-    p = fma(p, t, splat_f32(f32(1.421413741)))
-    p = fma(p, t, splat_f32(f32(-0.284496736)))
-    p = fma(p, t, splat_f32(f32(0.254829592)))
-    tail = p * t * exp(_negative(z * z))  # 1 - erf(z)
-    # x ≥ 0: x - x / 2 * tail; x < 0: x / 2 * tail. Neither cancels.
-    half = splat_f32(f32(0.5)) * absolute(x) * tail
+    t = _one() / fma(z, splat_f32(f32(0.5)), _one())
+    p = splat_f32(_ERFC[0])
+    for i in range(1, 10):
+        p = fma(p, t, splat_f32(_ERFC[i]))
+    erfc = t * exp(p - z * z)
+    # x ≥ 0: x - x / 2 * erfc; x < 0: x / 2 * erfc. Neither cancels.
+    half = splat_f32(f32(0.5)) * absolute(x) * erfc
     return maximum(x, splat_f32(f32(0.0))) - half
 
 

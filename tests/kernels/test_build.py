@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from ggpy.errors import Error
 from ggpy.kernels import build
+from ggpy.kernels.table import KERNELS
 
 SMALL = ["end_team", "run_tape", "wait_for_work"]  # take a moment to compile
 
@@ -30,6 +32,36 @@ def python_path(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
     return folder
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A copy of the package whose kernels' keys are asked for."""
+    shutil.copytree(build._PACKAGE.parent, tmp_path / "ggpy", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(build, "_PACKAGE", tmp_path / "ggpy" / "kernels")
+    build._key.cache_clear()
+    yield tmp_path / "ggpy"
+    build._key.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "edited, compiled_anew",
+    [
+        ("kernels/moe.py", {"moe"}),
+        ("kernels/attention.py", {"attention", "latent"}),
+        ("quant/grids.py", {"get_rows", "matmul_int8"}),
+        ("simd/vector.py", {row.module for row in KERNELS.values()}),
+        ("generate/model.py", set()),
+    ],
+)
+def test_an_edit_compiles_what_it_reaches(package, edited, compiled_anew):
+    modules = sorted({row.module for row in KERNELS.values()})
+    before = {module: build._key(module) for module in modules}
+    with (package / edited).open("a") as file:
+        file.write("# edited\n")
+    for cached in (build._key, build._source):
+        cached.cache_clear()
+    assert {module for module in modules if build._key(module) != before[module]} == compiled_anew
 
 
 def left(cache):
