@@ -840,7 +840,6 @@ def _short_conv_shape(x: "Tensor", w: "Tensor", tail: "Tensor", *bias: "Tensor",
     _need(len(x.shape) == 2 and w.type == "F32" and w.shape[1:] == x.shape[1:], "takes float32 rows for its tokens")
     _need(tail.op == "STATE" and tail.shape == (w.shape[0] - 1, w.shape[1]), "the state holds other rows")
     _need(all(b.type == "F32" and b.shape == x.shape[1:] for b in bias), "takes a float32 row as bias")
-    _vectors(x.shape[1])
     return x.shape
 
 
@@ -872,14 +871,21 @@ OPS["SHORT_CONV"] = Op(_short_conv_shape, _short_conv_reference, _short_conv_low
 
 def _delta_gates_shape(decay: "Tensor", a: "Tensor", dt: "Tensor", *beta: "Tensor") -> Shape:
     _need(len(decay.shape) == 2 and all(b.shape == decay.shape for b in beta), "takes a value or two of each head")
-    _need(a.shape == dt.shape == decay.shape[1:] and a.type == dt.type == "F32", "takes float32 weights of each head")
+    n = decay.shape[1]
+    _need(
+        a.shape == (n,) and dt.shape == (n + (not beta),) and a.type == dt.type == "F32", "takes float32 weights of heads"
+    )
     return (*decay.shape, 2)
 
 
 def _delta_gates_reference(
     run: "Reference", decay: np.ndarray, a: np.ndarray, dt: np.ndarray, *beta: np.ndarray
 ) -> np.ndarray:
-    step = np.logaddexp(decay + dt, 0)
+    n = decay.shape[1]
+    step = decay + dt[:n]
+    if not beta:
+        step = np.maximum(step, dt[n])
+    step = np.logaddexp(step, 0)
     return np.stack([np.exp(a * step), _sigmoid(beta[0]) if beta else step], -1).astype(np.float32)
 
 
@@ -890,7 +896,7 @@ def _delta_gates_lower(p: "Plan", node: "Tensor") -> None:
 
 
 # How much of its state each head keeps, exp(a step) with step = softplus(decay + dt), and how much of a new value it takes:
-# sigmoid(beta), or step.
+# sigmoid(beta), or step. Without beta, dt's last value is the least that decay + dt may be, which is how steps are limited.
 OPS["DELTA_GATES"] = Op(_delta_gates_shape, _delta_gates_reference, _delta_gates_lower)
 
 
@@ -902,7 +908,6 @@ def _delta_rule_shape(
     _need(gates.shape[1:] == (n_head, 2), "takes two gates for each head")
     _need(keys.shape[1] % 2 == 0 and n_head % (keys.shape[1] // 2) == 0, f"{n_head} heads, {keys.shape[1] / 2} keys")
     _need(len(values.shape) == 2 and first + n_head * head_dim <= values.shape[1], "takes a value for each head")
-    _vectors(head_dim)
     return (keys.shape[0], n_head, head_dim)
 
 
@@ -990,7 +995,6 @@ def _state_scan_shape(x: "Tensor", gates: "Tensor", memory: "Tensor", skip: "Ten
     _need(memory.op == "STATE" and x.shape[1:] == (width,), f"takes rows of {width} values, and a state")
     _need(gates.shape[1:] == (n_head, 2) and n_head % n_head_k == 0, "takes two gates for each head")
     _need(skip.type == "F32" and skip.shape == (n_head,), "takes a float32 weight of each head")
-    _vectors(head_dim)
     return (x.shape[0], n_head, head_dim)
 
 

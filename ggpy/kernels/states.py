@@ -3,9 +3,24 @@
 What they know stands in the sequence's slot, slot_stride bytes after that of the slot before, and is brought up to date by
 each run. Work is shared out by span and by columns or heads; an item goes through a span's tokens one after the other, so
 that values are the same bits however a sequence is cut into runs. At a sequence's first token a slot counts as zeros.
+Values at the end of a row or head that fill no vector are loaded with zeros behind them.
 """
 
-from ..simd.vector import LANES, fma, ld_f32, ld_i32, load_f32, load_tile_f32, max_f32, splat_f32, st_f32, store, tile_f32
+from ..simd.vector import (
+    LANES,
+    fma,
+    ld_f32,
+    ld_i32,
+    load_f32,
+    load_first,
+    load_tile_f32,
+    max_f32,
+    splat_f32,
+    st_f32,
+    store,
+    store_first,
+    tile_f32,
+)
 from .common import bits_f32, exp, f32, ld_state, next_item
 from .rows import sigmoid, silu
 from .source import function, kernel
@@ -23,9 +38,23 @@ def _span(spans, s):
 
 
 @function
+def _load(at, n):
+    """Up to a vector's values, the first n."""
+    return load_f32(at) if n >= LANES else load_first(at, n)
+
+
+@function
+def _store(at, v, n):
+    if n >= LANES:
+        store(at, v)
+    else:
+        store_first(at, v, n)
+
+
+@function
 def _fill_zero(to, n_bytes):
     for i in range(0, n_bytes, _V):
-        store(to + i, splat_f32(f32(0.0)))
+        _store(to + i, splat_f32(f32(0.0)), (n_bytes - i) // 4)
 
 
 @kernel("short_conv")
@@ -50,19 +79,20 @@ def short_conv(ith, nth, x, w, bias, tails, out, counter, state, n_cols, width, 
         for t in range(n):
             to = out + row * (token + t)
             for c in range(first, stop, _V):
-                total = load_f32(bias + c) if bias else splat_f32(f32(0.0))
+                left = (stop - c) // 4
+                total = _load(bias + c, left) if bias else splat_f32(f32(0.0))
                 for k in range(width):
                     at = t + k - before
                     source = tail + row * (at + before) if at < 0 else xs + row * at
-                    total = fma(load_f32(w + row * k + c), load_f32(source + c), total)
+                    total = fma(_load(w + row * k + c, left), _load(source + c, left), total)
                 if silu_after:
                     total = silu(total)
-                store(to + c, total)
+                _store(to + c, total, left)
         for k in range(before):
             at = n - before + k
             source = tail + row * (at + before) if at < 0 else xs + row * at
             for c in range(first, stop, _V):
-                store(tail + row * k + c, load_f32(source + c))
+                _store(tail + row * k + c, _load(source + c, (stop - c) // 4), (stop - c) // 4)
         item = next_item(counter)
 
 
@@ -90,11 +120,17 @@ def softplus(x):
 
 @kernel("delta_gates")
 def delta_gates(ith, nth, decay, beta, a, dt, out, state, n_head):
-    """For each token and head, e^(a * softplus(decay + dt)) and sigmoid(beta), a pair; if beta is 0, the softplus."""
+    """For each token and head, e^(a * softplus(decay + dt)) and sigmoid(beta), a pair; if beta is 0, the softplus.
+
+    If beta is 0, the least that decay + dt may be stands behind all heads' dt.
+    """
     n = ld_state(state, 0) * n_head
     for i in range(n * ith // nth, n * (ith + 1) // nth):
         h = i % n_head
-        step = softplus(ld_f32(decay + 4 * i) + ld_f32(dt + 4 * h))
+        total = ld_f32(decay + 4 * i) + ld_f32(dt + 4 * h)
+        if beta == 0:
+            total = max(total, ld_f32(dt + 4 * n_head))
+        step = softplus(total)
         st_f32(out + 8 * i, max_f32(exp(splat_f32(ld_f32(a + 4 * h) * step))))
         if beta:
             step = max_f32(sigmoid(splat_f32(ld_f32(beta + 4 * i))))
@@ -104,36 +140,57 @@ def delta_gates(ith, nth, decay, beta, a, dt, out, state, n_head):
 def _columns(vectors, learns):
     """The rule for some columns of a head's state, all tokens of a span.
 
-    `learns`: a key's value is what the state doesn't answer to it yet; else the value as it is. `skip` is the address of
-    the values' own share in the result, or 0.
+    `vectors`: how many of them, or 0 for the first `n_last` values of one. `learns`: a key's value is what the state
+    doesn't answer to it yet; else the value as it is. `skip` is the address of the values' own share in the result, or 0.
     """
+    if vectors:
+
+        @function
+        def zeros():
+            return tile_f32(vectors)
+
+        @function
+        def load(at, n_last):
+            return load_tile_f32(at, _V, vectors)
+
+        @function
+        def put(at, values, n_last):
+            store(at, values)
+    else:
+        load, put = load_first, store_first
+
+        @function
+        def zeros():
+            return splat_f32(f32(0.0))
 
     @function
-    def columns(q, k, key_stride, v, value_stride, gates, n_head, memory, line, out, out_stride, n_tokens, n, scale, skip):
-        answer = tile_f32(vectors)  # of the state to the next key
+    def columns(
+        q, k, key_stride, v, value_stride, gates, n_head, memory, line, out, out_stride, n_last, n_tokens, n, scale, skip
+    ):
+        answer = zeros()  # of the state to the next key
         if learns:
             for i in range(n):
-                answer = fma(load_tile_f32(memory + line * i, _V, vectors), splat_f32(ld_f32(k + 4 * i)), answer)
+                answer = fma(load(memory + line * i, n_last), splat_f32(ld_f32(k + 4 * i)), answer)
         for t in range(n_tokens):
             decay, beta = splat_f32(ld_f32(gates)), splat_f32(ld_f32(gates + 4))
             # One pass reads and writes the state, and asks it for the next token's answer: of the last, for nothing.
             following = k + key_stride if t + 1 < n_tokens else k
-            value = load_tile_f32(v, _V, vectors)
+            value = load(v, n_last)
             change = value * beta
             if learns:
                 change = (value - answer * decay) * beta
-            answer, total = tile_f32(vectors), tile_f32(vectors)
+            answer, total = zeros(), zeros()
             for i in range(n):
-                row = load_tile_f32(memory + line * i, _V, vectors) * decay
+                row = load(memory + line * i, n_last) * decay
                 row = fma(splat_f32(ld_f32(k + 4 * i)), change, row)
-                store(memory + line * i, row)
+                put(memory + line * i, row, n_last)
                 total = fma(row, splat_f32(ld_f32(q + 4 * i)), total)
                 if learns:
                     answer = fma(row, splat_f32(ld_f32(following + 4 * i)), answer)
             total = total * splat_f32(scale)
             if skip:
                 total = fma(value, splat_f32(ld_f32(skip)), total)
-            store(out, total)
+            put(out, total, n_last)
             k = following
             q, v, gates, out = q + key_stride, v + value_stride, gates + 8 * n_head, out + out_stride
 
@@ -141,7 +198,7 @@ def _columns(vectors, learns):
 
 
 def _define(name, learns):
-    two, one = _columns(2, learns), _columns(1, learns)
+    two, one, last = _columns(2, learns), _columns(1, learns), _columns(0, learns)
 
     @kernel(name)
     def rule(
@@ -183,12 +240,19 @@ def _define(name, learns):
             q, k, at = queries + at, keys + at, 4 * (h * head_dim + first)
             v, o, g = values + value_stride * token + at, out + out_stride * token + at, gates + 8 * (n_head * token + h)
             share = skip + 4 * h if skip else 0
-            sizes = (n, head_dim_k, factor, share)
-            for c in range(0, line, 2 * _V):
-                if c + 2 * _V <= line:
-                    two(q, k, key_stride, v + c, value_stride, g, n_head, s + c, line, o + c, out_stride, *sizes)
+            c = 0
+            while c < line:
+                left = (line - c) // 4
+                where = (q, k, key_stride, v + c, value_stride, g, n_head, s + c, line, o + c, out_stride, left)
+                if left >= 2 * LANES:
+                    two(*where, n, head_dim_k, factor, share)
+                    c += 2 * _V
+                elif left >= LANES:
+                    one(*where, n, head_dim_k, factor, share)
+                    c += _V
                 else:
-                    one(q, k, key_stride, v + c, value_stride, g, n_head, s + c, line, o + c, out_stride, *sizes)
+                    last(*where, n, head_dim_k, factor, share)
+                    c += _V
             item = next_item(counter)
 
 

@@ -1,10 +1,14 @@
 """Mamba-2 (Dao & Gu 2024), by itself or in most layers of a decoder: Granite 4 and Nemotron-H."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from .decoder import Decoder, Style
 from .hparams import Hparams, Options
+from .weights import DerivedWeight
 
 if TYPE_CHECKING:
     from ..graph import Graph, Tensor
@@ -23,6 +27,8 @@ class Scan:
         Heads of keys and queries, which neighbours share, and their values.
     width : int
         Tokens that its convolution sees.
+    least_step : float
+        Steps are no smaller.
     """
 
     n_head: int
@@ -30,6 +36,7 @@ class Scan:
     n_group: int
     n_state: int
     width: int
+    least_step: float
 
     @classmethod
     def read(cls, hp: Hparams) -> "Scan":
@@ -37,7 +44,10 @@ class Scan:
         n_head, inner, n_group = hp.size("ssm.time_step_rank"), hp.size("ssm.inner_size"), hp.size("ssm.group_count")
         if inner % n_head or n_head % n_group or inner % n_group:
             raise hp.error(f"{inner} values of {n_head} heads can't share {n_group} groups")
-        return cls(n_head, inner // n_head, n_group, hp.size("ssm.state_size"), hp.size("ssm.conv_kernel"))
+        least = hp.number("ssm.time_step_min", 0.0)
+        if not 0 <= least <= 1:
+            raise hp.error(f"key {hp.arch}.ssm.time_step_min: {least} makes no sense")
+        return cls(n_head, inner // n_head, n_group, hp.size("ssm.state_size"), hp.size("ssm.conv_kernel"), least)
 
     def build(self, g: "Graph", w: "Weights", x: "Tensor", p: str, eps: float) -> "Tensor":
         """The layer for (n_tokens, n_embd), of the tensors that begin with `p`."""
@@ -54,7 +64,7 @@ class Scan:
         y = g.op("SHORT_CONV", part("xbc", n_values, n_conv), *given, silu=True, name=f"{p}.conv")
         a, skip = (w.values(f"{p}.ssm_{name}", self.n_head) for name in "ad")
         step = part("step", n_values + n_conv, self.n_head)
-        gates = g.op("DELTA_GATES", step, a, w(f"{p}.ssm_dt.bias", self.n_head), name=f"{p}.gates")
+        gates = g.op("DELTA_GATES", step, a, self._steps(w, f"{p}.ssm_dt.bias"), name=f"{p}.gates")
         memory = g.state(f"{p}.memory", self.n_head, self.n_state, self.head_dim)
         y = g.op("STATE_SCAN", y, gates, memory, skip, n_head_k=self.n_group, name=f"{p}.scan")
         y = g.op("RESHAPE", y, shape=(n_values,), name=f"{p}.scan_rows")
@@ -62,6 +72,17 @@ class Scan:
         if w.has(f"{p}.ssm_norm.weight"):
             y = self._norm(g, w, y, f"{p}.ssm_norm", eps)
         return w.linear(f"{p}.ssm_out", x.shape[1], y)
+
+    def _steps(self, w: "Weights", name: str) -> "Tensor":
+        """The heads' biases of steps and, behind them, what softplus gives the least step for."""
+        stored = w.stored(name, self.n_head)
+
+        def make() -> DerivedWeight:
+            least = math.log(math.expm1(self.least_step)) if self.least_step else -math.inf
+            values = np.append(stored.dequantize(), np.float32(least))
+            return DerivedWeight(f"{name}.limited", "F32", values.shape, values.view(np.uint8))
+
+        return w.derived(f"{name}.limited", make)
 
     def _norm(self, g: "Graph", w: "Weights", y: "Tensor", name: str, eps: float) -> "Tensor":
         """RMS norm of each group's values."""
