@@ -5,18 +5,23 @@ from __future__ import annotations
 import mmap
 import os
 import stat
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+
 from ..errors import GGUFError
+from ..kernels import faults
 
 
 class Mapped:
     """A whole file, mapped for reading.
 
     The map is given back when the file is closed and the last array that views it is gone. A file that is changed in place
-    meanwhile is found by `check`; where it is shortened between that and a use, the system ends this process (SIGBUS).
-    Replacing a file does no harm, see `writing_aside`.
+    meanwhile is found by `check`, before and after a use; what couldn't be read in between reads as zeros on Linux, where
+    kernels are loaded, and ends this process elsewhere (`kernels.faults`). Replacing a file does no harm, see
+    `writing_aside`.
 
     Parameters
     ----------
@@ -40,7 +45,11 @@ class Mapped:
                 raise GGUFError(f"{path}: the file is empty")
             with path.open("rb") as file:
                 self._stamp = _stamp(os.fstat(file.fileno()))
-                self._buffer = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._buffer = memoryview(mapped)
+                start = np.frombuffer(mapped, np.uint8).ctypes.data
+                self._watched = faults.watch(start, len(mapped))
+                weakref.finalize(mapped, faults.forget, self._watched)
         except OSError as error:
             raise GGUFError(f"{path}: {error.strerror}") from None
         except ValueError as error:  # a path with a null character, a file that was emptied meanwhile
@@ -85,7 +94,7 @@ class Mapped:
         Raises
         ------
         GGUFError
-            It was changed in place.
+            It was changed in place, or a part of it couldn't be read.
         ValueError
             It was closed.
         """
@@ -93,8 +102,8 @@ class Mapped:
         with suppress(OSError):  # the file may be gone from its path, or another be there
             now = _stamp(self.path.stat())
             changed = changed or (now[:2] == self._stamp[:2] and now != self._stamp)
-        if changed:
-            raise GGUFError(f"{self.path}: the file was changed after it was opened; open it anew")
+        if changed or faults.is_damaged(self._watched):
+            raise GGUFError(f"{self.path}: the file was changed after it was opened, or can't be read; open it anew")
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int, int]:

@@ -90,8 +90,12 @@ class GGUFTensor:
             The tensor's type can't be decoded.
         ValueError
             The file was closed.
+        GGUFError
+            The file isn't what it was when it was opened.
         """
-        return block_type(self.type).dequantize(self.data)
+        values = block_type(self.type).dequantize(self.data)
+        self._mapped.check()
+        return values
 
 
 class _Info(NamedTuple):

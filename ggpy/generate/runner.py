@@ -227,7 +227,9 @@ class Runner:
             program = self.program_of(len(batch.ids), output)
             try:
                 self._thread, self.batch = threading.get_ident(), batch
-                return program.run(run_inputs(self.arch, batch), batch, profile), rows
+                results = program.run(run_inputs(self.arch, batch), batch, profile)
+                self.file.check()
+                return results, rows
             finally:
                 self.batch = None
 

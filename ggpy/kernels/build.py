@@ -26,6 +26,7 @@ from typing import Any
 from ..cpus import usable_cpus
 from ..errors import Error
 from ..simd.target import target
+from . import faults
 from .table import KERNELS
 
 _PACKAGE = Path(__file__).parent
@@ -140,7 +141,8 @@ def _versions() -> tuple[str, str]:
 
 
 def _object_path(name: str) -> Path:
-    return cache_dir() / "kernels" / _key(KERNELS[name].module) / f"{name}.o"
+    """Where the object file of a kernel, or of a module that is no kernel's, is kept."""
+    return cache_dir() / "kernels" / _key(KERNELS[name].module if name in KERNELS else name) / f"{name}.o"
 
 
 def _read_object(name: str) -> tuple[str, bytes] | None:
@@ -315,6 +317,7 @@ def compile_missing(names: Iterable[str], progress: Progress | None = None) -> i
     return total
 
 
+#: LLVM makes calls of these out of loops and large copies. Kernels need nothing else from outside.
 _C_FUNCTIONS = {
     "memcpy": ctypes._memmove_addr,  # type: ignore[attr-defined]
     "memmove": ctypes._memmove_addr,  # type: ignore[attr-defined]
@@ -334,21 +337,31 @@ class _Loaded:
         self._jit = llvm.create_lljit_compiler()
         self._libraries: dict[str, Any] = {}
         self._lock = threading.Lock()
+        if faults.IS_SUPPORTED:
+            if (found := _read_object("faults")) is None:
+                found = faults.compile_handler(llvm)
+                with suppress(OSError):
+                    _write_object("faults", *found)
+            faults.install(self._link("faults", *found, faults.symbols()))
 
     def address(self, name: str) -> int:
+        """Of a kernel."""
         with self._lock:
-            if name not in self._libraries:
-                found = _read_object(name)
-                if found is None:
-                    raise Error(f"kernel {name} is not compiled")
-                symbol, code = found
-                library = self._llvm.JITLibraryBuilder().add_object_img(code).export_symbol(symbol)
-                # LLVM makes calls of these out of loops and large copies. Kernels need nothing else from outside.
-                for c_name, place in _C_FUNCTIONS.items():
-                    library.import_symbol(c_name, place)
-                self._libraries[name] = (library.link(self._jit, name), symbol)
-            tracker, symbol = self._libraries[name]
-            return tracker[symbol]
+            if name in self._libraries:
+                tracker, symbol = self._libraries[name]
+                return tracker[symbol]
+            found = _read_object(name)
+            if found is None:
+                raise Error(f"kernel {name} is not compiled")
+            return self._link(name, *found, _C_FUNCTIONS)
+
+    def _link(self, name: str, symbol: str, code: bytes, imports: dict[str, int]) -> int:
+        library = self._llvm.JITLibraryBuilder().add_object_img(code).export_symbol(symbol)
+        for c_name, place in imports.items():
+            library.import_symbol(c_name, place)
+        tracker = library.link(self._jit, name)
+        self._libraries[name] = (tracker, symbol)
+        return tracker[symbol]
 
 
 _loaded = lru_cache(_Loaded)

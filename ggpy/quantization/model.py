@@ -252,7 +252,8 @@ def _write(
 ) -> None:
     def data(step: Step) -> Generator[np.ndarray, None, None]:
         weights = importance.weights(step.name) if importance and step.name in importance.sums else None
-        return new_data(file.tensors[step.name], step.new_type, weights, n_threads)
+        yield from new_data(file.tensors[step.name], step.new_type, weights, n_threads)
+        file.check()
 
     files = []
     for i, (path, steps) in enumerate(parts):

@@ -6,6 +6,8 @@ The cases are those of llama.cpp's tests/test-gguf.cpp, and more.
 import contextlib
 import os
 import re
+import signal
+import subprocess
 import sys
 import tracemalloc
 
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 from ggpy.errors import GGUFError, UnsupportedError
 from ggpy.file import GGUFFile, cursor
+from ggpy.kernels import build, faults
 
 from . import make
 from .make import array, gguf, info, scalar, string, u32, u64
@@ -256,6 +259,47 @@ def test_a_file_that_is_changed_in_place_is_found(opened, change):
     for use in (file.check, lambda: file.tensors["t"].data):
         with pytest.raises(GGUFError, match=r"model.gguf: the file was changed after it was opened"):
             use()
+
+
+@pytest.mark.skipif(not faults.IS_SUPPORTED, reason="the system ends the process there")
+def test_a_file_that_is_cut_while_it_is_read_is_an_error(tmp_path):
+    build.load(["run_tape"])  # sets the handler
+    path = tmp_path / "model.gguf"
+    n = 1 << 16
+    path.write_bytes(gguf([], [info("t", [n])], np.ones(n, np.float32).tobytes()))
+    with GGUFFile(path) as file:
+        data = file.tensors["t"].data.view(np.float32)
+        stamp = path.stat()
+        with path.open("r+b") as writer:
+            writer.truncate(stamp.st_size // 2)
+        read = data.sum()  # without the handler this ends the process
+        assert n // 2 - 4096 < read <= n // 2
+        with path.open("r+b") as writer:  # as long as it was, and as old; what was read was wrong all the same
+            writer.truncate(stamp.st_size)
+        os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+        with pytest.raises(GGUFError, match=r"model.gguf: the file was changed after it was opened, or can't be read"):
+            file.check()
+    with GGUFFile(path) as file:  # watched in the other's place
+        file.check()
+
+
+@pytest.mark.skipif(not faults.IS_SUPPORTED, reason="nothing is set there")
+def test_other_bus_errors_go_to_whom_they_went(tmp_path):
+    source = f"""
+import faulthandler, mmap, sys
+faulthandler.enable()
+from ggpy.kernels import build
+build.load(["run_tape"])
+with open({str(tmp_path / "other")!r}, "w+b") as file:
+    file.write(bytes(8192))
+    file.flush()
+    view = mmap.mmap(file.fileno(), 0)
+    file.truncate(0)
+    view[4096]
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGBUS
+    assert "Fatal Python error: Bus error" in done.stderr
 
 
 def test_a_file_that_is_replaced_or_gone_stays_as_it_was(opened, tmp_path):
