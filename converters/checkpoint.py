@@ -8,7 +8,7 @@ import re
 import stat
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,8 +43,12 @@ FLOAT_TYPES: dict[str, np.dtype[Any]] = {
 }
 FLOAT8: dict[str, np.ndarray] = {"F8_E4M3": _float8(3), "F8_E5M2": _float8(2)}
 
-# Bytes of a value, of the types that hold no floats; parts of quantized weights.
-OTHER_TYPES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}
+# The types that hold no floats; parts of quantized weights.
+OTHER_TYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype("u1"),
+    "F8_E8M0": np.dtype("u1"),
+    **{f"{kind}{8 * n}": np.dtype(f"<{kind.lower()}{n}") for kind in "UI" for n in (1, 2, 4, 8)},
+}
 
 # The files that a conversion can use, as patterns of huggingface_hub.
 FILE_PATTERNS = ("model*.safetensors", "*.json", "tokenizer.model", "*.jinja", "README.md")
@@ -62,6 +66,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLED_FILE = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
+# Where AutoGPTQ kept its settings before config.json had them.
+OLD_SETTINGS = "quantize_config.json"
 
 
 class Rows(Protocol):
@@ -96,28 +102,28 @@ class StoredRows:
     @property
     def itemsize(self) -> int:
         """Bytes of a value."""
-        return FLOAT_TYPES[self.dtype].itemsize if self.dtype in FLOAT_TYPES else OTHER_TYPES[self.dtype]
+        return (FLOAT_TYPES | OTHER_TYPES)[self.dtype].itemsize
 
     @property
     def n_bytes(self) -> int:
         """Size of the data."""
         return math.prod(self.shape) * self.itemsize
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        dtype = FLOAT_TYPES[self.dtype]
-        n_columns = self.shape[-1]
+    def raw(self, start: int, stop: int) -> np.ndarray:
+        """Rows start to stop as they are stored: of the dtype in `FLOAT_TYPES` or `OTHER_TYPES`."""
+        dtype, n_columns = (FLOAT_TYPES | OTHER_TYPES)[self.dtype], self.shape[-1] if self.shape else 1
         # Read rather than mapped: pages of a map count as this process's memory until the system takes them back.
         count = (stop - start) * n_columns
         values = np.fromfile(self.path, dtype, count, offset=self.offset + start * n_columns * dtype.itemsize)
         if values.size != count:
             raise ConversionError(f"{self.path}: ends inside tensor {self.name}")
+        return values.reshape(stop - start, n_columns)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        values = self.raw(start, stop)
         if self.dtype == "BF16":
-            floats = (values.astype(np.uint32) << 16).view(np.float32)
-        elif self.dtype in FLOAT8:
-            floats = FLOAT8[self.dtype][values]
-        else:
-            floats = values.astype(np.float32, copy=False)
-        return floats.reshape(stop - start, n_columns)
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return FLOAT8[self.dtype][values] if self.dtype in FLOAT8 else values.astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True)
@@ -382,7 +388,9 @@ class Checkpoint:
     architecture : str
         The class that config.json names, such as ``LlamaForCausalLM``.
     tensors : dict of str to Rows
-        All tensors of all shards, by the checkpoint's names; those in blocks of 8-bit floats with their scales applied.
+        All tensors of all shards, by the checkpoint's names; quantized weights as one matrix each.
+    quantized : tuple of str
+        How many matrices were quantized already, and how.
     notes : list of str
         What a user should know of the conversion: what was changed or left aside.
 
@@ -405,7 +413,7 @@ class Checkpoint:
         if not isinstance(names, list) or not names or not isinstance(names[0], str):
             raise ConversionError(f"{self.config.path}: names no architecture")
         self.architecture: str = names[0]
-        self.tensors = self._scaled(self._without_wrappers(self._read_tensors()))
+        self.tensors = self._dequantized(self._without_wrappers(self._read_tensors()))
 
     def json(self, name: str, optional: bool = False) -> dict[str, Any]:
         """A JSON file's object; empty where it is optional and missing."""
@@ -515,26 +523,21 @@ class Checkpoint:
             )
         return tensors
 
-    def _scaled(self, tensors: dict[str, StoredRows]) -> dict[str, Rows]:
-        """The tensors with the scales of 8-bit floats applied."""
+    def _dequantized(self, tensors: dict[str, StoredRows]) -> dict[str, Rows]:
+        """The tensors, those of quantized weights as float32 or in GGUF's own blocks."""
+        from .quantized import dequantized
+
         settings = self._quantization
-        result: dict[str, Rows] = {}
-        scales: set[str] = set()
-        for name, rows in tensors.items():
-            result[name] = rows
-            if rows.dtype in FLOAT8:
-                scale = next((n for end in ("_scale_inv", "_scale") if (n := name + end) in tensors), None)
-                if scale is None:
-                    raise UnsupportedError(f"{rows.path}: tensor {name} is {rows.dtype} without {name}_scale_inv")
-                result[name] = _with_scales(rows, tensors[scale], settings.get("weight_block_size"))
-                # What it says of activations: they aren't rounded here.
-                scales |= {scale} | {f"{name.removesuffix('.weight')}.{part}_scale" for part in ("input", "activation")}
-        if scales:
-            self.notes.append(f"{self.folder}: weights in 8-bit floats are taken with their scales, as float32")
-        elif settings and all(rows.dtype in FLOAT_TYPES for rows in tensors.values()):
+        path = self.config.path
+        if not settings and (self.folder / OLD_SETTINGS).exists():
+            path = self.folder / OLD_SETTINGS
+            settings = {"quant_method": "gptq"} | read_json(path)
+        result, found = dequantized(tensors, settings, path)
+        self.quantized = tuple(f"{n} matrices of {what}" for what, n in found.items())
+        if settings and all(rows.dtype in FLOAT_TYPES for rows in tensors.values()) and not found:
             method = shown(settings.get("quant_method"))
             self.notes.append(f"{self.config.path}: quantization_config ({method}) is left aside: all weights are floats")
-        return {name: rows for name, rows in result.items() if name not in scales}
+        return result
 
     @property
     def _quantization(self) -> dict[str, Any]:
@@ -557,28 +560,6 @@ class Checkpoint:
                     f"{rows.path}: tensor {rows.name} is {rows.dtype}: the weights are quantized already ({method}); "
                     "float ones are needed, or 8-bit floats with scales"
                 )
-
-
-def _with_scales(rows: StoredRows, scales: StoredRows, block_size: Any) -> ScaledRows:
-    """A tensor of 8-bit floats with its scales: one for all, for each row, or for each block of `block_size`."""
-    where = f"{scales.path}: tensor {scales.name}"
-    if scales.dtype not in FLOAT_TYPES or scales.dtype in FLOAT8:
-        raise UnsupportedError(f"{where}: scales of type {scales.dtype}")
-    *stack, n_rows, n_columns = (1, *rows.shape) if len(rows.shape) == 1 else rows.shape
-    n_scales = math.prod(scales.shape)
-    if n_scales == 1 and not stack:
-        block = (n_rows, n_columns)
-    elif n_scales == n_rows and scales.shape in ((n_rows,), (n_rows, 1)):
-        block = (1, n_columns)
-    else:
-        sizes = _sizes(block_size, f"{rows.path.parent / 'config.json'}: quantization_config's weight_block_size")
-        if len(sizes) != 2 or 0 in sizes:
-            raise ConversionError(f"{rows.path.parent / 'config.json'}: weight_block_size {shown(block_size)}")
-        block = (sizes[0], sizes[1])
-    expected = (*stack, -(-n_rows // block[0]), -(-n_columns // block[1]))
-    if scales.shape != expected and n_scales != math.prod(expected):
-        raise ConversionError(f"{where} is {scales.shape}; {rows.name} in blocks of {block} has {expected}")
-    return ScaledRows(rows, replace(scales, shape=expected), block)
 
 
 def _some(names: list[str]) -> str:

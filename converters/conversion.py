@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from ggpy.file import NewFile, write_files
 from ggpy.kernels.build import Progress as KernelProgress
 from ggpy.kernels.build import load
 from ggpy.kernels.table import ENCODED
+from ggpy.quant import block_type
 from ggpy.quantization import FILE_TYPES, encode, tensor_types
 from ggpy.quantization.mixes import check_without_importance, file_type, sizes
 from ggpy.quantization.model import in_order
@@ -29,6 +30,7 @@ from .card import read_card
 from .checkpoint import FILE_PATTERNS, Checkpoint, ComputedRows, Rows
 from .family import ROPE_OF_SOME, Family, refuse_unread, rope_parameters
 from .pooling import write_pooling
+from .quantized import BlockRows
 from .vocabulary import check_vocabulary, read_encoder, write_vocabulary
 
 FAMILIES: tuple[Family, ...] = (
@@ -75,6 +77,11 @@ class TensorPlan:
     type: str
     n_bytes: int
     rows: Rows = field(repr=False, compare=False)
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether the checkpoint's blocks are written, without being decoded."""
+        return isinstance(self.rows, BlockRows) and self.rows.block_type == self.type
 
 
 @dataclass(frozen=True)
@@ -123,8 +130,10 @@ def convert(
     """Convert a Hugging Face checkpoint to a GGUF file.
 
     The file is written beside its place and moved there when whole; on any error nothing is left. It is the one that
-    `quantize_model` makes of a conversion to F32, but neither disk nor memory is taken for more than the result. Before the
-    weights, the tokenizer is rebuilt from what will be written and compared with the checkpoint's own.
+    `quantize_model` makes of a conversion to F32, but neither disk nor memory is taken for more than the result. Weights
+    that are quantized already are dequantized; those in blocks that GGUF has (gpt-oss' experts, MXFP4) stay so, unless the
+    type asked for is F32 or takes fewer bytes. Before the weights, the tokenizer is rebuilt from what will be written and
+    compared with the checkpoint's own.
 
     Parameters
     ----------
@@ -180,7 +189,8 @@ def convert(
         checkpoint.notes += check_vocabulary(metadata, encoder)
     plan = Plan(path, type, metadata, tuple(tensors), tuple(checkpoint.notes))
     if not dry_run:
-        load([f"encode_{name}" for name in ENCODED if any(t.type == name for t in tensors)], kernel_progress)
+        encoded = {tensor.type for tensor in tensors if not tensor.as_stored}
+        load([f"encode_{name}" for name in ENCODED if name in encoded], kernel_progress)
         n_threads = n_threads or default_threads()
         data = [(tensor.name, partial(encoded_chunks, tensor, n_threads)) for tensor in tensors]
         try:
@@ -304,10 +314,36 @@ def plan_tensors(checkpoint: Checkpoint, family: Family, type: str) -> list[Tens
     family.write_hparams(hparams, config)
     model = _Model(_values(hparams), {name: _Described(name, rows.shape) for name, rows in rows_of.items()})
     types = tensor_types(model, type)
+    kept = _as_stored(rows_of, types)
+    if checkpoint.quantized:
+        checkpoint.notes.append(
+            f"{folder}: weights were quantized ({', '.join(checkpoint.quantized)}): "
+            + (f"{len(kept)} tensors keep their blocks, others " if kept else "they ")
+            + f"are dequantized and encoded as {type}"
+        )
+    types |= kept
     n_bytes = sizes(model, types)
-    for name, block_type in types.items():
-        check_without_importance(name, block_type, type)
+    for name, chosen in types.items():
+        check_without_importance(name, chosen, type)
     return [TensorPlan(name, r.sources, r.shape, types[name], n_bytes[name], r) for name, r in rows_of.items()]
+
+
+def _as_stored(rows_of: Mapping[str, Rows], types: Mapping[str, str]) -> dict[str, str]:
+    """The types of tensors whose blocks are written as the checkpoint has them: more bytes would say nothing more.
+
+    F32 counts as asking for the values themselves.
+    """
+    return {
+        name: rows.block_type
+        for name, rows in rows_of.items()
+        if isinstance(rows, BlockRows)
+        and types[name] != "F32"
+        and _row_bytes(types[name], rows) >= _row_bytes(rows.block_type, rows)
+    }
+
+
+def _row_bytes(type: str, rows: Rows) -> int:
+    return block_type(type).row_bytes(rows.shape[-1])
 
 
 def _equal(a: Rows, b: Rows) -> bool:
@@ -348,6 +384,8 @@ def encoded_chunks(tensor: TensorPlan, n_threads: int) -> Generator[np.ndarray, 
     source = tensor.sources[0] if len(tensor.sources) == 1 else tensor.name
 
     def rows(start: int) -> np.ndarray:
+        if isinstance(tensor.rows, BlockRows) and tensor.as_stored:
+            return tensor.rows.read_blocks(start, min(start + step, n_rows))
         values = tensor.rows.read(start, min(start + step, n_rows))
         try:
             return encode(values, tensor.type, first_row=start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ from .family import (
     write_windows,
 )
 from .llama import transform as interleave
+from .quantized import BlockRows
 
 MODEL = gguf.MODEL_ARCH
 
@@ -274,18 +276,28 @@ def _gpt_oss_experts(config: Config, i: int) -> Shapes:
     return block | exps | sinks | {"ffn_gate_inp.bias": (n_experts(config),)}
 
 
+GPT_OSS_EXPERTS = re.compile(r"(.+\.experts)\.(gate_up|down)_proj(|_bias|_blocks)")
+
+
 def _gather_gpt_oss(tensors: Mapping[str, Rows], config: Config) -> dict[str, Rows]:
+    """Official checkpoints have matrices in blocks, row by row; those that transformers saves are transposed."""
     gathered: dict[str, Rows] = {}
     for name, rows in tensors.items():
-        stem, _, part = name.rpartition(".")
-        if part == "sinks":
+        match = GPT_OSS_EXPERTS.fullmatch(name)
+        if name.endswith(".sinks"):
             gathered[f"{name}.weight"] = rows
-        elif part in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias") and stem.endswith("experts"):
-            is_bias = part.endswith("bias")
-            for first, matrix in enumerate(("gate_proj", "up_proj") if part.startswith("gate") else ("down_proj",)):
-                values = StridedRows(rows, first, 2) if part.startswith("gate") else rows
-                kind = "bias" if is_bias else "weight"
-                gathered[f"{stem}.{matrix}.{kind}"] = values if is_bias else TransposedRows(values)
+        elif match:
+            stem, matrix, kind = match.groups()
+            halves = matrix.split("_")
+            for first, part in enumerate(halves):
+                values = rows
+                if isinstance(rows, BlockRows):
+                    values = rows.every(len(halves), first)
+                elif len(halves) > 1:
+                    values = StridedRows(rows, first, 2)
+                if kind == "":
+                    values = TransposedRows(values)
+                gathered[f"{stem}.{part}_proj.{'bias' if kind == '_bias' else 'weight'}"] = values
         else:
             gathered[name] = rows
     return gathered
