@@ -1,4 +1,6 @@
-"""Encoders: BERT, RoBERTa and XLM-RoBERTa, NomicBERT. What predicts masked words or pools by itself is left out."""
+"""Encoders: BERT, RoBERTa and XLM-RoBERTa, NomicBERT. What predicts masked words is left out, and what pools by itself
+unless a head that tells classes apart, or scores, reads it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ import numpy as np
 from ggpy.errors import ConversionError
 
 from .checkpoint import Config, PickedRows, Rows
-from .family import Family, Shapes, biases, ffn_shapes, write_rope_hparams
+from .family import Family, Gather, Shapes, biases, ffn_shapes, write_rope_hparams
+from .ranking import classes, write_classes
 
 # Of the parts that are left out, and where the checkpoint's program keeps its kind.
 _OTHERS = (
@@ -86,13 +89,21 @@ def _nomic_shapes(config: Config) -> Shapes:
     return _shapes(config, block | ffn_shapes(n_embd, n_ff), 0)
 
 
-def gather(tensors: Mapping[str, Rows], config: Config, offset: bool = False) -> dict[str, Rows]:
-    """Names without the prefix that models with a head have, and as they are since layer norms have weights and biases."""
+def gather(tensors: Mapping[str, Rows], config: Config, offset: bool = False, head: bool = False) -> dict[str, Rows]:
+    """Names without the prefix that models with a head have, and as they are since layer norms have weights and biases.
+
+    `head`: whether a classifier is kept; BERT's reads what the pooler makes of the first token.
+    """
     found: dict[str, Rows] = {}
     for name, rows in tensors.items():
         for prefix in ("bert.", "roberta.", "nomic_bert."):
             name = name.removeprefix(prefix)
         name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
+        if head:
+            for old, new in (("pooler.dense.", "classifier.dense."), ("classifier.", "classifier.out_proj.")):
+                if name.removeprefix(old) in ("weight", "bias"):
+                    name = name.replace(old, new)
+                    break
         if name.startswith(_LEFT_OUT) or name in _BUFFERS:
             continue
         if name == "embeddings.position_embeddings.weight" and offset:
@@ -102,17 +113,37 @@ def gather(tensors: Mapping[str, Rows], config: Config, offset: bool = False) ->
     return found
 
 
+def _with_head(family: Family, with_head: Gather) -> Family:
+    """The same for checkpoints whose classifier is kept: a matrix, tanh, a matrix."""
+
+    def write(writer: gguf.GGUFWriter, config: Config) -> None:
+        family.write_hparams(writer, config)
+        write_classes(writer, config)
+
+    def head_shapes(config: Config) -> Shapes:
+        n_embd, n_classes = config.integer("hidden_size"), len(classes(config))
+        head: Shapes = {"cls.weight": (n_embd, n_embd), "cls.output.weight": (n_classes, n_embd)}
+        return family.shapes(config) | head | biases(head, "cls", "cls.output")
+
+    names = tuple(name.replace("Model", "ForSequenceClassification") for name in family.checkpoints if "Model" in name)
+    return Family(names, family.arch, write, head_shapes, with_head)
+
+
 _BERT = ("BertModel", "BertForMaskedLM", "BertForPreTraining")
 _ROBERTA = ("RobertaModel", "RobertaForMaskedLM", "XLMRobertaModel", "XLMRobertaForMaskedLM")
 
+_FAMILY = Family(_BERT, gguf.MODEL_ARCH.BERT, write_hparams, shapes, gather)
+_ROBERTA_FAMILY = Family(
+    _ROBERTA,
+    gguf.MODEL_ARCH.BERT,
+    partial(write_hparams, offset=True),
+    partial(shapes, offset=True),
+    partial(gather, offset=True),
+)
 FAMILIES = (
-    Family(_BERT, gguf.MODEL_ARCH.BERT, write_hparams, shapes, gather),
+    _FAMILY,
+    _with_head(_FAMILY, partial(gather, head=True)),
+    _ROBERTA_FAMILY,
+    _with_head(_ROBERTA_FAMILY, partial(gather, offset=True, head=True)),
     Family(("NomicBertModel", "NomicBertForMaskedLM"), gguf.MODEL_ARCH.NOMIC_BERT, _write_nomic, _nomic_shapes, gather),
-    Family(
-        _ROBERTA,
-        gguf.MODEL_ARCH.BERT,
-        partial(write_hparams, offset=True),
-        partial(shapes, offset=True),
-        partial(gather, offset=True),
-    ),
 )

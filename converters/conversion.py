@@ -31,6 +31,7 @@ from .checkpoint import FILE_PATTERNS, Checkpoint, ComputedRows, Rows
 from .family import ROPE_OF_SOME, Family, refuse_unread, rope_parameters
 from .pooling import write_pooling
 from .quantized import BlockRows
+from .ranking import as_reranker
 from .vocabulary import check_vocabulary, read_encoder, write_vocabulary
 
 FAMILIES: tuple[Family, ...] = (
@@ -167,7 +168,7 @@ def convert(
     type = file_type(type, copy=False)
     folder, hub_id = find_source(source)
     checkpoint = Checkpoint(folder)
-    family = find_family(checkpoint)
+    family = as_reranker(checkpoint, find_family(checkpoint))
     checkpoint.config.defaults = family.defaults.get(checkpoint.architecture, {})
     checkpoint.config = checkpoint.config.replaced(**family.usual(checkpoint.config))
     path = Path(out)
@@ -279,7 +280,7 @@ def plan_tensors(checkpoint: Checkpoint, family: Family, type: str) -> list[Tens
     for source, rows in gathered.items():
         if source.endswith(".rotary_emb.inv_freq"):
             continue  # old checkpoints store what config.json determines
-        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        name = source if source in shapes else names.get_name(source, try_suffixes=(".weight", ".bias"))
         stored = rows.sources[0]
         if name is None or (name not in shapes and name != "output.weight"):
             raise ConversionError(

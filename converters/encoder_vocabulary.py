@@ -44,7 +44,7 @@ def write_encoder_vocabulary(writer: gguf.GGUFWriter, checkpoint: Checkpoint, to
     for i, (text, special) in added.items():
         rows[i] = (text, rows[i][1], TokenType.CONTROL if special else TokenType.USER_DEFINED)
     rows[unknown] = (*rows[unknown][:2], TokenType.UNKNOWN if model["type"] == "Unigram" else TokenType.CONTROL)
-    first, last = _around(checkpoint, tokenizer)
+    first, last, two = _around(checkpoint, tokenizer)
     if model["type"] == "WordPiece":
         writer.add_tokenizer_model("bert")
         rows = [(text if type_ != TokenType.NORMAL else _spelled(text), score, type_) for text, score, type_ in rows]
@@ -62,6 +62,7 @@ def write_encoder_vocabulary(writer: gguf.GGUFWriter, checkpoint: Checkpoint, to
     writer.add_unk_token_id(unknown)
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(True)
+    writer.add_add_sep_token(two)
     settings = checkpoint.json("tokenizer_config.json", optional=True)
     ids = {text: i for i, (text, _, _) in enumerate(rows)}
     for kind, add in (("pad", writer.add_pad_token_id), ("mask", writer.add_mask_token_id)):
@@ -95,18 +96,18 @@ def _spelled(text: str) -> str:
     return text[2:] if text.startswith("##") else _SPACE + text
 
 
-def _around(checkpoint: Checkpoint, tokenizer: dict[str, Any]) -> tuple[int, int]:
-    """The tokens that are put before and behind a text."""
+def _around(checkpoint: Checkpoint, tokenizer: dict[str, Any]) -> tuple[int, int, bool]:
+    """The tokens that are put before and behind a text, and whether two of the latter stand between two texts."""
     where, processor = checkpoint.folder / "tokenizer.json", tokenizer.get("post_processor") or {}
     try:
         if processor["type"] == "TemplateProcessing":
-            single = [part.get("SpecialToken", {}).get("id") for part in processor["single"]]
-            first, middle, last = single
+            first, middle, last = (part.get("SpecialToken", {}).get("id") for part in processor["single"])
             ids = {name: token["ids"][0] for name, token in processor["special_tokens"].items()}
+            pair = [part.get("SpecialToken", {}).get("id") for part in processor["pair"]]
             if middle is None:
-                return int(ids[first]), int(ids[last])
+                return int(ids[first]), int(ids[last]), pair.count(last) > 2
         elif processor["type"] in ("BertProcessing", "RobertaProcessing"):
-            return int(processor["cls"][1]), int(processor["sep"][1])
+            return int(processor["cls"][1]), int(processor["sep"][1]), processor["type"] == "RobertaProcessing"
     except (KeyError, ValueError, TypeError, IndexError, AttributeError):
         pass
     raise UnsupportedError(f"{where}: post_processor {shown(processor)}; known: one token before a text, one behind it")

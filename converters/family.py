@@ -18,6 +18,7 @@ from ggpy.errors import ConversionError, UnsupportedError
 from .checkpoint import Config, Rows, shown
 
 Shapes = dict[str, tuple[int, ...]]
+Gather = Callable[[Mapping[str, Rows], Config], dict[str, Rows]]
 
 # Kinds of rope scaling, and their settings that are understood. Whatever else stands there is refused.
 ROPE_SCALINGS: dict[str, frozenset[str]] = {
@@ -125,7 +126,7 @@ class Family:
     arch: gguf.MODEL_ARCH
     write_hparams: Callable[[gguf.GGUFWriter, Config], None]
     shapes: Callable[[Config], Shapes]
-    gather: Callable[[Mapping[str, Rows], Config], dict[str, Rows]] = as_they_are
+    gather: Gather = as_they_are
     transform: Callable[[str, Rows, Config], Rows] = _unchanged
     computed: Callable[[Config], dict[str, np.ndarray]] = _nothing
     usual: Callable[[Config], dict[str, Any]] = _nothing

@@ -43,7 +43,7 @@ def write_pooling(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
         kind, where = module["type"].rpartition(".")[2], str(module.get("path") or "")
         if kind == "Pooling":
             writer.add_pooling_type(_pooling(checkpoint, f"{where}/config.json"))
-        elif kind not in ("Transformer", "Normalize"):
+        elif kind not in ("Transformer", "Normalize", "LogitScore"):
             raise UnsupportedError(f"{path}: a module {kind}; known: Transformer, Pooling, Normalize")
 
 

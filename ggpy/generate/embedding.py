@@ -85,7 +85,12 @@ class _Text:
 
 
 def embed(
-    runner: "Runner", scheduler: "Scheduler", texts: Sequence[list[int]], pooling: str, normalize: bool
+    runner: "Runner",
+    scheduler: "Scheduler",
+    texts: Sequence[list[int]],
+    pooling: str,
+    normalize: bool,
+    what: str = "texts",
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The vectors of texts, as they are done, with their places; see `Model.embed`.
 
@@ -95,8 +100,10 @@ def embed(
     scheduler : Scheduler
         Of the generations that may be at work.
     texts : sequence of list of int
-        Token ids of each.
+        Token ids of each, checked.
     pooling, normalize
+    what : str
+        What errors call them.
 
     Raises
     ------
@@ -107,10 +114,9 @@ def embed(
     """
     for i, ids in enumerate(texts):
         if not ids:
-            raise Error(f"texts[{i}] has no tokens")
+            raise Error(f"{what}[{i}] has no tokens")
         if len(ids) > runner.n_ctx:
-            raise ContextFullError(f"texts[{i}] has {len(ids)} tokens, the context holds {runner.n_ctx}")
-        runner.check_ids(ids)
+            raise ContextFullError(f"{what}[{i}] has {len(ids)} tokens, the context holds {runner.n_ctx}")
     todo = enumerate(texts)
     begun: list[_Text] = []  # one at most: it, or the rest of it, comes with the next run
     n_done = 0

@@ -20,6 +20,7 @@ from .chat import ChatTemplate
 from .embedding import POOLINGS, embed, hidden_states, pooling_of
 from .generation import Generation
 from .options import ChatOptions, Drafter, GenerationOptions, JSONSchema, Processor, Sampler, checked_option, with_options
+from .ranking import Ranker, pair_of, rerank
 from .replies import Family, family_of
 from .runner import Runner
 from .sampling import StandardSampler
@@ -292,15 +293,58 @@ class Model:
         if isinstance(texts, str):
             raise Error("embed takes a list of texts; for one: embed([text])")
         kind = pooling or pooling_of(self.file, self._runner.is_encoder)
+        if kind == "rank" and pooling is None:
+            raise Error(f"{self.file.path}: a reranker, which gives scores: see Model.rerank")
         if kind not in POOLINGS:
             raise Error(f"pooling {kind!r}; there are {', '.join(POOLINGS)}")
         self._runner.check()
         ids = [self.tokenizer.encode(t) if isinstance(t, str) else _token_ids(t) for t in texts]
+        for tokens in ids:
+            self._runner.check_ids(tokens)
         vectors = dict(embed(self._runner, self._scheduler, ids, kind, normalize))
         found = [vectors[i] for i in range(len(ids))]
         if kind == "none":
             return found
         return np.concatenate([np.empty((0, self.architecture.n_embd), np.float32), *found])
+
+    def rerank(self, query: str, documents: Iterable[str]) -> np.ndarray:
+        """How well documents answer a query, by a model made for that, which reads both together.
+
+        As many documents as fit are computed together, beside generations that are at work; each one's score is the same
+        bits whatever its company.
+
+        Parameters
+        ----------
+        query : str
+        documents : iterable of str
+            Names of control tokens in texts stay text.
+
+        Returns
+        -------
+        float32 array (n_documents,)
+            The more, the better. What the model's head gives: for most models a logit, whose sigmoid is a probability; for
+            those that say yes or no, as Qwen3-Reranker does, the probability of yes.
+
+        Raises
+        ------
+        ContextFullError
+            Query and document together are longer than the context: nothing is cut off.
+        UnsupportedError
+            The file has no head that scores, or says of a decoder not how it reads a query and a document.
+        Error
+            `documents` is a single text, or something isn't a text.
+        """
+        texts = [query] if isinstance(documents, str) else [query, *documents]
+        if isinstance(documents, str) or not all(isinstance(text, str) for text in texts):
+            raise Error("rerank takes a text and a list of texts: rerank(query, [document])")
+        self._runner.check()
+        ranker = self._ranker
+        pairs = [pair_of(self.file, self._runner, self.tokenizer, query, document) for document in texts[1:]]
+        return rerank(self._runner, self._scheduler, ranker, pairs)
+
+    @cached_property
+    def _ranker(self) -> Ranker:
+        return Ranker(self.file, self.architecture.n_embd, self._runner.is_encoder)
 
     def new_sequence(self) -> TokenSequence:
         """A sequence of tokens, to be evaluated step by step. There may be many, in different threads too."""

@@ -175,6 +175,10 @@ class Tokenizer:
         add_bos, add_eos = pre.add_bos if pre else kind != "t5", kind == "t5"
         self.add_bos = (kind == "bert" or fields.flag("add_bos_token", add_bos)) and self.bos is not None
         self.add_eos = (kind == "bert" or fields.flag("add_eos_token", add_eos)) and self.eos is not None
+        # What is put between two texts beside the token that ends one: RoBERTa and its kin have two there.
+        separator = fields.token_id("seperator_token_id", n_vocab, self.eos)
+        two = kind != "bert" and fields.flag("add_sep_token", True)
+        self._between = [separator] if two and separator is not None else []
         self.space_prefix = pre is None and (kind == "bert" or fields.flag("add_space_prefix", True))
         self._build(vocab, unknown, pre, fields)
 
@@ -391,6 +395,14 @@ class Tokenizer:
         if self.add_bos and self.bos is not None and ids[:1] != [self.bos]:
             ids.insert(0, self.bos)
         return ids
+
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
+        """Token ids of two texts that belong together, with the tokens that the model has before, between and behind
+        them: those up to the second text, and the rest. Names of control tokens are text."""
+        last = [self.eos] if self.add_eos and self.eos is not None else []
+        before, between = ([self.bos] if self.add_bos and self.bos is not None else []), [*last, *self._between]
+        one, other = (self.encode(text, special=False, bos=False) for text in (first, second))
+        return [*before, *one, *between], [*other, *last]
 
     def encode_inside(self, text: str) -> list[int]:
         """Token ids of a text that goes on with another: nothing is put in front, names of control tokens are text."""

@@ -202,9 +202,12 @@ def _build(
 
 
 def run_inputs(arch: Architecture, batch: "Batch") -> dict[str, np.ndarray]:
-    """The inputs of a run that follow from its batch: token ids, which outputs are wanted, what depends on positions."""
+    """The inputs of a run that follow from its batch: token ids, which outputs are wanted, what depends on positions.
+
+    Encoders know types of tokens: token i of type t stands in a batch as i + t * n_vocab."""
     tables = {name: rope.table(batch.positions) for name, rope in arch.ropes.items()}
-    return {"ids": batch.ids, "outputs": batch.outputs, "positions": batch.positions, **tables}
+    types, ids = np.divmod(batch.ids, np.int32(arch.n_vocab))
+    return {"ids": ids, "types": types, "outputs": batch.outputs, "positions": batch.positions, **tables}
 
 
 __all__ = ["ARCHITECTURES", "Architecture", "Output", "Rope", "Weights", "build_graph", "read_architecture", "run_inputs"]

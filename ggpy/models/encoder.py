@@ -7,12 +7,9 @@ positions, types of tokens, fused matrices, biases.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ..errors import UnsupportedError
 from .hparams import Hparams, Options
 from .rope import Rope, read_rope
-from .weights import DerivedWeight
 
 if TYPE_CHECKING:
     from ..file import GGUFFile
@@ -87,11 +84,11 @@ class Encoder:
     ropes: dict[str, Rope]
 
     def embed(self, g: "Graph", w: "Weights", ids: "Tensor") -> "Tensor":
-        """Token ids (n_tokens,) to (n_tokens, n_embd), all of the first type and normalized."""
+        """Token ids (n_tokens,) to (n_tokens, n_embd), normalized."""
         x = g.op("GET_ROWS", w("token_embd.weight", self.n_vocab, self.n_embd), ids, name="embd_tokens")
         if w.has("token_types.weight"):
-            w.check("token_types.weight", self.n_types, self.n_embd)
-            x = g.op("ADD_BIAS", x, w.derived("token_types.first", self._first_type), name="embd_typed")
+            table = w("token_types.weight", self.n_types, self.n_embd)
+            x = g.op("ADD", x, g.op("GET_ROWS", table, g.input("types", (), "I32"), name="embd_types"), name="embd_typed")
         if not self.style.rope:
             table = w("position_embd.weight", self.n_ctx_train, self.n_embd)
             places = g.op("GET_ROWS", table, g.input("positions", (), "I32"), name="embd_positions")
@@ -130,7 +127,3 @@ class Encoder:
         y = g.op("ATTENTION", *heads, cache, scale=self.head_dim**-0.5, causal=False, name=f"{p}.attn")
         y = g.op("RESHAPE", y, shape=(self.n_embd,), name=f"{p}.attn_rows")
         return w.linear(f"{p}.attn_output", self.n_embd, y)
-
-    def _first_type(self) -> DerivedWeight:
-        values = self.file.tensors["token_types.weight"].dequantize()
-        return DerivedWeight("token_types.first", "F32", (self.n_embd,), np.ascontiguousarray(values[0]).view(np.uint8))
