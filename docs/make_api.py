@@ -12,6 +12,7 @@ OUT = Path(__file__).parent / "api.md"
 PARTS = {
     "Opening a model": ("load", "Model"),
     "What a model generates": ("Generation", "Piece", "Score"),
+    "Files of prompts": ("batch",),
     "Conversations": ("Session", "Reply"),
     "Choosing tokens": ("Sampler", "StandardSampler"),
     "Step by step": ("TokenSequence", "Tokenizer"),

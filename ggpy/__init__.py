@@ -26,6 +26,7 @@ from .errors import (
 if TYPE_CHECKING:
     from converters import convert
 
+    from .batching import batch
     from .file import GGUFFile
     from .generate.generation import Generation
     from .generate.model import Model
@@ -63,6 +64,7 @@ __all__ = [
     "Tokenizer",
     "TokenizerError",
     "UnsupportedError",
+    "batch",
     "convert",
     "load",
     "quantize",
@@ -86,6 +88,7 @@ _LAZY = {
     "StandardSampler": "ggpy.generate.sampling",
     "TokenSequence": "ggpy.generate.sequence",
     "Tokenizer": "ggpy.generate.tokenizer",
+    "batch": "ggpy.batching",
     "convert": "converters",
     "quantize": "ggpy.quantization",
 }

@@ -22,6 +22,7 @@ ORDER = {
     "models": 7,
     "generate": 8,
     "measure": 9,
+    "batching": 9,
 }
 
 

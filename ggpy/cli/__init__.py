@@ -11,6 +11,7 @@ from ..printable import one_line
 
 _COMMANDS = (
     "run",
+    "batch",
     "convert",
     "quantize",
     "inspect",

@@ -24,6 +24,7 @@ from .ranking import Ranker, pair_of, rerank
 from .replies import Family, family_of
 from .runner import Runner
 from .sampling import StandardSampler
+from .saved import digest
 from .scheduler import Request, Scheduler
 from .score import Score
 from .sequence import TokenSequence
@@ -146,6 +147,20 @@ class Model:
     def kv_bytes(self) -> int:
         """Bytes that cached keys and values, and states, may take."""
         return self._runner.pages.n_bytes + self._runner.pages.states.n_bytes
+
+    @property
+    def room(self) -> int:
+        """How many generations are worth having at once."""
+        return self._scheduler.room
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells the model, opened as it is, from others: a hash of its metadata and of parts of its tensors."""
+        return digest(self._runner)
+
+    def check(self) -> None:
+        """Raises Error if the model can't be used: it is closed, or belongs to another process."""
+        self._runner.check()
 
     @property
     def metadata(self) -> Any:
@@ -586,7 +601,7 @@ class Model:
         active: list[Generation] = []
         more = True
         while more or active:
-            room = self._scheduler.room - len(active)
+            room = self.room - len(active)
             new = list(islice(generations, room))
             more = len(new) == room
             active += new
