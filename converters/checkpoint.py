@@ -558,7 +558,7 @@ class Checkpoint:
                 method = self._quantization.get("quant_method", "by a method that config.json doesn't name")
                 raise UnsupportedError(
                     f"{rows.path}: tensor {rows.name} is {rows.dtype}: the weights are quantized already ({method}); "
-                    "float ones are needed, or 8-bit floats with scales"
+                    "no code for that here; float ones are needed"
                 )
 
 

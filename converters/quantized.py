@@ -254,9 +254,13 @@ def _gptq(parts: _Parts, stem: str) -> GroupedRows:
     _expect(zeros, n_groups, -(-n_rows * n_bits // 32))
     size = settings.integer("group_size", -1, least=-1)
     group = _groups(index, n_columns, n_groups, size if size > 0 else n_columns, f"{quants.path}: tensor {quants.name}")
-    zero_points = unpacked(zeros.raw(0, n_groups), n_bits, n_rows)  # (n_groups, n_rows)
+    words = zeros.raw(0, n_groups)
     if kind == "gptq":
-        zero_points = (zero_points + 1) & ((1 << n_bits) - 1)
+        if n_bits == 3:
+            raise UnsupportedError(f"{quants.path}: GPTQ of 3 bits whose zero points are one less: programs differ on them")
+        # One more in each place of a word, where a zero point of 0 has borrowed from the next place (GPTQModel).
+        words = (words.view(np.uint32) + np.uint32(sum(1 << i for i in range(0, 32, n_bits)))).view(np.int32)
+    zero_points = unpacked(words, n_bits, n_rows)  # (n_groups, n_rows)
     return GroupedRows(
         (quants.name, zeros.name, scales.name),
         (n_rows, n_columns),

@@ -1,22 +1,27 @@
 """Weights that are quantized already, against what others make of the same tensors."""
 
+import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import ggpy
 from converters import convert
-from ggpy.errors import ConversionError
+from converters.checkpoint import read_safetensors
+from converters.quantized import dequantized
+from ggpy.errors import ConversionError, Error, UnsupportedError
 from tests.models.checkpoints import ids, random_model, transformers_logits
 
 from .conftest import N_VOCAB, save_tokenizer
-from .test_conversion import edit_config, written_floats, written_tensors
+from .test_conversion import edit_config, edit_tensors, written_floats, written_tensors
 
 N_EXPERT, N_EMBD, N_FF = 5, 256, 96
 
@@ -114,3 +119,111 @@ def test_mxfp4_without_its_scale_is_refused(gpt_oss, tmp_path):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ConversionError, match="down_proj_scales: a scale is NaN"):
         convert(folder, tmp_path / "model.gguf", "q8_0")
+
+
+FILES = sorted((Path(__file__).parent / "quantized").glob("*.safetensors"))
+
+
+def golden(path):
+    """A module that another package has quantized (make_quantized.py): tensors, settings, the weights it makes of them."""
+    tensors = read_safetensors(path)
+    expected = tensors.pop("expected")
+    with safe_open(path, "np") as file:
+        settings = json.loads(file.metadata()["settings"])
+    return tensors, settings, expected.read(0, expected.shape[0])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_quantized_weights_are_what_their_own_package_makes_of_them(path):
+    tensors, settings, expected = golden(path)
+    result, found = dequantized(tensors, settings, path)
+    assert sum(found.values()) == 1
+    assert result.keys() == {"m.weight"}
+    rows = result["m.weight"]
+    assert rows.shape == expected.shape
+    # Others multiply in bfloat16 or divide by 127 in another order; single products don't differ by more.
+    tolerance = {"ct-nvfp4": 2**-8, "bnb-int8": 2**-22}.get(path.stem, 2**-23) * np.abs(expected).max()
+    np.testing.assert_allclose(rows.read(0, rows.shape[0]), expected, rtol=0, atol=tolerance)
+    for start, stop in ((0, 1), (3, 17), (13, rows.shape[0])):
+        np.testing.assert_array_equal(rows.read(start, stop), rows.read(0, rows.shape[0])[start:stop])
+
+
+def test_zero_points_of_gptq_are_one_less_unless_it_is_version_2(tmp_path):
+    """The first version stores words of zero points less 0x11111111: a zero point of 0 borrows from the next one."""
+    tensors, settings, _ = golden(FILES[0].with_name("gptq-4.safetensors"))
+    path = FILES[0].with_name("gptq-4.safetensors")
+    words = tensors["m.qzeros"].raw(0, 3).astype(np.int64)
+    words[0, 0], words[1, 1] = 0x80, 0x12345670
+    results = []
+    for version, stored in (("gptq", words - 0x11111111), ("gptq_v2", words)):
+        values = load_file(path)
+        values["m.qzeros"] = torch.from_numpy((stored & 0xFFFFFFFF).astype(np.uint32).view(np.int32))
+        save_file(values, tmp_path / version)
+        parts = {name: rows for name, rows in read_safetensors(tmp_path / version).items() if name != "expected"}
+        rows = dequantized(parts, settings | {"checkpoint_format": version}, path)[0]["m.weight"]
+        results.append(rows.read(0, 32))
+    np.testing.assert_array_equal(*results)
+    # The second row's zero point in the first group is 8 and the first's 0.
+    scales = tensors["m.scales"].read(0, 1)[0]
+    quants = np.arange(16)
+    assert np.isin(np.round(results[0][0, :32] / scales[0]), quants).all()
+    assert np.isin(np.round(results[0][1, :32] / scales[1]), quants - 8).all()
+    assert results[0][1, :32].min() < 0
+
+
+REFUSED = {
+    "bits that the words don't have": ("gptq-4", {"bits": 8}, "isn't of 8 bits"),
+    "GPTQ's other forms": ("gptq-4", {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'; known: gptq, gptq_v2"),
+    "AWQ's other forms": ("awq", {"version": "gemv"}, "AWQ in the form 'gemv'; known: gemm"),
+    "AWQ without zero points": ("awq", {"zero_point": False}, "zero_point false"),
+    "bits that nobody says": ("ct-packed-4", {"config_groups": {}}, "doesn't say how many bits"),
+    "groups that don't fit": ("awq", {"group_size": 16}, "96 columns don't fall into 3 groups"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_settings_and_tensors_say_differently_is_refused(case):
+    name, changes, message = REFUSED[case]
+    path = FILES[0].with_name(f"{name}.safetensors")
+    tensors, settings, _ = golden(path)
+    with pytest.raises(Error, match=message):
+        dequantized(tensors, settings | changes, path)
+
+
+@pytest.mark.parametrize(
+    "missing", ["ct-packed-4: m.weight_shape", "awq: m.scales", "bnb-nf4-twice: m.weight.nested_absmax"]
+)
+def test_missing_parts_are_named(missing):
+    name, part = missing.split(": ")
+    path = FILES[0].with_name(f"{name}.safetensors")
+    tensors, settings, _ = golden(path)
+    del tensors[part]
+    with pytest.raises(ConversionError, match=f"no tensor {part}"):
+        dequantized(tensors, settings, path)
+
+
+def test_a_checkpoint_of_8_bit_integers_is_written_with_its_scales(damaged_folder, tmp_path):
+    def quantize(tensors):
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            scale = np.abs(tensors[name]).max(axis=1, keepdims=True) / np.float32(127)
+            tensors[name] = np.round(tensors[name] / scale).astype(np.int8)
+            tensors[f"{name}_scale"] = scale
+            expected[name] = tensors[name] * scale
+
+    expected = {}
+    edit_tensors(damaged_folder, quantize)
+    edit_config(damaged_folder, quantization_config={"quant_method": "compressed-tensors", "format": "int-quantized"})
+    plan = convert(damaged_folder, tmp_path / "model.gguf", "f32")
+    written = written_floats(tmp_path / "model.gguf")
+    np.testing.assert_array_equal(written["blk.1.ffn_down.weight"], expected["model.layers.1.mlp.down_proj.weight"])
+    assert any("14 matrices of 8-bit integers): they are dequantized and encoded as F32" in note for note in plan.notes)
+
+
+def test_a_method_without_code_is_refused(damaged_folder):
+    def quantize(tensors):
+        tensors["model.layers.0.mlp.down_proj.W_q"] = tensors.pop("model.layers.0.mlp.down_proj.weight").astype(np.uint8)
+
+    edit_tensors(damaged_folder, quantize)
+    edit_config(damaged_folder, quantization_config={"quant_method": "hqq"})
+    with pytest.raises(UnsupportedError, match=r"down_proj.W_q is U8: the weights are quantized already \(hqq\)"):
+        convert(damaged_folder, damaged_folder / "model.gguf", "f16")
