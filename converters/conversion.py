@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,22 @@ from ggpy.quantization import FILE_TYPES, encode, tensor_types
 from ggpy.quantization.mixes import check_without_importance, file_type, sizes
 from ggpy.quantization.model import in_order
 
-from . import bert, decoders, deepseek2, gemma4, granite, lfm2, llama, mixtral, nemotron, olmoe, qwen, qwen35
+from . import (
+    bert,
+    decoders,
+    deepseek2,
+    falcon_h1,
+    gemma4,
+    granite,
+    lfm2,
+    llama,
+    mamba2,
+    mixtral,
+    nemotron,
+    olmoe,
+    qwen,
+    qwen35,
+)
 from .card import read_card
 from .checkpoint import FILE_PATTERNS, Checkpoint, ComputedRows, Rows
 from .family import ROPE_OF_SOME, Family, refuse_unread, rope_parameters
@@ -46,6 +61,8 @@ FAMILIES: tuple[Family, ...] = (
     *lfm2.FAMILIES,
     granite.FAMILY,
     nemotron.FAMILY,
+    falcon_h1.FAMILY,
+    mamba2.FAMILY,
     *bert.FAMILIES,
 )
 
@@ -241,7 +258,7 @@ def find_family(checkpoint: Checkpoint) -> Family:
     """The family of the checkpoint's architecture; UnsupportedError where there is none."""
     for family in FAMILIES:
         if checkpoint.architecture in family.checkpoints:
-            return family
+            return replace(family, arch=family.arch_of(checkpoint.config)) if family.arch_of else family
     known = ", ".join(name for family in FAMILIES for name in family.checkpoints)
     raise UnsupportedError(f"{checkpoint.config.path}: architecture {checkpoint.architecture}; known: {known}")
 

@@ -120,6 +120,8 @@ class Family:
     defaults : mapping
         What transformers takes for keys that config.json lacks, where that isn't what the functions above take: values by
         key, for each of `checkpoints` that has such.
+    arch_of : callable, optional
+        ``arch_of(config)`` gives `arch` where config.json decides.
     """
 
     checkpoints: tuple[str, ...]
@@ -131,6 +133,7 @@ class Family:
     computed: Callable[[Config], dict[str, np.ndarray]] = _nothing
     usual: Callable[[Config], dict[str, Any]] = _nothing
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    arch_of: Callable[[Config], gguf.MODEL_ARCH] | None = None
 
 
 def refuse_unread(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""What families with Mamba-2 layers share."""
+"""What families with Mamba-2 layers share, and Mamba-2 by itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from ggpy.errors import UnsupportedError
 
 from .checkpoint import ChangedRows, Config, PickedRows, ReshapedRows, Rows, shown
-from .family import Shapes
+from .family import Family, Shapes, model_shapes
 
 # Limits of a step that are none; transformers writes infinity as an object.
 UNLIMITED = ([0.0, math.inf], [0.0, {"__float__": "Infinity"}])
@@ -32,6 +32,8 @@ class Scan:
         Tokens that its convolution sees.
     has_bias : bool
         Whether the convolution has one.
+    least_step : float
+        Steps are no smaller.
     """
 
     n_head: int
@@ -40,6 +42,7 @@ class Scan:
     n_state: int
     width: int
     has_bias: bool
+    least_step: float = 0.0
 
     @property
     def n_conv(self) -> int:
@@ -50,6 +53,8 @@ class Scan:
         limits = config.get("time_step_limit", UNLIMITED[0])
         if limits not in UNLIMITED:
             raise UnsupportedError(f"{config.path}: time_step_limit {shown(limits)}; known: from 0 on")
+        if self.least_step:  # a key of ggpy's own
+            writer.add_float32(f"{writer.arch}.ssm.time_step_min", self.least_step)
         writer.add_ssm_conv_kernel(self.width)
         writer.add_ssm_state_size(self.n_state)
         writer.add_ssm_group_count(self.n_group)
@@ -85,3 +90,58 @@ class Scan:
 def decays(name: str, rows: Rows) -> Rows:
     """Decays as they are used: -e^A_log."""
     return ChangedRows(rows, lambda x: -np.exp(x)) if name.endswith("ssm_a") else rows
+
+
+# --- models of nothing else ---
+
+
+def _scan(config: Config) -> Scan:
+    n_head = config.integer("num_heads")
+    n = n_head * config.integer("head_dim")
+    config.only("expand", n / config.integer("hidden_size"))
+    return Scan(
+        n_head=n_head,
+        n=n,
+        n_group=config.integer("n_groups"),
+        n_state=config.integer("state_size"),
+        width=config.integer("conv_kernel", least=2),
+        has_bias=bool(config.get("use_conv_bias", True)),
+    )
+
+
+def _write_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
+    config.only("use_bias", False)
+    config.only("hidden_act", "silu")
+    # What training or a program did.
+    for key in ("chunk_size", "residual_in_fp32", "rescale_prenorm_residual", "time_step_rank", "norm_before_gate"):
+        config.get(key)
+    for key in ("time_step_min", "time_step_max", "time_step_floor"):
+        config.get(key)
+    writer.add_block_count(config.integer("num_hidden_layers"))
+    writer.add_context_length(1 << 20)  # none that the model knows of: llama.cpp's number
+    writer.add_embedding_length(config.integer("hidden_size"))
+    writer.add_feed_forward_length(0)
+    writer.add_head_count(0)
+    writer.add_vocab_size(config.integer("vocab_size"))
+    writer.add_layer_norm_rms_eps(config.number("layer_norm_epsilon", 1e-5, least=0))
+    _scan(config).write_hparams(writer, config)
+
+
+FAMILY = Family(
+    ("Mamba2ForCausalLM",),
+    gguf.MODEL_ARCH.MAMBA2,
+    _write_hparams,
+    lambda config: model_shapes(config, lambda i: _scan(config).shapes(config.integer("hidden_size"))),
+    lambda tensors, config: dict(_scan(config).gathered(name, rows) for name, rows in tensors.items()),
+    lambda name, rows, config: decays(name, rows),
+    defaults={
+        "Mamba2ForCausalLM": {
+            "num_heads": 128,
+            "head_dim": 64,
+            "state_size": 128,
+            "n_groups": 8,
+            "expand": 2,
+            "conv_kernel": 4,
+        }
+    },
+)

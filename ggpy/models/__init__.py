@@ -12,7 +12,7 @@ from .encoder import EncoderStyle
 from .gemma4 import Gemma4
 from .hparams import Hparams, Options
 from .lfm2 import Lfm2
-from .mamba2 import Hybrid, Single
+from .mamba2 import Hybrid, Mamba2, Parallel, Single
 from .qwen35 import Qwen35
 from .rope import Rope
 from .weights import DerivedWeight, Weights
@@ -91,6 +91,9 @@ ARCHITECTURES: dict[str, Reader] = {
     "qwen3next": Qwen35.read,
     "granitehybrid": Hybrid.read_granite,
     "nemotron_h": Single.read,
+    "nemotron_h_moe": Single.read,
+    "falcon-h1": Parallel.read,
+    "mamba2": Mamba2.read,
     # BERT (Devlin et al. 2018), RoBERTa and XLM-R
     "bert": EncoderStyle().read,
     "nomic-bert": EncoderStyle(rope=True, act="swiglu").read,

@@ -1,13 +1,14 @@
-"""Mamba-2 (Dao & Gu 2024), by itself or in most layers of a decoder: Granite 4 and Nemotron-H."""
+"""Mamba-2 (Dao & Gu 2024), by itself, in most layers of a decoder (Granite 4, Nemotron-H), or in all (Falcon-H1)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .decoder import Decoder, Style
 from .hparams import Hparams, Options
+from .rope import Rope
 from .weights import DerivedWeight
 
 if TYPE_CHECKING:
@@ -123,13 +124,28 @@ class Hybrid(Decoder):
 
 
 @dataclass(frozen=True)
+class Parallel(Hybrid):
+    """A decoder whose layers have attention and a scan side by side."""
+
+    @classmethod
+    def read(cls, hp: Hparams, options: Options) -> "Parallel":
+        """Reads Falcon-H1's from a file's metadata; raises as `Style.read`."""
+        return cls(**vars(Style().read(hp, options)), scan=Scan.read(hp))
+
+    def attention(self, g: "Graph", w: "Weights", x: "Tensor", i: int) -> "Tensor":
+        """Layer i's attention and its scan: (n_tokens, n_embd), normalized, to the same."""
+        scanned = self.scan.build(g, w, x, f"blk.{i}", self.eps)
+        return g.op("ADD", super().attention(g, w, x, i), scanned, name=f"blk.{i}.both")
+
+
+@dataclass(frozen=True)
 class Single(Hybrid):
     """A decoder whose layers are one thing each: attention, a feed-forward part or, where they have neither, a scan."""
 
     @classmethod
     def read(cls, hp: Hparams, options: Options) -> "Single":
         """Reads Nemotron-H's from a file's metadata; raises as `Style.read`."""
-        style = Style(act="relu_squared", mixed=True, no_rope_every=1)
+        style = Style(act="relu_squared", gating="sigmoid", normalize=True, mixed=True, no_rope_every=1)
         return cls(**vars(style.read(hp, options)), scan=Scan.read(hp))
 
     def layer(self, g: "Graph", w: "Weights", x: "Tensor", i: int) -> "Tensor":
@@ -137,3 +153,50 @@ class Single(Hybrid):
         y = w.norm(f"blk.{i}.attn_norm", x, self.eps)
         y = self.feed_forward(g, w, y, i) if self.n_ff[i] else self.attention(g, w, y, i)
         return g.op("ADD", x, y, name=f"blk.{i}.out")
+
+    def feed_forward(self, g: "Graph", w: "Weights", x: "Tensor", i: int) -> "Tensor":
+        """Layer i's feed-forward part, normalized (n_tokens, n_embd) to the same: experts where it has a router."""
+        if self.experts is not None and w.has(f"blk.{i}.ffn_gate_inp.weight"):
+            return self.experts.build(g, w, x, f"blk.{i}")
+        return w.feed_forward(f"blk.{i}", self.n_ff[i], x, self.style.act)
+
+
+@dataclass(frozen=True)
+class Mamba2:
+    """A model whose layers are scans alone, so that it needs no keys and values.
+
+    Attributes
+    ----------
+    scan : Scan
+    """
+
+    n_layer: int
+    n_embd: int
+    n_vocab: int
+    n_ctx_train: int
+    eps: float
+    scan: Scan
+    ropes: dict[str, Rope] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, hp: Hparams, options: Options) -> "Mamba2":
+        """Reads them from a file's metadata. Raises GGUFError where a key is missing or makes no sense."""
+        sizes = (hp.n_layer(), hp.size("embedding_length"), hp.n_vocab(), hp.size("context_length"))
+        return cls(*sizes, hp.number("attention.layer_norm_rms_epsilon"), Scan.read(hp))
+
+    def embed(self, g: "Graph", w: "Weights", ids: "Tensor") -> "Tensor":
+        """Token ids (n_tokens,) to (n_tokens, n_embd)."""
+        return g.op("GET_ROWS", w("token_embd.weight", self.n_vocab, self.n_embd), ids, name="embd")
+
+    def layer(self, g: "Graph", w: "Weights", x: "Tensor", i: int) -> "Tensor":
+        """Layer i: (n_tokens, n_embd) to the same."""
+        y = self.scan.build(g, w, w.norm(f"blk.{i}.attn_norm", x, self.eps), f"blk.{i}", self.eps)
+        return g.op("ADD", x, y, name=f"blk.{i}.out")
+
+    def norm(self, g: "Graph", w: "Weights", x: "Tensor") -> "Tensor":
+        """The last layer's (n_tokens, n_embd) normalized: what logits are made of, and embeddings."""
+        return w.norm("output_norm", x, self.eps)
+
+    def logits(self, g: "Graph", w: "Weights", x: "Tensor") -> "Tensor":
+        """(n_tokens, n_embd), normalized, to logits (n_tokens, n_vocab)."""
+        return w.logits(x, self.n_vocab)

@@ -34,6 +34,8 @@ class Experts:
         Factor of the weights.
     n_group, n_group_used : int
         Experts stand in groups, of which only the best few count.
+    n_latent : int
+        Values that experts take instead of an embedding's, by a matrix that all share, and give; 0 for none.
     """
 
     n_expert: int
@@ -46,6 +48,7 @@ class Experts:
     scale: float = 1.0
     n_group: int = 1
     n_group_used: int = 1
+    n_latent: int = 0
 
     @classmethod
     def read(
@@ -98,6 +101,7 @@ class Experts:
             scale=hp.number("expert_weights_scale", 1.0) or 1.0,
             n_group=max(hp.count("expert_group_count"), 1),
             n_group_used=max(hp.count("expert_group_used_count", 1), 1),
+            n_latent=hp.count("moe_latent_size"),
         )
 
     def build(self, g: "Graph", w: "Weights", x: "Tensor", p: str) -> "Tensor":
@@ -125,10 +129,15 @@ class Experts:
             y = g.op("MUL_MAT_ID", weight, y, route, name=name if bias is None else f"{name}.product")
             return y if bias is None else g.op("ADD_EXPERT_BIAS", y, bias, route, name=name)
 
-        gate, up = experts("gate", self.n_ff, n_embd, x), experts("up", self.n_ff, n_embd, x)
-        _, act, attrs = ACTS[self.act]
-        down = experts("down", n_embd, self.n_ff, g.op(act, gate, up, name=f"{p}.ffn_act_exps", **attrs))
+        n, taken = self.n_latent or n_embd, x
+        if self.n_latent:
+            taken = w.linear(f"{p}.ffn_latent_down", n, x)
+        n_inputs, act, attrs = ACTS[self.act]
+        parts = [experts(part, self.n_ff, n, taken) for part in ("gate", "up")[-n_inputs:]]
+        down = experts("down", n, self.n_ff, g.op(act, *parts, name=f"{p}.ffn_act_exps", **attrs))
         y = g.op("COMBINE", down, route, name=f"{p}.experts")
+        if self.n_latent:
+            y = w.linear(f"{p}.ffn_latent_up", n_embd, y)
         if not self.n_ff_shared:
             return y
         shared = w.feed_forward(p, self.n_ff_shared, x, self.act, "_shexp")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -213,8 +213,14 @@ class Weights:
     # What nearly all architectures have. Tensors are named as their weights, (n_tokens, …).
 
     def norm(self, name: str, x: "Tensor", eps: float, n: int | None = None) -> "Tensor":
-        """RMS norm of the rows of x, or of their first n values, by `{name}.weight`."""
-        return self._graph.op("RMS_NORM", x, self(f"{name}.weight", n or x.shape[-1]), eps=eps, name=name)
+        """RMS norm of the rows of x, or of their first n values, by `{name}.weight`, or `name` (in Falcon-H1's files)."""
+        n = n or x.shape[-1]
+        if self.has(name):
+            stored = self.stored(name, n)
+            weight = self.derived(f"{name}.weight", lambda: replace(_widened(stored), name=f"{name}.weight"))
+        else:
+            weight = self(f"{name}.weight", n)
+        return self._graph.op("RMS_NORM", x, weight, eps=eps, name=name)
 
     def layer_norm(self, name: str, x: "Tensor", eps: float) -> "Tensor":
         """Layer norm of the rows of x by `{name}.weight` and, if the file has it, `{name}.bias`."""

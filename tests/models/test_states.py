@@ -7,6 +7,7 @@ import transformers
 
 import ggpy
 from tests.converters.conftest import SIZES
+from tests.converters.test_families import llama_cpp_logprobs
 
 from .checkpoints import N_TOKENS, converted, ids, random_model, transformers_logits
 
@@ -42,15 +43,66 @@ SINGLE = {
     "mamba_num_heads": 4,
     "mamba_head_dim": 32,
     "n_groups": 2,
-    "time_step_min": 1e-12,  # which files can't say, and the first implementation doesn't heed
+}
+UNLIMITED = {"time_step_min": 1e-12}  # llama.cpp limits no steps
+MIXED = {
+    **SINGLE,
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "moe"],
+    "mamba_head_dim": 20,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 3,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 28,
+    "moe_shared_expert_intermediate_size": 44,
+    "routed_scaling_factor": 1.5,
+    "tie_word_embeddings": True,
+}
+LATENT = {**MIXED, "layers_block_type": ["moe", "linear_attention", "full_attention", "moe"], "moe_latent_size": 36}
+PARALLEL = {
+    **COMMON,
+    "head_dim": 20,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "mamba_d_ssm": 60,
+    "mamba_n_heads": 6,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 12,
+    "mamba_norm_before_gate": False,
+    "lm_head_multiplier": 0.6,
+    "embedding_multiplier": 3.0,
+    "mlp_multipliers": [0.7, 1.4],
+    "key_multiplier": 1.2,
+    "attention_out_multiplier": 0.9,
+    "attention_in_multiplier": 1.3,
+    "ssm_multipliers": [0.9, 1.2, 0.7, 1.3, 0.6],
+    "ssm_in_multiplier": 1.25,
+    "ssm_out_multiplier": 0.8,
+}
+ALONE = {
+    "vocab_size": COMMON["vocab_size"],
+    "hidden_size": 60,
+    "num_hidden_layers": 3,
+    "num_heads": 6,
+    "head_dim": 20,
+    "state_size": 12,
+    "n_groups": 2,
+    **{key: COMMON[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in COMMON},
 }
 MODELS = {
+    "mamba2": ("Mamba2", ALONE),
+    "mamba2, tied": ("Mamba2", {**ALONE, "tie_word_embeddings": True, "use_conv_bias": False, "n_groups": 1}),
+    "falcon-h1": ("FalconH1", {**PARALLEL, "mamba_rms_norm": True}),
+    "falcon-h1, tied": ("FalconH1", {**PARALLEL, "tie_word_embeddings": True}),
     "lfm2": ("Lfm2", {**LFM2, "block_multiple_of": 32}),
     "lfm2moe": ("Lfm2Moe", {**LFM2, **EXPERTS, "num_dense_layers": 1}),
     "qwen35": ("Qwen3_5Text", RULE),
     "qwen35, as many keys as values": ("Qwen3_5Text", {**RULE, "linear_num_key_heads": 6, "tie_word_embeddings": True}),
     "qwen35moe": ("Qwen3_5MoeText", {**RULE, **SHARED}),
-    "nemotron_h": ("NemotronH", SINGLE),
+    "nemotron_h": ("NemotronH", {**SINGLE, **UNLIMITED}),
+    "nemotron_h, limited": ("NemotronH", {**SINGLE, "time_step_min": 0.5}),
+    "nemotron_h_moe": ("NemotronH", {**MIXED, "n_group": 1, "num_attention_heads": 6}),
+    "nemotron_h_moe, groups, latent": ("NemotronH", {**LATENT, **UNLIMITED}),
     "granitehybrid": ("GraniteMoeHybrid", SCAN),
     "granitehybrid, rotated, groups": (
         "GraniteMoeHybrid",
@@ -66,7 +118,7 @@ def made(name, **changes):
     config = getattr(transformers, f"{kind}Config")(**{**sizes, **changes})
     model = random_model(getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM"), config)
     for key, buffer in model.named_buffers():
-        if "expert_bias" in key:
+        if key.endswith(("expert_bias", "e_score_correction_bias")):
             buffer.normal_(0, 0.1)
     return model
 
@@ -97,21 +149,27 @@ def test_logits_equal_transformers(tmp_path, name):
     assert np.ptp(expected) > 1
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["mamba2", "falcon-h1", "nemotron_h_moe"])
+def test_several_sequences_at_once_give_the_same_as_alone(tmp_path, name):
+    prompts = [ids(50), ids(7), ids(33, seed=1)]
+    with ggpy.load(converted(tmp_path, made(name)), n_ctx=N_TOKENS, kv_type="f32", n_threads=2) as ours:
+        alone = [ours.generate(prompt, max_tokens=5, temperature=0).run().ids for prompt in prompts]
+        together = ours.generate_batch(prompts, max_tokens=5, temperature=0)
+        assert sorted(result.ids for result in together) == sorted(alone)
+
+
+#: what llama.cpp can't run: limits of steps, layers with and without experts
+NOT_IN_LLAMA_CPP = ("nemotron_h, limited", "nemotron_h_moe", "mamba2, tied")
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in NOT_IN_LLAMA_CPP])
 def test_the_same_file_gives_the_same_in_llama_cpp(tmp_path, name):
-    llama_cpp = pytest.importorskip("llama_cpp")
-    path, tokens = converted(tmp_path, made(name), "f16"), ids(60)
-    theirs = llama_cpp.Llama(str(path), n_ctx=64, n_batch=64, n_threads=1, logits_all=True, verbose=False)
-    theirs.eval(tokens)
-    wanted, got = (
-        log_softmax(x.astype(np.float64)) for x in (theirs.scores[: len(tokens)], converted_logits(path, tokens))
-    )
-    assert (np.exp(wanted) * (wanted - got)).sum(-1).mean() <= 1e-3
-
-
-def log_softmax(x):
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+    path, tokens = converted(tmp_path, made(name)), ids(60)
+    lengths = [5, 33, 60]
+    theirs = llama_cpp_logprobs(path, tmp_path / "checkpoint", [tokens[:n] for n in lengths], n_ctx=128)
+    logits = converted_logits(path, tokens)[[n - 1 for n in lengths]].astype(np.float64)
+    ours = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert (np.exp(theirs) * (theirs - ours)).sum(-1).max() <= 1e-3
 
 
 def rewritten(path, out, changes, extra):
