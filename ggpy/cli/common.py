@@ -2,10 +2,10 @@
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
@@ -113,3 +113,17 @@ def open_model(path: str, n_ctx: int | None, n_threads: int | None, **options: A
     file = find_model(path)
     with kernel_progress() as progress:
         return Model(file, n_ctx=n_ctx, n_threads=n_threads, progress=progress, **options)
+
+
+def write_output(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file aside, moved to `path` once it is whole.
+
+    Raises
+    ------
+    Error
+        It can't be written; an older one is kept.
+    """
+    from ..file import writing_aside
+
+    with writing_aside(path) as aside, aside.open("wb") as file:
+        write(file)

@@ -9,7 +9,7 @@ import numpy as np
 import typer
 
 from ..errors import Error
-from .common import conversion_progress, find_model
+from .common import conversion_progress, find_model, write_output
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -148,4 +148,4 @@ def heat_map(errors: "list[TensorError]", path: Path) -> None:
         part.set_yticks(range(len(layers)), [str(i) for i in layers])
         figure.colorbar(image, ax=part)
     parts[0].set_ylabel("layer")
-    figure.savefig(path, dpi=150)
+    write_output(path, lambda file: figure.savefig(file, format="png", dpi=150))

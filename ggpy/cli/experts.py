@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import Error
-from .common import open_model
+from .common import open_model, write_output
 
 if TYPE_CHECKING:
     from ..generate.experts import ExpertUse
@@ -41,7 +41,7 @@ def experts(
     if trace is not None:
         import numpy as np
 
-        np.save(trace, use.trace)
+        write_output(trace, lambda file: np.save(file, use.trace))
     if png is not None:
         heat_map(use, png)
     caches = _simulate(use) if simulate_cache else []
@@ -104,7 +104,7 @@ def heat_map(use: "ExpertUse", path: Path) -> None:
     axes.set_yticks(range(n_layers), [str(i) for i in use.layers])
     axes.set_title("How often each expert is chosen")
     figure.colorbar(image, ax=axes, label="share / even share")
-    figure.savefig(path, dpi=150)
+    write_output(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 
 def _simulate(use: "ExpertUse") -> list[dict[str, Any]]:

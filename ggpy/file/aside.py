@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def writing_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises
     ------
     Error
-        The folder doesn't exist, `path` is there and isn't a regular file, or nothing was written.
+        The folder doesn't exist, `path` is there and isn't a regular file, or nothing or not all could be written.
     """
     target = Path(os.path.realpath(path))
     folder_of(path)
@@ -64,8 +65,12 @@ def writing_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise Error(f"{path}: nothing was written")
         _sync(aside, os.O_RDWR)
         os.replace(aside, target)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(aside)):  # else it is about another file
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise Error(f"{path}: no space left, nothing was kept") from error
+            raise Error(f"{path}: can't be written: {error.strerror or error}") from error
         raise
     finally:
         if lock is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Callable, Generator, Sequence
@@ -64,7 +63,7 @@ def write_files(
     try:
         free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
         if free < n_bytes:
-            raise Error(f"{path}: needs {_megabytes(n_bytes)}, the disk has {_megabytes(free)} left")
+            raise Error(f"{path}: needs {megabytes(n_bytes)}, the disk has {megabytes(free)} left")
         with ExitStack() as asides:
             for new in files:
                 aside = asides.enter_context(writing_aside(new.path))
@@ -84,16 +83,12 @@ def write_files(
                         _pad(out, new.writer.data_alignment)
     except KeyboardInterrupt:
         raise Error(f"{path}: interrupted at {100 * done // max(1, n_bytes)} %, nothing was kept") from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            after = f"{_megabytes(done)} of {_megabytes(n_bytes)}"
-            raise Error(f"{path}: no space left after {after}, nothing was kept") from error
-        raise Error(f"{path}: can't be written: {error.strerror or error}") from error
 
 
 def _pad(out: BinaryIO, alignment: int) -> None:
     out.write(bytes(-out.tell() % alignment))
 
 
-def _megabytes(n_bytes: int) -> str:
-    return f"{n_bytes / 1e6:,.0f} MB"
+def megabytes(n_bytes: int) -> str:
+    """A number of bytes in words."""
+    return f"{n_bytes / 1e6:,.0f} MB" if n_bytes >= 1e6 else f"{n_bytes / 1e3:,.0f} kB"

@@ -34,6 +34,7 @@ def digest(runner: "Runner") -> str:
 
 def save_sequence(sequence: "TokenSequence", runner: "Runner", path: Path) -> None:
     """See `TokenSequence.save`."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     runner.check()
@@ -47,8 +48,8 @@ def save_sequence(sequence: "TokenSequence", runner: "Runner", path: Path) -> No
     try:
         with writing_aside(path) as aside:
             save_file(arrays, aside, {"format": _FORMAT, "model": digest(runner)})
-    except OSError as error:
-        raise Error(f"{path}: {error.strerror or error}") from None
+    except SafetensorError as error:  # a full disk among others
+        raise Error(f"{path}: can't be written: {error}") from None
 
 
 def load_sequence(sequence: "TokenSequence", runner: "Runner", path: Path) -> None:

@@ -218,11 +218,8 @@ class Session:
         Error
             The file can't be written.
         """
-        try:
-            with writing_aside(Path(path)) as aside:
-                aside.write_text(json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2) + "\n", "utf-8")
-        except OSError as error:
-            raise Error(f"{path}: {error.strerror or error}") from None
+        with writing_aside(Path(path)) as aside:
+            aside.write_text(json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2) + "\n", "utf-8")
 
     def load(self, path: str | Path) -> None:
         """Goes on with the messages that `save` wrote, in place of these.

@@ -15,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ..errors import Error
+from ..file.writer import megabytes
 
 _MAGIC = b"_logits_"
 _RANGE = 16.0
@@ -42,7 +43,7 @@ def check_space(path: Path, n_chunks: int, n_ctx: int, n_vocab: int) -> None:
     """Raises Error where the disk has no space for such a file at `path`."""
     needed, free = file_bytes(n_chunks, n_ctx, n_vocab), shutil.disk_usage(path.absolute().parent).free
     if needed > free:
-        raise Error(f"{path}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+        raise Error(f"{path}: needs {megabytes(needed)}, the disk has {megabytes(free)} left")
 
 
 class LogitsWriter:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import Error, GGUFError
+from ..errors import GGUFError
 from ..file import GGUFFile, StringArray, writing_aside
 from ..file.mapped import Mapped
 
@@ -170,10 +170,7 @@ def write_imatrix(path: str | os.PathLike[str], matrix: ImportanceMatrix) -> Non
         counts = np.ascontiguousarray(matrix.counts[name], np.float32)[:, None]
         writer.add_tensor(name + _SUMS, np.ascontiguousarray(matrix.sums[name], np.float32))
         writer.add_tensor(name + _COUNTS, counts)
-    try:
-        with writing_aside(path) as aside, closing(writer):
-            writer.write_header_to_file(aside)
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-    except OSError as error:
-        raise Error(f"{path}: can't be written: {error.strerror or error}") from error
+    with writing_aside(path) as aside, closing(writer):
+        writer.write_header_to_file(aside)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()

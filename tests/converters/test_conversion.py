@@ -326,7 +326,7 @@ def test_full_disk_leaves_nothing_and_says_so(llama_folder, tmp_path):
 def test_too_small_a_disk_is_seen_beforehand(llama_folder, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1_000_000, 950_000, 50_000))
-    with pytest.raises(ConversionError, match=r"model\.gguf: needs .* MB, the disk has .* MB left"):
+    with pytest.raises(ConversionError, match=r"model\.gguf: needs .* kB, the disk has .* kB left"):
         convert(llama_folder, tmp_path / "model.gguf", "q8_0")
     assert list(tmp_path.iterdir()) == []
 

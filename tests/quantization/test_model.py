@@ -264,14 +264,14 @@ def test_a_full_disk_is_seen_before_and_while_writing(source, tmp_path, monkeypa
     usage = type("Usage", (), {"free": 1000})
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda path: usage)
-        refused(tmp_path, "the disk has 0 MB left", source, "Q8_0")
+        refused(tmp_path, "the disk has 1 kB left", source, "Q8_0")
 
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr("ggpy.file.writer._pad", full)
-        refused(tmp_path, "no space left after .* nothing was kept", source, "Q8_0")
+        refused(tmp_path, "no space left, nothing was kept", source, "Q8_0")
 
 
 def test_the_model_itself_is_not_written_over(source, tmp_path):
