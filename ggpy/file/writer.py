@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import numpy as np
 
 from ..errors import Error
-from .aside import writing_aside
+from .aside import folder_of, writing_aside
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,7 +61,7 @@ def write_files(
     """
     done = 0
     try:
-        free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
+        free = shutil.disk_usage(folder_of(path)).free
         if free < n_bytes:
             raise Error(f"{path}: needs {megabytes(n_bytes)}, the disk has {megabytes(free)} left")
         with ExitStack() as asides:
