@@ -509,7 +509,6 @@ class Model:
         most = MOST if lookup is True else _count("lookup", int(lookup) if lookup is False else lookup, 0)
         if not most and draft is None:
             return None
-        self._runner.check_can_go_back()
         if draft is None:
             return Lookup(most)
         if most:
@@ -519,7 +518,6 @@ class Model:
                 raise Error(f"a draft is a model or has a method propose(ids, most); {type(draft).__name__} has none")
             return draft
         draft._runner.check()
-        draft._runner.check_can_go_back()
         difference = draft.tokenizer.difference(self.tokenizer)
         if difference:
             raise Error(f"{draft.file.path}: not the vocabulary of {self.file.path}: {difference}")

@@ -181,13 +181,6 @@ class Runner:
             if not 0 <= i < self.arch.n_vocab:
                 raise Error(f"token {i} is not one of the vocabulary's {self.arch.n_vocab}")
 
-    def check_can_go_back(self) -> None:
-        """Raises UnsupportedError if wrong guesses can't be taken back: states don't tell one token from another."""
-        if self.has_states:
-            raise UnsupportedError(
-                f"{self.file.path}: lookup and draft need to take guesses back, which states don't allow"
-            )
-
     def program_of(self, n_tokens: int, output: Output = "logits") -> Program:
         """The program that runs n_tokens tokens. Memory is taken for one when it is first used."""
         return self._program(1 if n_tokens == 1 and output == "logits" else self.n_run, output)

@@ -31,6 +31,7 @@ _WORTH_COPYING = 4  # tokens of a page that others have computed
 _GIVEN_WAY = 0.001  # seconds in which a thread takes a lock that it waits for: else who released it has it again first
 _TEMPLATE_END = 8  # tokens at a prompt's end that the next prompt of a conversation may not have
 _MOST_DRAFTED = 32  # tokens of all in a run: where many generate, a guess costs what a token does
+_FAR_BEHIND = 8  # tokens that a state lacks: then a run without guesses makes up for them
 _AHEAD = 256  # pieces that nobody takes, before their generation waits
 
 
@@ -287,13 +288,17 @@ class Scheduler:
             if wanted.done:  # its drafter failed
                 return
             single, prompts = self._ready(wanted)
-            work = [(r, r.tokens[-1:]) for r in single if self._make_room(r, 1)]
-            # A request may have been sent away to make room for another.
-            work = [(r, ids) for r, ids in work if r.sequence is not None]
-            taken = len(work) + sum(map(len, drafts.values()))
+            drafts = {r: draft for r, draft in drafts.items() if draft and r in single}
+            for r in drafts:
+                _sequence(r).mark()
+            # A request may be sent away to make room for another.
+            single = [r for r in single if r.sequence is not None and self._make_room(r, _n_left(r))]
+            work = [(r, r.tokens[-_n_left(r) :]) for r in single if r.sequence is not None]
+            taken = sum(len(ids) for _, ids in work) + sum(map(len, drafts.values()))
             limit = min(runner.n_batch - taken, self._limit(bool(work)))
+            n_outputs = runner.n_outputs - len(work) - sum(map(len, drafts.values()))
             prompts = [r for r in prompts if r.sequence is not None]
-            work += self._pieces(prompts, limit, runner.n_outputs - taken, [r for r, _ in work])
+            work += self._pieces(prompts, limit, n_outputs, [r for r, _ in work])
             work = [(r, ids) for r, ids in work if r.sequence is not None]
             if not work:
                 self._prefer(wanted)
@@ -308,11 +313,12 @@ class Scheduler:
             n_tokens = sum(len(span.ids) for span in spans)
             if n_tokens >= SLAB:
                 self._rate = n_tokens / (time.perf_counter() - started)
-            for r, ids in work:
-                _sequence(r).advance(ids)
+            for (r, ids), draft in zip(work, guesses, strict=True):
+                if not (draft and runner.has_states):  # a state with guesses isn't that of the tokens
+                    _sequence(r).advance(ids)
             self._check_hooks()  # another thread may have set some before the run
-            for (r, _), draft, logits in zip(work, guesses, results, strict=True):
-                self._take(r, draft, logits)
+            for (r, ids), draft, logits in zip(work, guesses, results, strict=True):
+                self._take(r, ids, draft, logits)
                 self._share(r)
             self._drop_ended()
 
@@ -327,7 +333,8 @@ class Scheduler:
             for r in self._running
             if (drafter := r.drafter) is not None
             and _may_go_on(r, wanted)
-            and len(_sequence(r).ids) == r.first_wanted == len(r.tokens) - 1
+            and r.first_wanted == len(r.tokens) - 1
+            and (_n_left(r) == 1 or (_is_behind(r) and _n_left(r) <= _FAR_BEHIND))
         ]
         share = min((runner.n_batch - n) // 2, runner.n_outputs - n, _MOST_DRAFTED) // max(1, len(asking))
         asked = [(r, drafter, most) for r, drafter in asking if (most := min(share, r.n_draftable(runner.n_ctx))) > 0]
@@ -342,9 +349,11 @@ class Scheduler:
 
     def _fitting(self, r: Request, n: int, draft: list[int]) -> list[int]:
         """As much of a draft, behind n tokens, as there are pages for: nobody is sent away for it."""
+        sequence = _sequence(r)
+        if self._runner.has_states:  # a snapshot's place is a run's end
+            draft = draft[: -(len(sequence.ids) + n) % SNAPSHOT_TOKENS] if sequence.is_marked else []
         if not draft:
             return []
-        sequence = _sequence(r)
         try:
             while len(sequence.pages) * SLAB < len(sequence.ids) + n + len(draft):
                 sequence.pages.append(self._runner.take_page())
@@ -352,22 +361,30 @@ class Scheduler:
             pass
         return draft[: len(sequence.pages) * SLAB - len(sequence.ids) - n]
 
-    def _take(self, r: Request, draft: list[int], logits: np.ndarray) -> None:
-        """Chooses tokens as long as they are those of the draft; its rest is dropped."""
+    def _take(self, r: Request, ids: list[int], draft: list[int], logits: np.ndarray) -> None:
+        """Chooses tokens as long as they are those of the draft, behind `ids`; its rest is dropped."""
         sequence, n = _sequence(r), len(logits) - len(draft)
         self._choose(r, logits[:n])
         if not draft:
             return
-        r.n_drafted += len(draft)
+        n_right = 0
         for guess, row in zip(draft, logits[n:], strict=True):
             if r.error is not None or r.tokens[-1] != guess:
                 break
-            r.n_accepted += 1
-            sequence.advance([guess])
+            n_right += 1
             if r.done:
                 break
             self._choose(r, row[None])
-        sequence.keep(len(sequence.ids))
+        r.n_drafted += len(draft)
+        r.n_accepted += n_right
+        if not self._runner.has_states:
+            sequence.advance(draft[:n_right])
+            sequence.keep(len(sequence.ids))
+        elif n_right == len(draft):
+            sequence.advance(ids + draft)
+            sequence.unmark()
+        else:  # what is right of it is evaluated once more, in the next run
+            sequence.back_to_mark()
 
     def _choose(self, r: Request, logits: np.ndarray) -> None:
         try:
@@ -427,16 +444,22 @@ class Scheduler:
             self._waiting.append(sent_away)
 
     def _ready(self, wanted: Request) -> tuple[list[Request], list[Request]]:
-        """Those that generate, and those with some of their prompt left."""
+        """Those that go on to their next token, and those with more left than that takes."""
         single: list[Request] = []
         prompts: list[Request] = []
+        room = (self._runner.n_batch - len(self._running)) // 2
         for r in self._running:
             if not _may_go_on(r, wanted):
                 continue
             if len(_sequence(r).ids) > r.first_wanted or not _sequence(r).is_current:
                 # An interrupt came between its run and what its logits are for: once more, with the same bits.
                 self._cut(r, min(r.first_wanted, len(_sequence(r).ids)))
-            (single if _n_left(r) == 1 else prompts).append(r)
+            more = _n_left(r) - 1
+            if more and (more > room or not _is_behind(r)):
+                prompts.append(r)
+            else:
+                room -= more
+                single.append(r)
         return single, prompts
 
     def _limit(self, others_generate: bool) -> int:
@@ -673,6 +696,11 @@ def _may_go_on(r: Request, wanted: Request) -> bool:
 def _n_left(r: Request) -> int:
     """Tokens that must be evaluated before the next one can be chosen."""
     return len(r.tokens) - len(_sequence(r).ids)
+
+
+def _is_behind(r: Request) -> bool:
+    """Whether a run with a draft has left right tokens that its state lacks."""
+    return len(r.tokens) > r.n_prompt and _n_left(r) <= _MOST_DRAFTED + 1
 
 
 def _next_stop(r: Request) -> int:

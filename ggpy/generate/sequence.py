@@ -42,6 +42,8 @@ class TokenSequence:
         self.slot = -1
         self._n_in_slot = 0  # tokens; -1 while a run writes there
         self._snapshots: list[Snapshot] = []  # by their tokens
+        self._mark: Snapshot | None = None
+        self._mark_is_own = False
         runner.check()
 
     @property
@@ -97,6 +99,33 @@ class TokenSequence:
             self._runner.pages.states.share(slot)
         self._set_slot(slot)
         self._trim()
+
+    def mark(self) -> None:
+        """Keeps its state as it is now, in place of what it kept before, so that tokens that come can be taken back: the
+        next run goes on in a copy. Nothing is kept for longer than others leave room for it."""
+        self.unmark()
+        if self._runner.has_states and self.slot >= 0 and self.is_current:
+            self._mark_is_own = self.slot not in self._runner.snapshots
+            self._mark = self._runner.snapshots.add(self.slot, len(self.ids))
+
+    def unmark(self) -> None:
+        """Lets go of what `mark` has kept."""
+        if self._mark is not None and self._mark_is_own:
+            self._runner.snapshots.drop(self._mark.slot)
+        self._mark = None
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether `back_to_mark` can take tokens back."""
+        return self._mark is not None and self._mark.slot >= 0
+
+    def back_to_mark(self) -> None:
+        """Forgets what came after `mark`. Where others have needed the room, its state isn't current."""
+        if self._mark is not None and self._mark.slot >= 0:
+            self.go_back(self._mark.n_tokens, self._mark.slot)
+        else:
+            self._n_in_slot = -1
+        self.unmark()
 
     def _set_slot(self, slot: int) -> None:
         """Takes a slot, which it holds, for its own tokens."""

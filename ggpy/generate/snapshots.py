@@ -37,6 +37,9 @@ class Snapshots:
         self._states = states
         self._by_slot: OrderedDict[int, Snapshot] = OrderedDict()  # the latest used at the end
 
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._by_slot
+
     def add(self, slot: int, n_tokens: int) -> Snapshot:
         """The snapshot that a slot is from now on. Its sequence goes on in a copy."""
         if slot not in self._by_slot:

@@ -162,6 +162,9 @@ class DraftModel:
                     work.append((drafter, behind[:n], most if n == len(behind) else 0, _Worth(drafter._cost), proposal))
             while work := [w for w in work if w[0]._make_room(len(w[1]))]:
                 logits = TokenSequence.extend_together([w[0]._sequence for w in work], [w[1] for w in work])
+                for drafter, *_, proposal in work:
+                    if not proposal:  # its sequence is the text
+                        drafter._sequence.mark()
                 going_on = []
                 for (drafter, _, most, worth, proposal), row in zip(work, logits, strict=True):
                     if most and worth.one_more(drafter._guess(row)):
@@ -179,6 +182,9 @@ class DraftModel:
         there, n = self._sequence.ids, self._n_same
         while n < min(len(there), len(ids) - 1) and there[n] == ids[n]:
             n += 1
+        if self._sequence.is_marked and n < len(there):
+            self._sequence.back_to_mark()
+            n = min(n, len(there))
         self._sequence.keep(n)
         self._n_same, self._guesses, self._guessed_for = n, [], len(ids)
         return list(ids[n:])

@@ -15,7 +15,9 @@ from tests.generate.test_many import KINDS, SYSTEM, Recorder, by_itself, page_by
 from tests.generate.test_tokenizer import spm_metadata, trained_spm
 from tests.models.checkpoints import converted, ids
 from tests.models.test_moe import made
+from tests.models.test_states import made as made_with_states
 
+STATES = ["qwen35", "lfm2", "granitehybrid"]
 ENDS = [0, 2]  # the tiny models' end tokens, which are kept from being chosen
 GREEDY = {"temperature": 0, "logit_bias": dict.fromkeys(ENDS, -np.inf)}
 SAMPLED = {**GREEDY, "temperature": 0.7, "seed": 5, "top_k": 5}
@@ -55,9 +57,11 @@ def pieces(generation):
     return [(str(p), p.token, p.logprob, dict(p.top_logprobs), p.finish_reason) for p in generation]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[*KINDS, "qwen35"])
 def any_model(request, tmp_path_factory):
-    path = converted(tmp_path_factory.mktemp("speculation"), made(KINDS[request.param][0]), "q8_0")
+    name = request.param
+    checkpoint = made_with_states(name) if name in STATES else made(KINDS[name][0])
+    path = converted(tmp_path_factory.mktemp("speculation"), checkpoint, "q8_0")
     with ggpy.load(path, n_ctx=512, n_threads=2) as model:
         yield model
 
@@ -65,6 +69,11 @@ def any_model(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     return converted(tmp_path_factory.mktemp("dense"), made("qwen3"), "q8_0")
+
+
+@pytest.fixture(scope="module", params=STATES)
+def with_states(request, tmp_path_factory):
+    return converted(tmp_path_factory.mktemp("states"), made_with_states(request.param), "q8_0")
 
 
 @pytest.fixture
@@ -172,10 +181,19 @@ def test_the_edge_of_the_context(dense):
 
 @pytest.mark.parametrize("n_batch", [512, 16, 3, 1])
 def test_batches_with_and_without(dense, n_batch):
+    batches_with_and_without(dense, n_batch)
+
+
+@pytest.mark.parametrize("n_batch", [512, 20, 3])
+def test_batches_of_models_with_states(with_states, n_batch):
+    batches_with_and_without(with_states, n_batch)
+
+
+def batches_with_and_without(path, n_batch):
     prompts = [SYSTEM[: 37 * i % 151] + ids(3 + i, seed=i) for i in range(9)]
-    with ggpy.load(dense, n_ctx=256, n_threads=1) as model:
+    with ggpy.load(path, n_ctx=256, n_threads=1) as model:
         plain = [model.generate(p, max_tokens=40, **SAMPLED | {"seed": i}).run().ids for i, p in enumerate(prompts)]
-    with ggpy.load(dense, n_ctx=256, n_threads=1, n_batch=n_batch) as model:
+    with ggpy.load(path, n_ctx=256, n_threads=1, n_batch=n_batch) as model:
         kinds = (None, Sometimes, Knows, "lookup", "model", "cancelled")
         together = []
         for i, p in enumerate(prompts):
@@ -224,6 +242,70 @@ def test_what_wrong_guesses_left_is_not_shared(model):
         again = Generation(model._scheduler, Request(model.tokenizer, [*whole[:n], 7], recorder, 5, ())).run()
         assert again.n_reused == n
         assert recorder.seen == by_itself(model, again)
+
+
+def test_states_go_back_to_the_last_right_token(with_states, monkeypatch):
+    """A run after a wrong guess evaluates again what was right before it; and what is known then are the right tokens."""
+    with ggpy.load(with_states, n_ctx=512, n_threads=1) as model:
+        plain = model.generate(PROMPT, max_tokens=60, **SAMPLED).run().ids
+        whole = PROMPT + plain
+
+        class OneWrong:
+            def propose(self, seen, most):
+                draft = whole[len(seen) : len(seen) + 4]
+                return [*draft[:2], draft[2] ^ 1, *draft[3:]] if len(seen) in (66, 69, 87) else draft
+
+        seen, run = [], model._runner.run
+        monkeypatch.setattr(model._runner, "run", lambda spans: (seen.append([len(s.ids) for s in spans]), run(spans))[1])
+        generation = model.generate(PROMPT, max_tokens=60, draft=OneWrong(), **SAMPLED).run()
+        assert generation.ids == plain and generation.n_drafted - generation.n_accepted == 6
+        # Each run has the last token and 4 guesses, and what runs with wrong ones left: 3 tokens, then 6.
+        assert [n for (n,) in seen][:7] == [60, 5, 5, 8, 11, 5, 5]
+        again = model.generate([*whole, 7], max_tokens=5, **SAMPLED).run()
+        assert again.n_reused == len(whole) - 1
+        model._runner.prefixes.clear()
+        assert again.ids == model.generate([*whole, 7], max_tokens=5, **SAMPLED).run().ids
+
+
+def test_snapshots_are_left_in_spite_of_guesses(with_states, monkeypatch):
+    monkeypatch.setattr("ggpy.generate.scheduler.SNAPSHOT_TOKENS", 64)
+    with ggpy.load(with_states, n_ctx=512, n_threads=1) as model:
+        plain = model.generate(PROMPT, max_tokens=150, **SAMPLED).run().ids
+        model._runner.prefixes.clear()
+        whole = PROMPT + plain
+        model.generate(PROMPT, max_tokens=150, draft=Sometimes(whole), **SAMPLED).run()
+        again = model.generate([*whole[:200], 7], max_tokens=1, **SAMPLED).run()
+        assert again.n_reused == 192
+
+
+@pytest.mark.parametrize("n_slots", [4, 8])
+def test_few_slots(with_states, n_slots, monkeypatch):
+    """Drafts go without where there is no room for another state, and nobody is sent away for them."""
+    prompts = [ids(20, seed=i) for i in range(4)]
+    monkeypatch.setattr("ggpy.generate.runner._SLOTS", n_slots // 4)
+    with ggpy.load(with_states, n_ctx=256, n_threads=1) as model:
+        assert model._runner.pages.states.n_slots == n_slots
+        plain = [model.generate(p, max_tokens=50, **SAMPLED).run().ids for p in prompts]
+        together = [
+            model.generate(p, max_tokens=50, draft=Sometimes(p + t), **SAMPLED) for p, t in zip(prompts, plain, strict=True)
+        ]
+        held = [model.new_sequence() for _ in range(2)]
+        for sequence in held:
+            sequence.extend(ids(3))
+        assert [g.run().ids for g in together] == plain
+        assert (sum(g.n_accepted for g in together) > 20) == (n_slots == 8)
+
+
+def test_a_draft_model_with_states_is_right_wherever_it_is_asked(with_states):
+    with ggpy.load(with_states, n_ctx=256, n_threads=1) as model, ggpy.load(with_states, n_ctx=256, n_threads=1) as other:
+        plain = model.generate(PROMPT, max_tokens=60, **SAMPLED).run()
+        generation = model.generate(PROMPT, max_tokens=60, draft=draft_of(other), **SAMPLED).run()
+        assert generation.ids == plain.ids and generation.n_accepted < generation.n_drafted
+        counts, run = [], other._runner.run
+        other._runner.run = lambda spans: (counts.append(len(spans[0].ids)), run(spans))[1]
+        greedy = model.generate(PROMPT, max_tokens=60, draft=draft_of(other), **GREEDY).run()
+        assert greedy.n_accepted == greedy.n_drafted > 5
+        assert max(counts[1:]) < 40
 
 
 def test_hooks_see_guesses_and_change_the_same(model):

@@ -198,8 +198,3 @@ def test_when_slots_are_few_the_youngest_waits_and_gives_the_same(path, monkeypa
 def test_memory_for_less_than_a_context_is_refused(path):
     with pytest.raises(ggpy.Error, match=r"kv_memory of .* hold one context"):
         ggpy.load(path, n_ctx=256, kv_memory=memory_for(path, 4, 3))
-
-
-def test_guesses_cannot_be_taken_back(model):
-    with pytest.raises(ggpy.UnsupportedError, match="which states don't allow"):
-        model.generate(ids(5), lookup=True)
