@@ -191,7 +191,7 @@ def convert(
     path = Path(out)
     encoder = read_encoder(checkpoint)
     tensors = plan_tensors(checkpoint, family, type)
-    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[family.arch])
+    writer = gguf.GGUFWriter(None, family.name)
     for tensor in tensors:
         writer.add_tensor_info(
             tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, GGMLQuantizationType[tensor.type]
@@ -328,7 +328,7 @@ def plan_tensors(checkpoint: Checkpoint, family: Family, type: str) -> list[Tens
 
     rows_of: dict[str, Rows] = {name: ComputedRows(values) for name, values in family.computed(config).items()}
     rows_of |= {name: family.transform(name, sources[name], config) for name in shapes}
-    hparams = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[family.arch])
+    hparams = gguf.GGUFWriter(None, family.name)
     family.write_hparams(hparams, config)
     model = _Model(_values(hparams), {name: _Described(name, rows.shape) for name, rows in rows_of.items()})
     types = tensor_types(model, type)

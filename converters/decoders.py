@@ -13,7 +13,7 @@ import numpy as np
 
 from ggpy.errors import UnsupportedError
 
-from .checkpoint import ChangedRows, Config, PickedRows, Rows, StridedRows, TransposedRows, shown
+from .checkpoint import ChangedRows, Config, PickedRows, Rows, StackedRows, StridedRows, TransposedRows, shown
 from .experts import expert_shapes, gather_experts, n_experts, write_expert_hparams
 from .family import (
     ROPE_OF_SOME,
@@ -55,14 +55,15 @@ class Traits:
         The only activation that is understood, and `act_key`, the key of config.json that names it.
     eps : str
         The key of the norms' epsilon; RMS norms' if it begins with "rms".
-    norms : tuple of str
-        A layer's norms, by GGUF's names.
+    norms : tuple of str, or callable
+        A layer's norms, by GGUF's names; a function of config.json may say.
     norm_biases : bool
         Whether norms have biases.
     norm_shift : float
         What is added to norms' weights.
     qk_norm : callable
-        How queries' and keys' norms are shaped: a head's, or all heads' together, or "" for none.
+        How queries' and keys' norms are shaped: one "head"'s, one of its own for each of the "heads", or "all" heads'
+        together; "" for none.
     biases : callable
         The names of a layer's matrices that have biases.
     fused : tuple of str
@@ -90,7 +91,7 @@ class Traits:
     act: str = "silu"
     act_key: str = "hidden_act"
     eps: str = "rms_norm_eps"
-    norms: tuple[str, ...] = ("attn_norm", "ffn_norm")
+    norms: tuple[str, ...] | Callable[[Config], tuple[str, ...]] = ("attn_norm", "ffn_norm")
     norm_biases: bool = False
     norm_shift: float = 0.0
     qk_norm: Callable[[Config], str] = lambda config: ""
@@ -111,13 +112,15 @@ def _block(traits: Traits, config: Config, i: int) -> Shapes:
     """The tensors of layer i."""
     n_embd, n = config.integer("hidden_size"), head_dim(config)
     block = {name: shape for name, shape in attention_shapes(config).items() if "norm" not in name}
-    block |= {f"{name}.weight": (n_embd,) for name in traits.norms}
+    norms = traits.norms(config) if callable(traits.norms) else traits.norms
+    block |= {f"{name}.weight": (n_embd,) for name in norms}
     if traits.norm_biases:
-        block |= biases(block, *traits.norms)
+        block |= biases(block, *norms)
     kind = traits.qk_norm(config)
     for part in "qk":
         if kind:
-            block[f"attn_{part}_norm.weight"] = (n,) if kind == "head" else block[f"attn_{part}.weight"][:1]
+            n_all = block[f"attn_{part}.weight"][0]
+            block[f"attn_{part}_norm.weight"] = {"head": (n,), "heads": (n_all // n, n), "all": (n_all,)}[kind]
     ffn = traits.experts(config, i)
     if ffn is None:
         ffn = ffn_shapes(n_embd, config.integer("intermediate_size"))
@@ -137,9 +140,10 @@ def decoder(
     traits: Traits,
     gather: Callable[[Mapping[str, Rows], Config], dict[str, Rows]] = gather_experts,
     usual: Callable[[Config], dict[str, Any]] = lambda config: {},
+    arch_name: str = "",
     **defaults: Any,
 ) -> Family:
-    """The family that has these traits."""
+    """The family that has these traits; `arch_name`: see `Family`."""
 
     def write_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
         config.only(traits.act_key, traits.act)
@@ -169,7 +173,8 @@ def decoder(
         return interleave(name, rows, config) if traits.interleaved and name.endswith(("weight", "bias")) else rows
 
     values = {name: dict(defaults) for name in checkpoints} if defaults else {}
-    return Family(checkpoints, arch, write_hparams, shapes, gather, transform, rope_factors, usual, values)
+    functions = (write_hparams, shapes, gather, transform, rope_factors, usual)
+    return Family(checkpoints, arch, *functions, values, arch_name)
 
 
 def rotary_share(config: Config, also: tuple[str, ...]) -> float:
@@ -324,6 +329,38 @@ def _write_granite(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_logit_scale(config.number("logits_scaling", 1.0, least=1e-30))
 
 
+def _usual_granite_swa(config: Config) -> dict[str, Any]:
+    """A rotary embedding for the layers that have one; windows in all but every fourth layer, from the first."""
+    n_layer, rope = config.integer("num_hidden_layers"), config.get("rope_parameters") or {}
+    values: dict[str, Any] = {}
+    if config.get("layer_types") is None:
+        values["layer_types"] = ["sliding_attention" if i % 4 else "full_attention" for i in range(n_layer)]
+    bases = {base for base in config.get("layer_rope_theta", []) if base}
+    if len(bases) > 1:
+        raise UnsupportedError(f"{config.path}: layer_rope_theta of {len(bases)} values but 0; known: one")
+    return values | ({"rope_parameters": rope | {"rope_theta": bases.pop()}} if bases else {})
+
+
+def _write_granite_swa(writer: gguf.GGUFWriter, config: Config) -> None:
+    _write_granite(writer, config)
+    if config.get("num_local_experts"):
+        config.only("shared_intermediate_size", 0)
+        write_expert_hparams(writer, config)
+    bases = config.get("layer_rope_theta", [])
+    if not all(bases):
+        writer.add_array(f"{writer.arch}.attention.rope_pattern", [bool(base) for base in bases])
+
+
+def _granite_swa_experts(config: Config, i: int) -> Shapes | None:
+    sinks: Shapes = {"attn_sinks.weight": (config.integer("num_attention_heads"),)}
+    n_embd, n_ff = config.integer("hidden_size"), config.integer("intermediate_size")
+    return sinks | (expert_shapes(config, n_ff) if config.get("num_local_experts") else ffn_shapes(n_embd, n_ff))
+
+
+def _gather_granite_swa(tensors: Mapping[str, Rows], config: Config) -> dict[str, Rows]:
+    return _gather_granite_moe({f"{n}.weight" if n.endswith(".sinks") else n: r for n, r in tensors.items()}, config)
+
+
 def _write_granite_moe(writer: gguf.GGUFWriter, config: Config) -> None:
     _write_granite(writer, config)
     write_expert_hparams(writer, config)
@@ -385,9 +422,60 @@ def _write_phi3(writer: gguf.GGUFWriter, config: Config) -> None:
     config.get("original_max_position_embeddings")  # says something for LongRoPE alone, which asks for it
 
 
-def _write_logit_scale(writer: gguf.GGUFWriter, config: Config) -> None:
-    config.only("use_qk_norm", False)
+def _write_cohere(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_logit_scale(config.number("logit_scale", 0.0625))
+
+
+def _write_cohere2(writer: gguf.GGUFWriter, config: Config) -> None:
+    config.only("use_qk_norm", False)
+    _write_cohere(writer, config)
+
+
+def _write_stablelm(writer: gguf.GGUFWriter, config: Config) -> None:
+    writer.add_parallel_residual(bool(config.get("use_parallel_residual")))
+
+
+def _gather_stablelm(tensors: Mapping[str, Rows], config: Config) -> dict[str, Rows]:
+    """The norms of a layer's queries and keys, one for each head, are stacked."""
+    gathered: dict[str, Rows] = {}
+    for name, rows in tensors.items():
+        stem, norms, _ = name.partition(".norms.")
+        if not norms:
+            gathered[name] = rows
+        elif f"{stem}.weight" not in gathered:
+            parts = [tensors.get(f"{stem}.norms.{i}.weight") for i in range(config.integer("num_attention_heads"))]
+            gathered[f"{stem}.weight"] = StackedRows(tuple(part for part in parts if part is not None))
+    return gathered
+
+
+def _usual_falcon(config: Config) -> dict[str, Any]:
+    """Names settings as other families do. Heads share keys as an architecture of old has it, or a newer."""
+    n_head, is_new = config.integer("num_attention_heads"), bool(config.get("new_decoder_architecture"))
+    config.only("alibi", False)
+    if not is_new:
+        config.only("parallel_attn", True)
+    several = config.get("multi_query"), config.get("num_kv_heads"), config.get("parallel_attn")
+    n_kv = config.integer("num_kv_heads", n_head) if is_new else 1 if several[0] else n_head
+    n_ff = config.integer("ffn_hidden_size", 4 * config.integer("hidden_size"))
+    return {"num_key_value_heads": n_kv, "intermediate_size": n_ff}
+
+
+def _falcon_norms(config: Config) -> tuple[str, ...]:
+    """Of the newer architecture's layers, attention and the feed-forward part may have one each."""
+    n, is_new = config.get("num_ln_in_parallel_attn"), config.get("new_decoder_architecture")
+    return ("attn_norm", "attn_norm_2") if is_new and n in (None, 2) else ("attn_norm",)
+
+
+def _gather_falcon(tensors: Mapping[str, Rows], config: Config) -> dict[str, Rows]:
+    """Rows of query_key_value stand by heads of keys: the queries that share one, it, and its values."""
+    n, n_kv, gathered = head_dim(config), config.integer("num_key_value_heads"), {}
+    for name, rows in tensors.items():
+        if ".query_key_value." in name and rows.shape[0] % (n * n_kv) == 0:
+            order = np.arange(rows.shape[0]).reshape(n_kv, -1, n)
+            parts = (order[:, :-2], order[:, -2], order[:, -1])
+            rows = PickedRows(rows, np.concatenate([part.reshape(-1) for part in parts]), rows.shape)
+        gathered[name] = rows
+    return gathered
 
 
 def _only(**values: Any) -> Callable[[gguf.GGUFWriter, Config], None]:
@@ -487,6 +575,21 @@ FAMILIES: tuple[Family, ...] = (
         ("GraniteForCausalLM",),
         MODEL.GRANITE,
         Traits(interleaved=True, biases=_attention_and_ffn, write=_write_granite),
+    ),
+    decoder(
+        ("GraniteSWAForCausalLM", "GraniteMoeSWAForCausalLM"),
+        MODEL.MIMO2,
+        Traits(
+            interleaved=True,
+            windows="types 4",
+            biases=_attention_and_ffn,
+            experts=_granite_swa_experts,
+            write=_write_granite_swa,
+        ),
+        _gather_granite_swa,
+        _usual_granite_swa,
+        "granite_swa",
+        sliding_window=128,
     ),
     decoder(
         ("GraniteMoeForCausalLM",),
@@ -605,7 +708,13 @@ FAMILIES: tuple[Family, ...] = (
     decoder(
         ("CohereForCausalLM",),
         MODEL.COMMAND_R,
-        Traits(norms=("attn_norm",), eps="layer_norm_eps", biases=_if("attention_bias", *QKV), write=_write_logit_scale),
+        Traits(
+            norms=("attn_norm",),
+            qk_norm=lambda config: "heads" if config.get("use_qk_norm") else "",
+            eps="layer_norm_eps",
+            biases=_if("attention_bias", *QKV),
+            write=_write_cohere,
+        ),
         tie_word_embeddings=True,
         rope_theta=500000.0,
         layer_norm_eps=1e-5,
@@ -618,7 +727,7 @@ FAMILIES: tuple[Family, ...] = (
             eps="layer_norm_eps",
             biases=_if("attention_bias", *ATTENTION),
             windows="types 4",
-            write=_write_logit_scale,
+            write=_write_cohere2,
         ),
         tie_word_embeddings=True,
         sliding_window=4096,
@@ -629,14 +738,39 @@ FAMILIES: tuple[Family, ...] = (
         ("StableLmForCausalLM",),
         MODEL.STABLELM,
         Traits(
+            norms=lambda config: ("attn_norm",) if config.get("use_parallel_residual") else ("attn_norm", "ffn_norm"),
             norm_biases=True,
+            qk_norm=lambda config: "heads" if config.get("qk_layernorm") else "",
             eps="layer_norm_eps",
             biases=_if("use_qkv_bias", *QKV),
             rope=_PARTIAL,
-            write=_only(use_parallel_residual=False, qk_layernorm=False),
+            write=_write_stablelm,
         ),
+        _gather_stablelm,
         layer_norm_eps=1e-5,
         partial_rotary_factor=0.25,
+    ),
+    decoder(
+        ("FalconForCausalLM",),
+        MODEL.FALCON,
+        Traits(
+            **_PLAIN,
+            act="gelu",
+            act_key="activation",
+            norms=_falcon_norms,
+            eps="layer_norm_epsilon",
+            fused=("qkv",),
+            biases=_if("bias", "attn_qkv", "attn_output", "ffn_up", "ffn_down"),
+            write=lambda writer, config: writer.add_tensor_data_layout("jploski"),
+        ),
+        _gather_falcon,
+        _usual_falcon,
+        activation="gelu",
+        multi_query=True,
+        parallel_attn=True,
+        layer_norm_epsilon=1e-5,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
     ),
     decoder(
         ("GPTNeoXForCausalLM",),

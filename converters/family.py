@@ -120,6 +120,8 @@ class Family:
     defaults : mapping
         What transformers takes for keys that config.json lacks, where that isn't what the functions above take: values by
         key, for each of `checkpoints` that has such.
+    arch_name : str
+        GGUF's name for it where gguf's table lacks it; `arch` is then one with the same names of tensors.
     arch_of : callable, optional
         ``arch_of(config)`` gives `arch` where config.json decides.
     """
@@ -133,7 +135,13 @@ class Family:
     computed: Callable[[Config], dict[str, np.ndarray]] = _nothing
     usual: Callable[[Config], dict[str, Any]] = _nothing
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    arch_name: str = ""
     arch_of: Callable[[Config], gguf.MODEL_ARCH] | None = None
+
+    @property
+    def name(self) -> str:
+        """`general.architecture`."""
+        return self.arch_name or gguf.MODEL_ARCH_NAMES[self.arch]
 
 
 def refuse_unread(config: Config) -> None:

@@ -47,6 +47,14 @@ Reader = Callable[[Hparams, Options], Architecture]
 _GEMMA: dict[str, Any] = {"norm_after": True, "act": "geglu", "embd_root": True}
 _AFTER: dict[str, Any] = {"norm_before": False, "norm_after": True}
 _PARALLEL: dict[str, Any] = {"layer_norm": True, "ffn_norm": "", "parallel": True}
+
+
+def _read_stablelm(hp: Hparams, options: Options) -> Architecture:
+    """Layers without a norm before the feed-forward part have it beside attention, whatever old files' keys say."""
+    in_turn = "blk.0.ffn_norm.weight" in hp.file.tensors
+    return (Style(layer_norm=True) if in_turn else Style(**_PARALLEL)).read(hp, options)
+
+
 #: `general.architecture` -> what reads a file of it
 ARCHITECTURES: dict[str, Reader] = {
     # Llama 1, 2, 3 (Touvron et al. 2023) and what differs in sizes alone, such as Mistral and SmolLM2; Mixtral
@@ -65,6 +73,7 @@ ARCHITECTURES: dict[str, Reader] = {
     "mistral3": Style(rope="norm", normalize=True).read,
     "phi3": Style(normalize=True).read,
     "granite": Style(rope="norm", divide_logits=True).read,
+    "granite_swa": Style(rope="norm", divide_logits=True, normalize=True).read,  # Granite with windows and sinks
     "granitemoe": Style(rope="norm", divide_logits=True, normalize=True).read,
     "smollm3": Style(rope="norm", no_rope_every=4).read,
     "olmo2": Style(**_AFTER, window_every=4, window_base=0.0).read,  # OLMo 2 and 3
@@ -79,10 +88,11 @@ ARCHITECTURES: dict[str, Reader] = {
     "starcoder2": Style(layer_norm=True, act="gelu").read,
     "command-r": Style(**_PARALLEL, rope="norm").read,
     "cohere2": Style(**_PARALLEL, rope="norm", window_every=4, no_rope_unless_window=True).read,
-    "stablelm": Style(layer_norm=True).read,
+    "stablelm": _read_stablelm,
     "gptneox": Style(layer_norm=True, act="gelu_erf", parallel=None).read,
     "gpt2": Style(rope="", layer_norm=True, act="gelu").read,
     "phi2": Style(**_PARALLEL, act="gelu").read,
+    "falcon": Style(**_PARALLEL, act="gelu_erf").read,
     "deepseek2": DeepSeek2.read,
     "lfm2": Lfm2.read,
     "lfm2moe": Lfm2.read,

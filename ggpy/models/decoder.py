@@ -184,7 +184,13 @@ class Style:
         if temperature:
             ropes["rope_q"] = replace(rope, temperature=(temperature, hp.size("rope.scaling.original_context_length")))
 
+        rotated = hp.file.metadata.get(f"{hp.arch}.attention.rope_pattern")
+        if rotated is not None and (not isinstance(rotated, np.ndarray) or len(rotated) < len(windows)):
+            raise hp.error(f"key {hp.arch}.attention.rope_pattern: no array with a value for each layer")
+
         def of(i: int) -> str:
+            if rotated is not None and not rotated[i]:
+                return ""
             if self.no_rope_every and (i + 1) % self.no_rope_every == 0:
                 return ""
             if self.no_rope_unless_window and any(windows) and not windows[i]:
@@ -245,7 +251,8 @@ class Decoder:
         """Layer i: (n_tokens, n_embd) to the same."""
         p, style = f"blk.{i}", self.style
         taken = self._norm(w, f"{p}.attn_norm", x) if style.norm_before else x
-        y = self.attention(g, w, taken, i)
+        own = f"{p}.attn_norm_2"  # attention's, beside that of the feed-forward part
+        y = self.attention(g, w, self._norm(w, own, x) if w.has(f"{own}.weight") else taken, i)
         if style.norm_after:
             y = self._norm(w, f"{p}.post_attention_norm", y)
         total = g.op("ADD", x, self._scaled(g, y, self.residual_scale), name=f"{p}.attn_residual")
@@ -309,6 +316,9 @@ class Decoder:
             y = self._norm(w, f"{name}_norm", y)
             norm = None
         y = g.op("RESHAPE", y, shape=(n, self.head_dim), name=f"{name}.heads")
+        if norm == (n, self.head_dim):
+            y = self._norm_of_each(g, w, f"{name}_norm", y)
+            norm = None
         if norm is not None and not self.style.norm_rotated:
             y = self._norm(w, f"{name}_norm", y)
         rope = self.rope_of[i]
@@ -319,6 +329,14 @@ class Decoder:
         if norm is not None and self.style.norm_rotated:
             y = self._norm(w, f"{name}_norm", y)
         return y
+
+    def _norm_of_each(self, g: "Graph", w: "Weights", name: str, x: "Tensor") -> "Tensor":
+        """Heads (n_tokens, n, head_dim), each normalized with weights of its own."""
+        n = x.shape[1] * self.head_dim
+        y = g.op("LAYER_NORM" if self.style.layer_norm else "RMS_NORM", x, eps=self.eps, name=f"{name}.plain")
+        y = g.op("RESHAPE", y, shape=(n,), name=f"{name}.rows")
+        y = g.op("MUL_ROW", y, w.values(f"{name}.weight", n), name=name)
+        return g.op("RESHAPE", y, shape=x.shape[1:], name=f"{name}.heads")
 
     def _norm(self, w: "Weights", name: str, x: "Tensor") -> "Tensor":
         return (w.layer_norm if self.style.layer_norm else w.norm)(name, x, self.eps)

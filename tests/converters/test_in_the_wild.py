@@ -184,7 +184,7 @@ def facts(folder, values):
     config = Config(values, folder / "config.json")
     family = next(family for family in FAMILIES if values["architectures"][0] in family.checkpoints)
     config.defaults = family.defaults.get(values["architectures"][0], {})
-    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[family.arch])
+    writer = gguf.GGUFWriter(None, family.name)
     try:
         family.write_hparams(writer, config)
         return {key: value.value for key, value in writer.kv_data[0].items()}, family.shapes(config)

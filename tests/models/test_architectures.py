@@ -37,6 +37,7 @@ LONG = {
     "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0],
 }
 MINISTRAL = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3}
+FALCON = {"num_key_value_heads": None, "intermediate_size": None, "num_kv_heads": 2, "ffn_hidden_size": 70}
 EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 2}
 GLM = {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "n_shared_experts": 1}
 GEMMA4 = {
@@ -85,6 +86,12 @@ MODELS = {
         "Granite",
         {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
     ),
+    "granite_swa": (
+        "GraniteSWA",
+        "GraniteSWA",
+        {**HEADS, **WINDOW, "attention_multiplier": 0.2, "logits_scaling": 2.0, "layer_rope_theta": [0, 900.0, 0, 900.0]},
+    ),
+    "granite_swa, experts": ("GraniteMoeSWA", "GraniteMoeSWA", {**TIED, **WINDOW, **EXPERTS, "logits_scaling": 2.0}),
     "granitemoe": ("GraniteMoe", "GraniteMoe", {**TIED, **EXPERTS, "residual_multiplier": 0.7}),
     "smollm3": ("SmolLM3", "SmolLM3", {**TIED}),
     "olmo2": ("Olmo2", "Olmo2", {}),
@@ -107,8 +114,31 @@ MODELS = {
     "nemotron": ("Nemotron", "Nemotron", {**HEADS}),
     "starcoder2": ("Starcoder2", "Starcoder2", {**TIED, **WINDOW}),
     "command-r": ("Cohere", "Cohere", {"logit_scale": 0.3}),
+    # llama.cpp looks for such norms in models of 64 layers
+    "command-r, norms of each head": (
+        "Cohere",
+        "Cohere",
+        {"use_qk_norm": True, "logit_scale": 0.3, "num_hidden_layers": 64, "hidden_size": 24},
+    ),
     "cohere2": ("Cohere2", "Cohere2", {**HEADS, **WINDOW, "logit_scale": 0.3}),
     "stablelm": ("StableLm", "StableLm", {**PARTIAL, "use_qkv_bias": True}),
+    "stablelm, parallel, norms of each head": (
+        "StableLm",
+        "StableLm",
+        {**PARTIAL, "use_parallel_residual": True, "qk_layernorm": True},
+    ),
+    "falcon": ("Falcon", "Falcon", {**FALCON, "multi_query": True}),
+    "falcon, a key for each head": (
+        "Falcon",
+        "Falcon",
+        {**FALCON, **UNTIED, "num_kv_heads": None, "multi_query": False, "bias": True},
+    ),
+    "falcon, newer": ("Falcon", "Falcon", {**FALCON, "new_decoder_architecture": True}),
+    "falcon, newer, one norm": (
+        "Falcon",
+        "Falcon",
+        {**FALCON, "new_decoder_architecture": True, "num_ln_in_parallel_attn": 1},
+    ),
     "gptneox": ("GPTNeoX", "GPTNeoX", {**PARTIAL, **NO_GROUPS}),
     "gptneox, in turn": ("GPTNeoX", "GPTNeoX", {**PARTIAL, **NO_GROUPS, "use_parallel_residual": False}),
     "gpt2": ("GPT2LMHeadModel", "GPT2", {**NO_GROUPS, "n_inner": 70}),
@@ -155,6 +185,8 @@ def test_logits_equal_transformers(tmp_path, name):
 IN_LLAMA_CPP = (
     *("llama, odd", "gemma3", "gpt-oss, default rope", "mistral3", "phi3, long", "granite", "smollm3", "olmo2, windows"),
     *("hunyuan-dense", "glm4", "command-r", "stablelm", "gptneox", "gpt2", "phi2"),
+    *("granite_swa", "granite_swa, experts", "command-r, norms of each head", "stablelm, parallel, norms of each head"),
+    *("falcon", "falcon, newer", "falcon, newer, one norm"),
 )
 
 
