@@ -2,8 +2,11 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Error
@@ -60,6 +63,8 @@ class Summary:
 
 #: Called as progress(summary) with what has been done so far.
 Progress = Callable[[Summary], None]
+#: Gives tasks' answers as they end.
+Compute = Callable[[Iterator[Task]], Iterator[list[tuple[Task, Answer]]]]
 
 
 class Form:
@@ -138,12 +143,12 @@ def check_done(done: Mapping[str, str], keys: Mapping[str, str], path: Path, ord
         if id not in keys:
             raise Error(f"{path}: has a result of id {id!r}, for which there is no row; name another output")
         if keys[id] != key:
-            raise Error(f"{path}: the result of id {id!r} is of another row, model or option; name another output")
+            raise Error(f"{path}: the result of id {id!r} is of another row, model, option or version; name another output")
     if ordered and any(a != b for a, b in zip(done, keys, strict=False)):
         raise Error(f"{path}: its results aren't in the rows' order; name another output")
 
 
-def in_order(tasks: Iterator[Task], found: Callable[[Iterator[Task]], Iterator[list[tuple[Task, Answer]]]]) -> Iterator:
+def in_order(tasks: Iterator[Task], found: Compute) -> Iterator[list[tuple[Task, Answer]]]:
     """The same pairs, in the tasks' order: whoever is early is kept back."""
     waiting: list[Task] = []
     kept: dict[str, tuple[Task, Answer]] = {}
@@ -172,6 +177,8 @@ def batch(
     embed: bool = False,
     labels: Sequence[str] = (),
     shard: tuple[int, int] = (1, 1),
+    ray: str | None = None,
+    load: Mapping[str, Any] = MappingProxyType({}),
     progress: Progress | None = None,
     **options: "Unpack[ChatOptions]",
 ) -> Summary:
@@ -203,6 +210,11 @@ def batch(
     shard : (int, int)
         (i, n): only each n-th row, from the i-th on, i from 1 to n; for runs of the same rows on several machines, each
         with its own output.
+    ray : str, optional
+        The address of a Ray cluster whose nodes do the work: HOST:PORT, ray://HOST:PORT, "auto", or "local" for one of this
+        machine alone. They need ggpy and, at the same path, the model. What is lost with a worker is done again elsewhere.
+    load : mapping
+        For `ggpy.load`, where `model` is a path: on several machines each worker has `n_threads`.
     progress : callable, optional
         Called as progress(summary), again and again.
     **options
@@ -218,12 +230,21 @@ def batch(
         The rows can't be read, or two have the same id; the output has results of other rows, another model or other
         options, or can't be written. A row that can't be answered is no reason: its result is an error.
     """
-    if isinstance(model, (str, Path)):
-        from .. import load
+    settings = Settings(options, embed, tuple(labels))
+    how = (rows, output, ordered, settings, shard, progress)
+    if not isinstance(model, (str, Path)):
+        if ray is not None:
+            raise Error("workers on other machines open the model themselves: give its path")
+        return _run(model, *how)
+    from .. import load as opened
 
-        with load(model) as opened:
-            return _run(opened, rows, output, ordered, Settings(options, embed, tuple(labels)), shard, progress)
-    return _run(model, rows, output, ordered, Settings(options, embed, tuple(labels)), shard, progress)
+    with ExitStack() as stack:
+        here = stack.enter_context(opened(model, **load))
+        if ray is None:
+            return _run(here, *how)
+        from .cluster import cluster
+
+        return _run(here, *how, stack.enter_context(cluster(ray, here, load)).answers)
 
 
 def _run(
@@ -234,6 +255,7 @@ def _run(
     settings: Settings,
     shard: tuple[int, int],
     progress: Progress | None,
+    elsewhere: Compute | None = None,
 ) -> Summary:
     if not 1 <= shard[0] <= shard[1]:
         raise Error(f"shard {shard[0]} of {shard[1]}: the first is 1")
@@ -252,9 +274,7 @@ def _run(
         summary = Summary(len(keys), len(results.done))
         left = (task for task in form.tasks(source) if str(task.id) in keys and str(task.id) not in results.done)
 
-        def found(tasks: Iterator[Task]) -> Iterator[list[tuple[Task, Answer]]]:
-            return answers(model, tasks)
-
+        found = elsewhere or partial(answers, model)
         for pairs in in_order(left, found) if ordered else found(left):
             if pairs:
                 results.add(form.result(task, answer) for task, answer in pairs)

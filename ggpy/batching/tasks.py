@@ -47,7 +47,9 @@ class Settings:
 
     def digest(self, model: str) -> str:
         """What tells these settings, with a model of that digest, from others."""
-        return _digest([model, asdict(self)])
+        from .. import __version__
+
+        return _digest([__version__, model, asdict(self)])
 
 
 @dataclass(frozen=True)

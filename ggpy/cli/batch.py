@@ -3,18 +3,19 @@
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import Error
-from .common import KVType, byte_count, open_model, text_of
+from .common import KVType, byte_count, find_model, open_model, text_of
 from .sampling import sampling_values, with_sampling_flags
 
 if TYPE_CHECKING:
     from ..batching.job import Progress, Summary
+    from ..generate.model import Model
 
 _EVERY = 30.0  # seconds between lines where there is no terminal
 
@@ -51,6 +52,10 @@ def batch(
     ctx: Annotated[int | None, typer.Option("-c", "--ctx", min=1, help="Tokens of context.")] = None,
     threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Default: physical cores.")] = None,
     kv_type: KVType = "f16",
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", help="A Ray cluster that does the work: HOST:PORT, ray://…, auto, local.", metavar="ADDRESS"),
+    ] = None,
     ram_budget: Annotated[
         str | None, typer.Option("--ram-budget", help="Memory for a bigger mixture of experts: 6G, 512M.")
     ] = None,
@@ -64,10 +69,16 @@ def batch(
     options = {name: value for name, value in given.items() if value is not None} | sampling_values(sampling)
     budget = None if ram_budget is None else byte_count(ram_budget)
     how: dict[str, Any] = {"ordered": ordered, "embed": embed, "labels": label or (), "shard": _shard(shard)}
-    with open_model(model, ctx, threads, kv_type=kv_type, ram_budget=budget) as opened:
+    load = {"kv_type": kv_type, "ram_budget": budget}
+    with ExitStack() as stack:
+        opened: Model | Path
+        if ray is None:
+            opened = stack.enter_context(open_model(model, ctx, threads, **load))
+        else:
+            opened, how["ray"], how["load"] = find_model(model), ray, {"n_ctx": ctx, "n_threads": threads, **load}
+        progress = stack.enter_context(_progress())
         try:
-            with _progress() as progress:
-                summary = run(opened, rows, output, progress=progress, **how, **options)
+            summary = run(opened, rows, output, progress=progress, **how, **options)
         except KeyboardInterrupt:
             print(f"{output} has what was whole; the same command goes on", file=sys.stderr)
             raise

@@ -304,7 +304,7 @@ def test_another_configuration_is_refused(model, tmp_path):
     before = (tmp_path / "out").read_bytes()
     other = [{**ROWS[0], "prompt": "And the queen said"}, *ROWS[1:]]
     for rows, how in ((ROWS, {"temperature": 0.5}), (ROWS, {"temperature": 0, "seed": 1}), (other, {"temperature": 0})):
-        with pytest.raises(ggpy.Error, match=r"id '0' is of another row, model or option"):
+        with pytest.raises(ggpy.Error, match=r"id '0' is of another row, model, option or version"):
             ggpy.batch(model, rows, tmp_path / "out", **how)
     with pytest.raises(ggpy.Error, match="no row"):
         ggpy.batch(model, ROWS[1:], tmp_path / "out", temperature=0)

@@ -1,0 +1,214 @@
+"""A batch on several machines: Ray Data hands blocks of tasks to a pool of workers, each with the model open.
+
+Rows and results pass through this process, which alone writes: so results of one machine and of many are the same file,
+with the same promise. What Ray adds are the workers: it starts them, does the blocks of lost ones again elsewhere, and
+starts more as nodes come.
+"""
+
+import logging
+import os
+import pickle
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Error, UnsupportedError
+from .answers import Answer, answers
+from .tasks import Task
+
+if TYPE_CHECKING:
+    from ..generate.model import Model
+
+_BLOCK = 32  # tasks that are lost with a worker, and handed to one at once
+_BLOCKS = 4  # of them that a worker has at work: as many rows as a model has room for
+_SECONDS = 5.0  # for a first answer of an address
+_LOOK_SECONDS = 900.0  # for nodes to open the model, kernels compiled first
+_DEATHS = 3  # workers in a row that may fail to start, as on a node with too little memory
+
+
+def _ray() -> Any:
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise UnsupportedError("several machines need Ray: pip install 'ggpy[ray]'") from None
+    return ray
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[Any]:
+    """Ray, connected to a cluster.
+
+    Raises
+    ------
+    Error
+        There is none at this address.
+    """
+    ray = _ray()
+    if ray.is_initialized():
+        yield ray
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host:
+        try:
+            socket.create_connection((host, int(port)), _SECONDS).close()
+        except (OSError, ValueError, OverflowError) as error:
+            raise Error(f"no Ray cluster at {address}: {error}") from None
+    elif address not in ("auto", "local"):
+        raise Error(f"{address!r} is no address of a Ray cluster: HOST:PORT, ray://HOST:PORT, auto or local")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        ray.init(address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise Error(f"no Ray cluster at {address}: {error}") from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+class Cluster:
+    """The workers of a cluster.
+
+    Parameters
+    ----------
+    ray : module
+    path : str
+        The model's file, the same on all nodes.
+    how : mapping
+        For `Model`. Each worker has `n_threads`, by default as many as the smallest node has processors.
+    """
+
+    def __init__(self, ray: Any, path: str, how: Mapping[str, Any]):
+        self._ray, self._path, self._how = ray, path, dict(how)
+        self._nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) >= 1]
+        if not self._nodes:
+            raise Error("the Ray cluster has no node with a processor")
+        if self._how.get("n_threads") is None:
+            self._how["n_threads"] = int(min(n["Resources"]["CPU"] for n in self._nodes))
+
+    def check(self, digest: str) -> None:
+        """Sees to it that each node has this version of ggpy and this model.
+
+        Raises
+        ------
+        Error
+            One hasn't; says which.
+        """
+        from ray.exceptions import GetTimeoutError, NodeDiedError, RayError, TaskUnschedulableError
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        from .. import __version__
+
+        look = self._ray.remote(num_cpus=0, max_retries=0)(_look)
+        on = [look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], False)) for n in self._nodes]
+        found = [on_node.remote(self._path, self._how) for on_node in on]
+        for node, ref in zip(self._nodes, found, strict=True):
+            name = f"node {node['NodeManagerAddress']}"
+            try:
+                version, seen, error = self._ray.get(ref, timeout=_LOOK_SECONDS)
+            except (TaskUnschedulableError, NodeDiedError):  # the node has just gone
+                continue
+            except (RayError, GetTimeoutError) as failed:
+                raise Error(f"{name}: {_cause(failed)}") from None
+            if version != __version__:
+                raise Error(f"{name} has ggpy {version}, this process {__version__}")
+            if error:
+                raise Error(f"{name}: {error}")
+            if seen != digest:
+                raise Error(f"{name}: {self._path} is another model there")
+
+    def answers(self, tasks: Iterator[Task]) -> Iterator[list[tuple[Task, Answer]]]:
+        """The answers to tasks, in any order, block by block."""
+        from ray.data import ActorPoolStrategy, DataContext
+        from ray.exceptions import RayError
+
+        waiting: dict[int | str, Task] = {}
+        blocks = []
+        while block := list(islice(tasks, _BLOCK)):
+            waiting.update((task.id, task) for task in block)
+            blocks.append({"tasks": pickle.dumps(block)})
+        if not blocks:
+            return
+        context = DataContext.get_current()
+        context.enable_progress_bars = False
+        context.max_consecutive_actor_init_deaths = _DEATHS
+        n_threads = self._how["n_threads"]
+        n_workers = sum(int(n["Resources"]["CPU"] // n_threads) for n in self._nodes)
+        pool = ActorPoolStrategy(
+            min_size=1,
+            initial_size=max(1, min(n_workers, len(blocks))),
+            max_tasks_in_flight_per_actor=2 * _BLOCKS,
+            max_concurrent_calls_per_actor=_BLOCKS,
+            enable_true_multi_threading=True,
+        )
+        found = self._ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
+            Worker,
+            batch_size=1,
+            compute=pool,
+            num_cpus=n_threads,
+            fn_constructor_args=(self._path, self._how),
+        )
+        try:
+            for batch in found.iter_batches(batch_size=None, prefetch_batches=0):
+                for data in batch["answers"]:
+                    # A block that was done twice counts once.
+                    yield [(waiting.pop(id), answer) for id, answer in pickle.loads(data) if id in waiting]
+        except RayError as error:
+            raise Error(f"Ray: {_cause(error)}; the same command goes on") from None
+        if waiting:
+            raise Error(f"Ray: {len(waiting)} rows have no answer; the same command goes on")
+
+
+@contextmanager
+def cluster(address: str, model: "Model", how: Mapping[str, Any]) -> Iterator[Cluster]:
+    """The workers of the cluster at an address, all with this model.
+
+    Raises
+    ------
+    Error
+        There is no such cluster, or a node has another version of ggpy or another model.
+    """
+    with _connected(address) as ray:
+        found = Cluster(ray, str(model.file.path.resolve()), how)
+        found.check(model.digest)
+        yield found
+
+
+class Worker:
+    """A model, open in a process of Ray's. Blocks come in several threads, and the model computes them together."""
+
+    def __init__(self, path: str, how: Mapping[str, Any]):
+        from .. import load
+
+        self._model = load(path, **how)
+
+    def __call__(self, batch: Mapping[str, Sequence[bytes]]) -> dict[str, list[bytes]]:
+        """The answers to blocks of tasks."""
+        found = []
+        for data in batch["tasks"]:
+            pairs = [pair for some in answers(self._model, pickle.loads(data)) for pair in some]
+            found.append(pickle.dumps([(task.id, answer) for task, answer in pairs]))
+        return {"answers": found}
+
+
+def _look(path: str, how: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The version of ggpy on a node, the digest of the model there, and what went wrong."""
+    from .. import __version__, load
+
+    try:
+        with load(path, **how) as model:
+            return __version__, model.digest, ""
+    except (Error, OSError, MemoryError) as error:
+        return __version__, "", str(error) or type(error).__name__
+
+
+def _cause(error: BaseException) -> str:
+    """What Ray wraps in its own errors and their traces."""
+    while (cause := getattr(error, "cause", None) or error.__cause__) is not None and cause is not error:
+        error = cause
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
