@@ -445,7 +445,7 @@ class Checkpoint:
             )
         kind = adapter.get("peft_type") or "PEFT"
         raise UnsupportedError(
-            f"{self.folder}: a {kind} adapter of {base}, not a model; merge it into that first (PEFT's merge_and_unload)"
+            f"{self.folder}: a {kind} adapter of {base}, not a model; convert that with 'lora' and this folder"
         )
 
     def _files(self) -> tuple[list[Path], dict[str, str]]:

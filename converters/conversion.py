@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,7 @@ from . import (
 from .card import read_card
 from .checkpoint import FILE_PATTERNS, Checkpoint, ComputedRows, Rows
 from .family import ROPE_OF_SOME, Family, refuse_unread, rope_parameters
+from .lora import merge
 from .pooling import write_pooling
 from .quantized import BlockRows
 from .ranking import as_reranker
@@ -142,6 +143,7 @@ def convert(
     dry_run: bool = False,
     progress: Progress | None = None,
     *,
+    lora: Iterable[str | os.PathLike[str]] = (),
     n_threads: int | None = None,
     kernel_progress: KernelProgress | None = None,
 ) -> Plan:
@@ -166,6 +168,8 @@ def convert(
         Plan and check, but write nothing.
     progress : callable, optional
         ``progress(done_bytes, total_bytes, tensor_name)``, called after each chunk.
+    lora : iterable of str or path-like
+        Folders of LoRA adapters, as PEFT saves them, that are merged into the weights; FOLDER:0.5 multiplies one by 0.5.
     n_threads : int, optional
         Default: the physical cores.
     kernel_progress : callable, optional
@@ -188,6 +192,7 @@ def convert(
     family = as_reranker(checkpoint, find_family(checkpoint))
     checkpoint.config.defaults = family.defaults.get(checkpoint.architecture, {})
     checkpoint.config = checkpoint.config.replaced(**family.usual(checkpoint.config))
+    merge(checkpoint, lora)
     path = Path(out)
     encoder = read_encoder(checkpoint)
     tensors = plan_tensors(checkpoint, family, type)

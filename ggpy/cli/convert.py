@@ -15,6 +15,12 @@ def convert(
     source: Annotated[str, typer.Argument(help="A checkpoint folder or a hub id.", metavar="SRC")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="The file to write; default: SRC-TYPE.gguf here.")] = None,
     type: Annotated[str, typer.Option("--type", help="Such as f16, bf16, q8_0, q4_k_m.")] = "q8_0",
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora", help="A LoRA adapter's folder to merge, or FOLDER:SCALE; may be repeated.", metavar="FOLDER"
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan: tensors, types, sizes.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Run a few tokens through transformers, too, and compare.")
@@ -26,12 +32,12 @@ def convert(
 
     target = out or Path(f"{Path(source).name or 'model'}-{type}.gguf")
     if dry_run:
-        plan = convert_checkpoint(source, target, type, dry_run=True)
+        plan = convert_checkpoint(source, target, type, dry_run=True, lora=lora or ())
         _print_plan(plan)
         _print_notes(plan)
         return
     with kernel_progress() as compiling, conversion_progress() as progress:
-        plan = convert_checkpoint(source, target, type, progress=progress, kernel_progress=compiling)
+        plan = convert_checkpoint(source, target, type, lora=lora or (), progress=progress, kernel_progress=compiling)
     _print_notes(plan)
     from ..file import GGUFFile
 

@@ -339,7 +339,7 @@ def test_an_adapter_is_called_what_it_is(damaged_folder, tmp_path):
     with pytest.raises(UnsupportedError, match=r"an adapter of someone/base-1B; if its weights are merged"):
         dry(damaged_folder)
     (damaged_folder / "config.json").unlink()
-    with pytest.raises(UnsupportedError, match=r"a LORA adapter of someone/base-1B, not a model; merge it"):
+    with pytest.raises(UnsupportedError, match=r"a LORA adapter of someone/base-1B, not a model; convert that with 'lora'"):
         dry(damaged_folder)
 
 
