@@ -1,10 +1,10 @@
-"""Encoders: BERT, RoBERTa and XLM-RoBERTa, NomicBERT. What predicts masked words is left out, and what pools by itself
+"""Encoders: BERT, RoBERTa and XLM-RoBERTa. What predicts masked words is left out, and what pools by itself
 unless a head that tells classes apart, or scores, reads it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import gguf
@@ -13,7 +13,7 @@ import numpy as np
 from ggpy.errors import ConversionError
 
 from .checkpoint import Config, PickedRows, Rows
-from .family import Family, Gather, Shapes, biases, ffn_shapes, write_rope_hparams
+from .family import Family, Gather, Shapes, biases
 from .ranking import classes, write_classes
 
 # Of the parts that are left out, and where the checkpoint's program keeps its kind.
@@ -52,13 +52,9 @@ def write_hparams(writer: gguf.GGUFWriter, config: Config, offset: bool = False,
     writer.add_token_type_count(config.integer("type_vocab_size", 2))
 
 
-def _write_nomic(writer: gguf.GGUFWriter, config: Config) -> None:
-    config.only("head_dim", config.integer("hidden_size") // config.integer("num_attention_heads"))
-    write_hparams(writer, config, act="silu")
-    write_rope_hparams(writer, config)
-
-
-def _shapes(config: Config, block: Shapes, positions: int) -> Shapes:
+def shapes_of(config: Config, blocks: Callable[[int], Shapes], positions: int) -> Shapes:
+    """The tensors of an encoder whose norms come after sums; ``blocks(i)`` gives those of its layer i, without the prefix
+    and the norms."""
     n_embd = config.integer("hidden_size")
     tensors: Shapes = {"token_embd.weight": (config.integer("vocab_size"), n_embd)}
     if positions:
@@ -70,7 +66,7 @@ def _shapes(config: Config, block: Shapes, positions: int) -> Shapes:
     for part in ("weight", "bias"):
         tensors[f"token_embd_norm.{part}"] = (n_embd,)
     for i in range(config.integer("num_hidden_layers")):
-        tensors |= {f"blk.{i}.{name}": shape for name, shape in (block | norms).items()}
+        tensors |= {f"blk.{i}.{name}": shape for name, shape in (blocks(i) | norms).items()}
     return tensors
 
 
@@ -78,15 +74,8 @@ def shapes(config: Config, offset: bool = False) -> Shapes:
     n_embd, n_ff = config.integer("hidden_size"), config.integer("intermediate_size")
     block: Shapes = {f"attn_{part}.weight": (n_embd, n_embd) for part in ("q", "k", "v", "output")}
     block |= {"ffn_up.weight": (n_ff, n_embd), "ffn_down.weight": (n_embd, n_ff)}
-    return _shapes(
-        config, block | biases(block, *(name.removesuffix(".weight") for name in block)), _positions(config, offset)[1]
-    )
-
-
-def _nomic_shapes(config: Config) -> Shapes:
-    n_embd, n_ff = config.integer("hidden_size"), config.integer("intermediate_size")
-    block: Shapes = {"attn_qkv.weight": (3 * n_embd, n_embd), "attn_output.weight": (n_embd, n_embd)}
-    return _shapes(config, block | ffn_shapes(n_embd, n_ff), 0)
+    block |= biases(block, *(name.removesuffix(".weight") for name in block))
+    return shapes_of(config, lambda i: block, _positions(config, offset)[1])
 
 
 def gather(tensors: Mapping[str, Rows], config: Config, offset: bool = False, head: bool = False) -> dict[str, Rows]:
@@ -145,5 +134,4 @@ FAMILIES = (
     _with_head(_FAMILY, partial(gather, head=True)),
     _ROBERTA_FAMILY,
     _with_head(_ROBERTA_FAMILY, partial(gather, offset=True, head=True)),
-    Family(("NomicBertModel", "NomicBertForMaskedLM"), gguf.MODEL_ARCH.NOMIC_BERT, _write_nomic, _nomic_shapes, gather),
 )

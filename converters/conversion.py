@@ -36,7 +36,9 @@ from . import (
     llama,
     mamba2,
     mixtral,
+    modernbert,
     nemotron,
+    nomic,
     olmoe,
     qwen,
     qwen35,
@@ -47,7 +49,6 @@ from .family import ROPE_OF_SOME, Family, refuse_unread, rope_parameters
 from .lora import merge
 from .pooling import write_pooling
 from .quantized import BlockRows
-from .ranking import as_reranker
 from .vocabulary import check_vocabulary, read_encoder, write_vocabulary
 
 FAMILIES: tuple[Family, ...] = (
@@ -65,6 +66,8 @@ FAMILIES: tuple[Family, ...] = (
     falcon_h1.FAMILY,
     mamba2.FAMILY,
     *bert.FAMILIES,
+    nomic.FAMILY,
+    *modernbert.FAMILIES,
 )
 
 Progress = Callable[[int, int, str], None]
@@ -189,7 +192,8 @@ def convert(
     type = file_type(type, copy=False)
     folder, hub_id = find_source(source)
     checkpoint = Checkpoint(folder)
-    family = as_reranker(checkpoint, find_family(checkpoint))
+    family = find_family(checkpoint)
+    family = family.special(checkpoint, family)
     checkpoint.config.defaults = family.defaults.get(checkpoint.architecture, {})
     checkpoint.config = checkpoint.config.replaced(**family.usual(checkpoint.config))
     merge(checkpoint, lora)

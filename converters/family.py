@@ -15,7 +15,7 @@ import numpy as np
 
 from ggpy.errors import ConversionError, UnsupportedError
 
-from .checkpoint import Config, Rows, shown
+from .checkpoint import Checkpoint, Config, Rows, shown
 
 Shapes = dict[str, tuple[int, ...]]
 Gather = Callable[[Mapping[str, Rows], Config], dict[str, Rows]]
@@ -94,6 +94,10 @@ def _nothing(config: Config) -> dict[str, np.ndarray]:
     return {}
 
 
+def _itself(checkpoint: Checkpoint, family: Family) -> Family:
+    return family
+
+
 @dataclass(frozen=True)
 class Family:
     """How checkpoints of one family become GGUF models.
@@ -124,6 +128,8 @@ class Family:
         GGUF's name for it where gguf's table lacks it; `arch` is then one with the same names of tensors.
     arch_of : callable, optional
         ``arch_of(config)`` gives `arch` where config.json decides.
+    special : callable
+        ``special(checkpoint, family)`` gives the family of checkpoints that differ by more than config.json's architecture.
     """
 
     checkpoints: tuple[str, ...]
@@ -137,6 +143,7 @@ class Family:
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     arch_name: str = ""
     arch_of: Callable[[Config], gguf.MODEL_ARCH] | None = None
+    special: Callable[[Checkpoint, Family], Family] = _itself
 
     @property
     def name(self) -> str:

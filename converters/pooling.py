@@ -9,6 +9,7 @@ import gguf
 from ggpy.errors import ConversionError, UnsupportedError
 
 from .checkpoint import Checkpoint, shown
+from .ranking import RERANKERS
 
 _POOLINGS = {
     "cls": gguf.PoolingType.CLS,
@@ -43,7 +44,9 @@ def write_pooling(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
         kind, where = module["type"].rpartition(".")[2], str(module.get("path") or "")
         if kind == "Pooling":
             writer.add_pooling_type(_pooling(checkpoint, f"{where}/config.json"))
-        elif kind not in ("Transformer", "Normalize", "LogitScore"):
+        elif kind == "LogitScore" and checkpoint.architecture in RERANKERS:
+            pass  # `as_reranker` has written it
+        elif kind not in ("Transformer", "Normalize"):
             raise UnsupportedError(f"{path}: a module {kind}; known: Transformer, Pooling, Normalize")
 
 

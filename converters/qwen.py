@@ -19,6 +19,7 @@ from .family import (
     model_shapes,
     write_decoder_hparams,
 )
+from .ranking import as_reranker
 
 
 def qwen2_attention(config: Config) -> Shapes:
@@ -87,7 +88,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 FAMILIES = tuple(
-    Family((checkpoint,), arch, write, shapes, gather, defaults=DEFAULTS)
+    Family((checkpoint,), arch, write, shapes, gather, special=as_reranker, defaults=DEFAULTS)
     for checkpoint, arch, write, shapes, gather in (
         ("Qwen2ForCausalLM", gguf.MODEL_ARCH.QWEN2, write_decoder_hparams, qwen2_shapes, as_they_are),
         ("Qwen3ForCausalLM", gguf.MODEL_ARCH.QWEN3, write_decoder_hparams, qwen3_shapes, as_they_are),

@@ -15,6 +15,8 @@ from ggpy.errors import ConversionError, UnsupportedError
 from .checkpoint import Checkpoint, Config, PickedRows, Rows, shown
 from .family import Family, Shapes
 
+#: decoders that may be rerankers, by `Checkpoint.architecture`
+RERANKERS = ("Qwen3ForCausalLM",)
 # What Qwen3-Reranker was trained to read.
 _QWEN3_PROMPT = (
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct provided. "
@@ -53,14 +55,15 @@ def as_reranker(checkpoint: Checkpoint, family: Family) -> Family:
         A reranker that answers with other tokens.
     """
     logit_score = _logit_score(checkpoint)
-    title = checkpoint.text("README.md") if checkpoint.architecture == "Qwen3ForCausalLM" else None
+    is_known = checkpoint.architecture in RERANKERS
+    title = checkpoint.text("README.md") if is_known else None
     if logit_score is None and not (title and _QWEN3_TITLE.search(title)):
         return family
     vocab = (checkpoint.json("tokenizer.json", optional=True).get("model") or {}).get("vocab") or {}
     answers = [vocab.get("yes"), vocab.get("no")]
     if None in answers:
         raise ConversionError(f"{checkpoint.folder / 'tokenizer.json'}: a Qwen3-Reranker without tokens yes and no")
-    if checkpoint.architecture != "Qwen3ForCausalLM" or (logit_score is not None and logit_score != answers):
+    if not is_known or (logit_score is not None and logit_score != answers):
         raise UnsupportedError(
             f"{checkpoint.folder / 'modules.json'}: LogitScore of {checkpoint.architecture}, tokens {logit_score}; known: "
             f"Qwen3-Reranker's, {answers}"

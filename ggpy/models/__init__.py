@@ -107,6 +107,8 @@ ARCHITECTURES: dict[str, Reader] = {
     # BERT (Devlin et al. 2018), RoBERTa and XLM-R
     "bert": EncoderStyle().read,
     "nomic-bert": EncoderStyle(rope=True, act="swiglu").read,
+    "nomic-bert-moe": EncoderStyle(rope=True).read,
+    "modern-bert": EncoderStyle(rope=True, act="", modern=True).read,
 }
 
 

@@ -47,6 +47,7 @@ ACTS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "swiglu": (2, "SWIGLU", {}),
     "swiglu_clamped": (2, "SWIGLU_CLAMPED", {"alpha": 1.702, "limit": 7.0}),
     "geglu": (2, "GEGLU", {"kind": "tanh"}),
+    "geglu_erf": (2, "GEGLU", {"kind": "erf"}),
     "gelu": (1, "GELU", {"kind": "tanh"}),
     "gelu_erf": (1, "GELU", {"kind": "erf"}),
     "relu_squared": (1, "RELU_SQUARED", {}),

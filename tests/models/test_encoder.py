@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    ModernBertModel,
     NomicBertConfig,
     NomicBertModel,
     Qwen3Config,
@@ -67,12 +71,25 @@ def processed(tokenizer, first, last):
 
 
 ROBERTA = {"max_position_embeddings": N_CTX + 2, "pad_token_id": 1}
+MODERN = {
+    "max_position_embeddings": N_CTX,
+    "local_attention": 30,
+    "global_attn_every_n_layers": 2,
+    "num_hidden_layers": 5,
+    "pad_token_id": 0,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 5000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+    },
+}
 MODELS = {
     "bert": (BertModel, BertConfig, {"max_position_embeddings": N_CTX}, word_pieces),
     "bert with a head": (BertForMaskedLM, BertConfig, {"max_position_embeddings": N_CTX}, word_pieces),
     "one type": (BertModel, BertConfig, {"max_position_embeddings": N_CTX, "type_vocab_size": 1}, word_pieces),
     "roberta": (RobertaModel, RobertaConfig, {**ROBERTA, "type_vocab_size": 1}, byte_pairs),
     "xlm-roberta": (XLMRobertaModel, XLMRobertaConfig, {**ROBERTA, "type_vocab_size": 1}, unigrams),
+    "modern": (ModernBertModel, ModernBertConfig, MODERN, byte_pairs),
+    "modern with a head": (ModernBertForMaskedLM, ModernBertConfig, MODERN | {"hidden_activation": "silu"}, byte_pairs),
     "nomic": (NomicBertModel, NomicBertConfig, {"max_position_embeddings": N_CTX, "head_dim": 20}, word_pieces),
 }
 
@@ -81,7 +98,7 @@ def checkpoint(folder, name):
     """A random model's folder, the model and its tokenizer."""
     cls, config, changes, make_tokenizer = MODELS[name]
     tokenizer = make_tokenizer()
-    model = random_model(cls, config(**SIZES, **changes, vocab_size=tokenizer.get_vocab_size()))
+    model = random_model(cls, config(**SIZES | changes, vocab_size=tokenizer.get_vocab_size()))
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     if make_tokenizer is byte_pairs:
@@ -98,7 +115,7 @@ def made(request, tmp_path_factory):
     convert(folder, out, "f32")
     draw = np.random.default_rng(0)
     texts = [draw.integers(5, tokenizer.get_vocab_size(), n).tolist() for n in LENGTHS]
-    base = getattr(model, "bert", model)
+    base = getattr(model, getattr(model, "base_model_prefix", ""), model)
     with torch.no_grad():
         expected = [base(torch.tensor([t])).last_hidden_state[0].numpy() for t in texts]
     return out, tokenizer, texts, expected
@@ -207,6 +224,152 @@ def test_other_encoders_are_refused_at_conversion(tmp_path, changes, message):
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(ggpy.UnsupportedError, match=message):
         convert(tmp_path, tmp_path / "bad.gguf", "f16")
+
+
+# As nomic-embed-text's folders have it, here with the values of SIZES.
+NOMIC_HUB = {
+    "architectures": ["NomicBertModel"],
+    "model_type": "nomic_bert",
+    "activation_function": "swiglu",
+    "attn_pdrop": 0.0,
+    "bos_token_id": None,
+    "causal": False,
+    "dense_seq_output": True,
+    "embd_pdrop": 0.0,
+    "fused_bias_fc": True,
+    "fused_dropout_add_ln": True,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-12,
+    "n_positions": 8192,
+    "max_trained_positions": 2048,
+    "mlp_fc1_bias": False,
+    "mlp_fc2_bias": False,
+    "n_embd": 60,
+    "n_head": 3,
+    "n_inner": 90,
+    "n_layer": 3,
+    "pad_vocab_size_multiple": 64,
+    "parallel_block": False,
+    "qkv_proj_bias": False,
+    "parallel_block_tied_norm": False,
+    "prenorm": False,
+    "reorder_and_upcast_attn": False,
+    "resid_pdrop": 0.0,
+    "rotary_emb_base": 1000,
+    "rotary_emb_fraction": 1.0,
+    "rotary_emb_interleaved": False,
+    "rotary_scaling_factor": None,
+    "rotary_emb_scale_base": None,
+    "scale_attn_by_inverse_layer_idx": False,
+    "scale_attn_weights": True,
+    "summary_first_dropout": 0.0,
+    "summary_proj_to_labels": True,
+    "summary_type": "cls_index",
+    "type_vocab_size": 2,
+    "summary_use_proj": True,
+    "use_flash_attn": True,
+    "use_rms_norm": False,
+    "use_xentropy": True,
+    "use_cache": True,
+}
+
+
+def test_nomic_folders_of_the_hub_give_the_same_file(tmp_path):
+    _, tokenizer = checkpoint(tmp_path, "nomic")
+    config = json.loads((tmp_path / "config.json").read_text()) | {"max_position_embeddings": 2048}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plan = convert(tmp_path, tmp_path / "a.gguf", "f32")
+    hub = NOMIC_HUB | {"vocab_size": tokenizer.get_vocab_size()}
+    (tmp_path / "config.json").write_text(json.dumps(hub))
+    assert convert(tmp_path, tmp_path / "b.gguf", "f32").metadata == plan.metadata
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    for key, value in (("prenorm", True), ("rotary_emb_fraction", 0.5), ("qkv_proj_bias", True), ("new_key", 1)):
+        (tmp_path / "config.json").write_text(json.dumps(hub | {key: value}))
+        with pytest.raises(ggpy.UnsupportedError, match=f"config.json: {key}"):
+            convert(tmp_path, tmp_path / "bad.gguf", "f32")
+
+
+def nomic_with_experts(folder):
+    """A random folder like nomic-embed-text-v2-moe's, and what it should give for token ids: (n_tokens, n_embd)."""
+    tokenizer, n_embd, n_ff, n_head, n_expert = unigrams(), 64, 96, 2, 4
+    changes = {"activation_function": "gelu", "mlp_fc1_bias": True, "mlp_fc2_bias": True, "qkv_proj_bias": True}
+    changes |= {"moe_every_n_layers": 2, "moe_top_k": 2, "num_experts": n_expert, "type_vocab_size": 1, "n_positions": 2048}
+    changes |= {"moe_normalize_expert_weights": False, "n_embd": n_embd, "n_inner": n_ff, "n_head": n_head}
+    changes |= {"layer_norm_epsilon": 1e-5, "rotary_emb_base": 10000.0, "vocab_size": tokenizer.get_vocab_size()}
+    (folder / "config.json").write_text(json.dumps(NOMIC_HUB | changes))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    torch.manual_seed(1)
+    t = {
+        "embeddings.word_embeddings.weight": torch.randn(tokenizer.get_vocab_size(), n_embd),
+        "embeddings.token_type_embeddings.weight": torch.randn(1, n_embd),
+    }
+    for name in ["emb_ln", *(f"encoder.layers.{i}.norm{j}" for i in range(3) for j in (1, 2))]:
+        t |= {f"{name}.weight": 1 + 0.2 * torch.randn(n_embd), f"{name}.bias": 0.2 * torch.randn(n_embd)}
+    for i in range(3):
+        linears = {"attn.Wqkv": (3 * n_embd, n_embd), "attn.out_proj": (n_embd, n_embd)}
+        if i != 1:
+            linears |= {"mlp.fc1": (n_ff, n_embd), "mlp.fc2": (n_embd, n_ff)}
+        for name, (rows, columns) in linears.items():
+            t[f"encoder.layers.{i}.{name}.weight"] = 1.5 * torch.randn(rows, columns) / columns**0.5
+            t[f"encoder.layers.{i}.{name}.bias"] = 0.2 * torch.randn(rows)
+    t["encoder.layers.1.mlp.router.layer.weight"] = torch.randn(n_expert, n_embd)
+    for name in ("w1", "w2"):
+        t[f"encoder.layers.1.mlp.experts.mlp.{name}"] = torch.randn(n_expert * n_ff, n_embd) / n_embd**0.5
+    t["encoder.layers.1.mlp.experts.bias"] = torch.zeros(n_embd)
+    save_file(t, folder / "model.safetensors")
+
+    def norm(x, name):
+        return torch.nn.functional.layer_norm(x, (n_embd,), t[f"{name}.weight"], t[f"{name}.bias"], 1e-5)
+
+    def linear(x, name):
+        return torch.nn.functional.linear(x, t[f"{name}.weight"], t[f"{name}.bias"])
+
+    def experts(x, p):
+        gelu = torch.nn.functional.gelu
+        w1, w2 = (t[f"{p}.experts.mlp.{name}"].reshape(n_expert, n_ff, n_embd) for name in ("w1", "w2"))
+        weights, chosen = (x @ t[f"{p}.router.layer.weight"].T).softmax(-1).topk(2)
+        rows = [
+            sum(w * (gelu(w1[e] @ v) @ w2[e]) for w, e in zip(*of, strict=True))
+            for v, *of in zip(x, weights, chosen, strict=True)
+        ]
+        return torch.stack(rows)
+
+    def expected(ids):
+        x = norm(t["embeddings.word_embeddings.weight"][ids] + t["embeddings.token_type_embeddings.weight"], "emb_ln")
+        angles = torch.arange(len(ids))[:, None] * 10000.0 ** -(torch.arange(0, 32, 2) / 32)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        for i in range(3):
+            p = f"encoder.layers.{i}"
+            q, k, v = linear(x, f"{p}.attn.Wqkv").reshape(len(ids), 3, n_head, -1).unbind(1)
+            q, k = (torch.cat([a * cos - b * sin, b * cos + a * sin], -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1)))
+            scores = torch.einsum("ihd,jhd->hij", q, k) * 32**-0.5
+            y = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).reshape(len(ids), n_embd)
+            x = norm(x + linear(y, f"{p}.attn.out_proj"), f"{p}.norm1")
+            inside = torch.nn.functional.gelu(linear(x, f"{p}.mlp.fc1")) if i != 1 else None
+            x = norm(x + (experts(x, f"{p}.mlp") if inside is None else linear(inside, f"{p}.mlp.fc2")), f"{p}.norm2")
+        return x.numpy()
+
+    return expected
+
+
+def test_nomic_with_experts(tmp_path):
+    expected = nomic_with_experts(tmp_path)
+    plan = convert(tmp_path, tmp_path / "model.gguf", "f32")
+    assert plan.metadata["nomic-bert-moe.context_length"] == 512 and not plan.notes
+    texts = [list(range(5, 5 + n)) for n in (3, 70)]
+    with ggpy.load(tmp_path / "model.gguf", kv_type="f32") as model:
+        for text, got in zip(texts, model.embed(texts, pooling="none", normalize=False), strict=True):
+            assert np.abs(got - expected(text)).max() <= 2e-3
+
+
+@pytest.mark.parametrize("name", ["nomic with experts", "modern"])
+def test_llama_cpp_gives_the_same_vectors_of_newer_ones(tmp_path, name):
+    nomic_with_experts(tmp_path) if name.startswith("nomic") else checkpoint(tmp_path, name)
+    convert(tmp_path, tmp_path / "model.gguf", "f32")
+    texts = ["the quick brown fox", "isn't it?", "1234 " * 40]
+    with ggpy.load(tmp_path / "model.gguf") as model:
+        ours = model.embed(texts)
+    assert (ours * llama_cpp_embeddings(tmp_path / "model.gguf", texts, "MEAN")).sum(1).min() > 0.999
 
 
 MINILM = find_spec("all_minilm_l6_v2")

@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, processors
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
     Qwen3Config,
     Qwen3ForCausalLM,
     RobertaConfig,
@@ -23,7 +25,7 @@ from ggpy.generate.ranking import pair_of
 from tests.converters.conftest import train_tokenizer
 
 from .checkpoints import random_model
-from .test_encoder import N_CTX, ROBERTA, SIZES, byte_pairs, unigrams, word_pieces
+from .test_encoder import MODERN, N_CTX, ROBERTA, SIZES, byte_pairs, unigrams, word_pieces
 
 QUERY = "what is a fox?"
 DOCUMENTS = ["a fox is an animal", "", "The QUICK brown fox jumps over the lazy dog. " * 8, "1234 [SEP] </s> isn't"]
@@ -44,6 +46,10 @@ MODELS = {
     ),
     "xlm-roberta": (XLMRobertaForSequenceClassification, XLMRobertaConfig, ONE_TYPE, unigrams, "<s>", "</s>", 2),
 }
+for pooling in ("cls", "mean"):
+    changes = MODERN | {"classifier_pooling": pooling, "classifier_bias": pooling == "mean"}
+    how = (changes, byte_pairs, "<|im_start|>", "<|im_end|>", 1)
+    MODELS[f"modern {pooling}"] = (ModernBertForSequenceClassification, ModernBertConfig, *how)
 
 
 def checkpoint(folder, name, n_classes=1):
@@ -54,7 +60,7 @@ def checkpoint(folder, name, n_classes=1):
     pair = f"{first} $A {' '.join([last] * n_between)} $B:1 {last}:1"
     single = f"{first} $A {last}"
     tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
-    model = random_model(cls, config(**SIZES, **changes, vocab_size=tokenizer.get_vocab_size(), num_labels=n_classes))
+    model = random_model(cls, config(**SIZES | changes, vocab_size=tokenizer.get_vocab_size(), num_labels=n_classes))
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     if make_tokenizer is byte_pairs:
@@ -63,9 +69,9 @@ def checkpoint(folder, name, n_classes=1):
     def logits(document):
         # Names of control tokens in a document are text.
         both = tokenizer.encode(QUERY, document)
-        types = torch.tensor([both.type_ids if name == "bert" else [0] * len(both.ids)])
+        types = {"token_type_ids": torch.tensor([both.type_ids])} if name == "bert" else {}
         with torch.no_grad():
-            return model(torch.tensor([both.ids]), token_type_ids=types).logits[0].numpy()
+            return model(torch.tensor([both.ids]), **types).logits[0].numpy()
 
     return logits
 
