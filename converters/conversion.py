@@ -306,7 +306,7 @@ def plan_tensors(checkpoint: Checkpoint, family: Family, type: str) -> list[Tens
     for source, rows in gathered.items():
         if source.endswith(".rotary_emb.inv_freq"):
             continue  # old checkpoints store what config.json determines
-        name = source if source in shapes else names.get_name(source, try_suffixes=(".weight", ".bias"))
+        name = source if source in shapes else names.get_name(source, try_suffixes=(".weight", ".bias", ".scale"))
         stored = rows.sources[0]
         if name is None or (name not in shapes and name != "output.weight"):
             raise ConversionError(

@@ -1,4 +1,5 @@
-"""Gemma 4 without experts: heads of two lengths, keys and values that layers share, embeddings for each layer."""
+"""Gemma 4: heads of two lengths, keys and values that layers share, embeddings for each layer, experts beside the
+feed-forward part."""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ def _rope(config: Config, kind: str) -> Config:
 
 
 def write_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
-    for key, known in (("attention_bias", False), ("use_bidirectional_attention", None), ("enable_moe_block", False)):
+    for key, known in (("attention_bias", False), ("use_bidirectional_attention", None)):
         if config.get(key) != "vision":  # which concerns images alone
             config.only(key, known)
     config.only("hidden_activation", "gelu_pytorch_tanh")
@@ -72,13 +73,17 @@ def write_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_value_length(n)
     writer.add_key_length_swa(short)
     writer.add_value_length_swa(short)
+    if config.get("enable_moe_block"):
+        writer.add_expert_count(config.integer("num_experts"))
+        writer.add_expert_used_count(config.integer("top_k_experts"))
+        writer.add_expert_feed_forward_length(config.integer("moe_intermediate_size"))
     writer.add_vocab_size(config.integer("vocab_size"))
     write_windows(writer, config, "types 6")
     writer.add_shared_kv_layers(config.integer("num_kv_shared_layers", 0, least=0))
     writer.add_embedding_length_per_layer_input(config.integer("hidden_size_per_layer_input", 0, least=0))
     config.only("vocab_size_per_layer_input", config.integer("vocab_size"))
-    if config.get("final_logit_softcapping"):
-        writer.add_final_logit_softcapping(config.number("final_logit_softcapping", least=1e-30))
+    # Also where there is none: llama.cpp takes 30 for a missing one.
+    writer.add_final_logit_softcapping(config.number("final_logit_softcapping", 0.0, least=0))
     whole, local = _rope(config, "full_attention"), _rope(config, "sliding_attention")
     whole.only("rope_type", "proportional")
     local.only("rope_type", "default")
@@ -109,15 +114,44 @@ def shapes(config: Config) -> Shapes:
             block |= {"attn_k.weight": (n_kv * n, n_embd), "attn_k_norm.weight": (n,)}
             if not (config.get("attention_k_eq_v") and full[i]):
                 block["attn_v.weight"] = (n_kv * n, n_embd)
+        if config.get("enable_moe_block"):
+            block |= _experts(config)
         if n_own:
             block |= {"inp_gate.weight": (n_own, n_embd), "proj.weight": (n_embd, n_own), "post_norm.weight": (n_embd,)}
         found |= {f"blk.{i}.{name}": shape for name, shape in block.items()}
     return found
 
 
+def _experts(config: Config) -> Shapes:
+    """The experts of a layer, their router, and the norms around both parts."""
+    n_embd, n, n_ff = (config.integer(key) for key in ("hidden_size", "num_experts", "moe_intermediate_size"))
+    norms: Shapes = {f"{name}.weight": (n_embd,) for name in ("pre_ffw_norm_2", "post_ffw_norm_1", "post_ffw_norm_2")}
+    return norms | {
+        "ffn_gate_inp.weight": (n, n_embd),
+        "ffn_gate_inp.scale": (n_embd,),
+        "ffn_gate_up_exps.weight": (n, 2 * n_ff, n_embd),
+        "ffn_down_exps.weight": (n, n_embd, n_ff),
+        "ffn_down_exps.scale": (n,),
+    }
+
+
+#: endings of names, and those that gguf's table knows
+_ENDINGS = {
+    ".layer_scalar": ".layer_scalar.weight",
+    ".router.scale": ".router.proj.scale",
+    ".router.per_expert_scale": ".experts.down_proj.scale",
+    ".experts.gate_up_proj": ".experts.gate_up_proj.weight",
+    ".experts.down_proj": ".experts.down_proj.weight",
+}
+
+
 def gather(tensors: Mapping[str, Rows], config: Config) -> dict[str, Rows]:
-    """Layers' scalars get the ending that gguf's table knows."""
-    return {f"{name}.weight" if name.endswith("layer_scalar") else name: rows for name, rows in tensors.items()}
+    """Gives the tensors names that gguf's table knows."""
+    gathered = {}
+    for name, rows in tensors.items():
+        old = next((ending for ending in _ENDINGS if name.endswith(ending)), "")
+        gathered[name.removesuffix(old) + _ENDINGS.get(old, "")] = rows
+    return gathered
 
 
 def computed(config: Config) -> dict[str, np.ndarray]:

@@ -582,7 +582,7 @@ def _route_shape(logits: "Tensor", *bias: "Tensor", n_used: int, gating: str, **
     n_group, n_group_used = how.get("n_group", 1), how.get("n_group_used", 1)
     _need(n_group > 0 and n_expert % n_group == 0, f"{n_expert} experts in {n_group} groups")
     _need(n_used <= n_expert // n_group * n_group_used, "too few in the groups")
-    _need(not bias or bias[0].shape == (n_expert,), "takes one bias for each expert")
+    _need(not bias or bias[0].shape == (2, n_expert), "takes a bias and a factor for each expert")
     return (logits.shape[0], n_used, 2)
 
 
@@ -602,7 +602,8 @@ def _route_reference(
         probs = 1 / (1 + np.exp(-logits))
     else:
         probs = _soft_max_reference(run, logits)
-    scores = probs + bias[0] if bias else probs.copy()
+    added, factors = bias[0] if bias else (np.float32(0), np.ones(logits.shape[1], np.float32))
+    scores = probs + added
     if n_group > 1:
         groups = np.sort(scores.reshape(n, n_group, -1), -1)
         worth = groups[..., -2:].sum(-1) if gating == "sigmoid" else groups[..., -1]
@@ -611,11 +612,11 @@ def _route_reference(
             scores.reshape(n, n_group, -1)[t, out[t]] = -np.inf
     chosen = np.argsort(-scores, -1, kind="stable")[:, :n_used]
     weights = np.take_along_axis(probs, chosen, -1)
-    wrong = ~((logits < np.inf) & (probs + bias[0] < np.inf if bias else True)).all(-1)
+    wrong = ~((logits < np.inf) & (probs + added < np.inf)).all(-1)
     weights[wrong] = np.nan  # as it is after a softmax: a damaged router isn't passed over
     if normalize:
         weights = weights / (weights.sum(-1, keepdims=True) + np.float32(1e-20))
-    return np.stack([chosen, weights * np.float32(scale)], -1).astype(np.float32)
+    return np.stack([chosen, weights * np.float32(scale) * factors[chosen]], -1).astype(np.float32)
 
 
 def _route_lower(p: "Plan", node: "Tensor") -> None:
@@ -630,7 +631,7 @@ def _route_lower(p: "Plan", node: "Tensor") -> None:
 
 # The result is (n_tokens, n_used, 2): pairs of an expert's number and its weight, the best first. With groups of experts,
 # only those of the best groups count: a group's worth is its best expert (softmax, DeepSeek-V2) or its best two (sigmoid,
-# DeepSeek-V3).
+# DeepSeek-V3). A second input (2, n_expert) has what is added to scores for the choice, and factors of the weights.
 OPS["ROUTE"] = Op(_route_shape, _route_reference, _route_lower)
 
 

@@ -101,7 +101,10 @@ def route(
     n_group,
     n_group_used,
 ):
-    """Softmax or sigmoid of the logits, the best n_used by it (plus bias), normalized to sum 1 if asked for, scaled."""
+    """Softmax or sigmoid of the logits, the best n_used by it, normalized to sum 1 if asked for, scaled.
+
+    Behind `bias` stand n_expert values that are added for the choice alone, and as many factors of the weights.
+    """
     start, stop = share(ld_state(state, 0), ith, nth)
     probs, scores, keys = stack(_PER_EXPERT), stack(_PER_EXPERT), stack(_PER_EXPERT)
     for t in range(start, stop):
@@ -143,8 +146,11 @@ def route(
         if normalize:
             by = by / (total + f32(1e-20))
         for s in range(n_used):
-            at = out + 8 * (t * n_used + s) + 4
-            st_f32(at, ld_f32(at) * by)
+            at = out + 8 * (t * n_used + s)
+            weight = ld_f32(at + 4) * by
+            if bias:
+                weight *= ld_f32(bias + 4 * (n_expert + int(ld_f32(at))))
+            st_f32(at + 4, weight)
 
 
 @function

@@ -1,9 +1,9 @@
-"""Gemma 4 (Google 2026), dense: Gemma 3's layers with what its smaller models share between them.
+"""Gemma 4 (Google 2026): Gemma 3's layers with what its smaller models share between them.
 
 Layers with windows have heads of another length than the others. Values are normalized, too, and are the keys where there
 is no matrix for them. The last layers attend to the keys and values of the last layer of their kind that has any. In E2B
 and E4B each layer takes a small embedding of the token of its own, from a table that is read row by row. Scores aren't
-scaled.
+scaled. In 26B-A4B a mixture of experts stands beside the feed-forward part; each has norms of its own.
 """
 
 from dataclasses import dataclass, fields
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..graph import Graph, Tensor
     from .weights import Weights
 
-_STYLE = Style(norm_after=True, act="geglu", embd_root=True, window_base=10000.0)
+_STYLE = Style(norm_after=True, act="geglu", embd_root=True, window_base=10000.0, normalize=True)
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,8 @@ class Gemma4(Decoder):
 
     @classmethod
     def read(cls, hp: Hparams, options: Options) -> "Gemma4":
-        """Reads them from a file's metadata. Raises as `Style.read`, and for a mixture of experts."""
+        """Reads them from a file's metadata. Raises as `Style.read`."""
         base = _STYLE.read(hp, options)
-        if base.experts is not None:
-            raise UnsupportedError(f"{hp.file.path}: Gemma 4 with experts isn't supported")
         short = hp.size("attention.key_length_swa", base.head_dim)
         n_own = base.n_layer - hp.count("attention.shared_kv_layers")
         windows = [bool(window) for window in base.windows]
@@ -91,6 +89,21 @@ class Gemma4(Decoder):
             x = g.op("ADD", x, w.norm(f"{p}.post_norm", y, self.eps), name=f"{p}.with_own")
         scale = w.number(f"{p}.layer_output_scale.weight")
         return x if scale is None else g.op("SCALE", x, factor=scale, name=f"{p}.scaled")
+
+    def feed_forward(self, g: "Graph", w: "Weights", x: "Tensor", i: int) -> "Tensor":
+        """Layer i's feed-forward part, normalized (n_tokens, n_embd) to the same, and the experts for what it is made of."""
+        p = f"blk.{i}"
+        y = w.feed_forward(p, self.n_ff[i], x, self.style.act)
+        if self.experts is None:
+            return y
+        total = g[f"{p}.attn_residual"]
+        scales = w(f"{p}.ffn_gate_inp.scale", self.n_embd)
+        taken = g.op("RMS_NORM", total, scales, eps=self.eps, name=f"{p}.router_norm")
+        logits = w.linear(f"{p}.ffn_gate_inp", self.experts.n_expert, taken, node=f"{p}.router_unscaled")
+        logits = g.op("SCALE", logits, factor=self.n_embd**-0.5, name=f"{p}.router")
+        mixed = self.experts.build(g, w, w.norm(f"{p}.pre_ffw_norm_2", total, self.eps), p, logits)
+        parts = [w.norm(f"{p}.post_ffw_norm_{n}", part, self.eps) for n, part in ((1, y), (2, mixed))]
+        return g.op("ADD", *parts, name=f"{p}.ffn_and_experts")
 
     def attention(self, g: "Graph", w: "Weights", x: "Tensor", i: int) -> "Tensor":
         """Layer i's attention: (n_tokens, n_embd), normalized, to the same."""

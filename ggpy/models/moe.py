@@ -104,15 +104,16 @@ class Experts:
             n_latent=hp.count("moe_latent_size"),
         )
 
-    def build(self, g: "Graph", w: "Weights", x: "Tensor", p: str) -> "Tensor":
-        """The mixture for (n_tokens, n_embd), of the tensors that begin with `p`."""
+    def build(self, g: "Graph", w: "Weights", x: "Tensor", p: str, logits: "Tensor | None" = None) -> "Tensor":
+        """The mixture for (n_tokens, n_embd), of the tensors that begin with `p`; `logits`: the router's, if not of x."""
         n_embd = x.shape[1]
-        logits = w.linear(f"{p}.ffn_gate_inp", self.n_expert, x, node=f"{p}.router")
-        bias = w.optional(f"{p}.exp_probs_b.bias", self.n_expert)
+        if logits is None:
+            logits = w.linear(f"{p}.ffn_gate_inp", self.n_expert, x, node=f"{p}.router")
+        each = w.table(self.n_expert, **{f"{p}.exp_probs_b.bias": 0.0, f"{p}.ffn_down_exps.scale": 1.0})
         route = g.op(
             "ROUTE",
             logits,
-            *([] if bias is None else [bias]),
+            *([] if each is None else [each]),
             n_used=self.n_expert_used,
             gating=self.gating,
             normalize=self.normalize,
@@ -122,10 +123,16 @@ class Experts:
             name=f"{p}.route",
         )
 
+        both = f"{p}.ffn_gate_up_exps.weight"  # gates stand in front
+
         def experts(part: str, n_rows: int, n_cols: int, y: "Tensor") -> "Tensor":
             name = f"{p}.ffn_{part}_exps"
             bias = w.optional(f"{name}.bias", self.n_expert, n_rows)
-            weight = w(f"{name}.weight", self.n_expert, n_rows, n_cols)
+            if part != "down" and w.has(both):
+                shape = (self.n_expert, 2 * n_rows, n_cols)
+                weight = w.rows(both, n_rows if part == "up" else 0, n_rows, *shape)
+            else:
+                weight = w(f"{name}.weight", self.n_expert, n_rows, n_cols)
             y = g.op("MUL_MAT_ID", weight, y, route, name=name if bias is None else f"{name}.product")
             return y if bias is None else g.op("ADD_EXPERT_BIAS", y, bias, route, name=name)
 

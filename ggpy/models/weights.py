@@ -141,8 +141,24 @@ class Weights:
         """The same, or None if the file has no such tensor."""
         return self(name, *shape) if name in self._file.tensors else None
 
+    def table(self, n: int, **rows: float) -> "Tensor | None":
+        """Weights of n values as the rows of one, float32 (len(rows), n): their names, and what stands for those that the
+        file lacks. None if it lacks all."""
+        if not any(map(self.has, rows)):
+            return None
+        found = {name: self.stored(name, n) for name in rows if self.has(name)}
+        names = " ".join(rows)
+
+        def stacked() -> DerivedWeight:
+            values = [found[name].dequantize() if name in found else np.full(n, default) for name, default in rows.items()]
+            data = np.stack(values).astype(np.float32)
+            return DerivedWeight(names, "F32", data.shape, data.view(np.uint8))
+
+        return self.derived(names, stacked)
+
     def rows(self, name: str, first: int, n: int, *shape: int) -> "Tensor":
-        """n rows, from `first` on, of the weight `name`, which must have this shape: a view, named `name[first:…]`."""
+        """n rows, from `first` on, of the weight `name`, which must have this shape, or of each of its matrices: a view,
+        named `name[first:…]`."""
         self.check(name, *shape)
         stored = self._file.tensors[name]
         name = f"{name}[{first}:{first + n}]"
@@ -151,7 +167,10 @@ class Weights:
             return self._graph.weight(
                 DerivedWeight(name, stored.type, (n,), stored.data[n_bytes * first : n_bytes * (first + n)])
             )
-        return self._graph.weight(DerivedWeight(name, stored.type, (n, *shape[1:]), stored.data[first : first + n]))
+        part = slice(first, first + n)
+        if len(shape) == 3:
+            return self._graph.weight(DerivedWeight(name, stored.type, (shape[0], n, shape[2]), stored.data[:, part]))
+        return self._graph.weight(DerivedWeight(name, stored.type, (n, *shape[1:]), stored.data[part]))
 
     def number(self, name: str) -> float | None:
         """The value of a tensor of one, None if the file has no such tensor."""

@@ -326,7 +326,7 @@ def test_experts(teams, kind, n_expert, n_rows, n_tokens, threads, seed):
 def test_routes(teams, gating, n_tokens, n_group, normalize, bias, threads, seed):
     rng = np.random.default_rng(seed)
     g = Graph(n_tokens)
-    given_bias = [g.weight(random_weight("bias", "F32", (16,), rng))] if bias else []
+    given_bias = [g.weight(random_weight("bias", "F32", (2, 16), rng))] if bias else []
     how = {"n_used": 3, "gating": gating, "normalize": normalize, "scale": 2.5, "n_group": n_group}
     g.output(g.op("ROUTE", g.input("logits", (16,)), *given_bias, **how, n_group_used=min(n_group, 2)), "out")
     logits = 3 * rng.standard_normal((n_tokens, 16)).astype(np.float32)

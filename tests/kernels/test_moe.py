@@ -15,6 +15,12 @@ SETTINGS = settings(max_examples=20, deadline=None, suppress_health_check=[Healt
 ODD = [np.nan, np.inf, -np.inf, 0.0, -0.0, 3e38, -3e38, 1.0]
 
 
+def of_each(bias):
+    """These biases, and factors of 1."""
+    values = np.stack([bias, np.ones_like(bias)])
+    return FakeWeight("bias", "F32", values.shape, values.view(np.uint8))
+
+
 @pytest.mark.parametrize("gating", ["softmax", "sigmoid"])
 @SETTINGS
 @given(
@@ -36,7 +42,7 @@ def test_experts_of_a_token_are_distinct_whatever_the_scores(
     extra = []
     if bias:
         values = np.array(data.draw(odd), np.float32)
-        extra = [g.weight(FakeWeight("bias", "F32", (n_expert,), values.view(np.uint8)))]
+        extra = [g.weight(of_each(values))]
     how = {"n_used": n_used, "gating": gating, "n_group": n_group, "n_group_used": n_group_used}
     route = g.op("ROUTE", g.input("logits", (n_expert,)), *extra, **how)
     g.output(route, "route")
@@ -63,8 +69,7 @@ def test_experts_of_a_token_are_distinct_whatever_the_scores(
 def test_scores_that_are_no_numbers_come_last(simd_form):
     g = Graph(2)
     bias = np.array([np.nan, 0, -np.inf, 0.5, np.nan, 0, 0, np.inf], np.float32)
-    extra = g.weight(FakeWeight("bias", "F32", (8,), bias.view(np.uint8)))
-    g.output(g.op("ROUTE", g.input("logits", (8,)), extra, n_used=8, gating="sigmoid"), "route")
+    g.output(g.op("ROUTE", g.input("logits", (8,)), g.weight(of_each(bias)), n_used=8, gating="sigmoid"), "route")
     team = Team(1)
     got = Program(g, Pages(1), team).run({"logits": np.zeros((2, 8), np.float32)}, alone(2))["route"][..., 0]
     team.close()

@@ -164,7 +164,7 @@ def test_norms_and_swiglu_quantized_at_once_or_not(teams, fmt, n, watched, n_tok
 )
 def test_routes(teams, gating, n_tokens, n_group, normalize, bias, threads, seed):
     rng = np.random.default_rng(seed)
-    b = random_weight("bias", "F32", (16,), rng)
+    b = random_weight("bias", "F32", (2, 16), rng)
     how = {"n_used": 3, "gating": gating, "normalize": normalize, "n_group": n_group, "n_group_used": min(n_group, 2)}
 
     def build(g):

@@ -32,7 +32,8 @@ def random_model(cls, config, seed=0):
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 1:
-                p.normal_(1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0, 0.2)
+                around_1 = name.endswith("scale") or ("norm" in name.lower() and name.endswith("weight"))
+                p.normal_(1.0 if around_1 else 0.0, 0.2)
             else:
                 p.normal_(0, 1.5 / p.shape[-1] ** 0.5)
     return model

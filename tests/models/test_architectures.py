@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 import transformers
 
 import ggpy
@@ -74,6 +75,14 @@ MODELS = {
         "Gemma4",
         "Gemma4Text",
         {**HEADS, **GEMMA4, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "final_logit_softcapping": 5.0},
+    ),
+    "gemma4, experts": (
+        "Gemma4",
+        "Gemma4Text",
+        {
+            **{**HEADS, **GEMMA4, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True},
+            **{"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 28},
+        },
     ),
     "gpt-oss": ("GptOss", "GptOss", {**HEADS, **WINDOW, **EXPERTS, "rope_parameters": {**YARN, "truncate": False}}),
     "gpt-oss, default rope": ("GptOss", "GptOss", {**HEADS, **WINDOW, **EXPERTS, "rope_parameters": DEFAULT}),
@@ -187,6 +196,7 @@ IN_LLAMA_CPP = (
     *("hunyuan-dense", "glm4", "command-r", "stablelm", "gptneox", "gpt2", "phi2"),
     *("granite_swa", "granite_swa, experts", "command-r, norms of each head", "stablelm, parallel, norms of each head"),
     *("falcon", "falcon, newer", "falcon, newer, one norm"),
+    *("gemma4, keys are values", "gemma4, experts", "granitemoe", "glm4moe"),
 )
 
 
@@ -200,3 +210,21 @@ def test_llama_cpp_computes_the_same_from_the_file(tmp_path, name):
         logits = model.logits(tokens)[[n - 1 for n in lengths]].astype(np.float64)
     ours = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     assert (np.exp(theirs) * (theirs - ours)).sum(-1).max() <= 1e-3
+
+
+@pytest.mark.parametrize(("name", "most"), {"granitemoe": 1e-3, "glm4moe": 1e-3, "gemma4, experts": 0.1}.items())
+def test_mixtures_in_f16_equal_transformers_with_such_weights(tmp_path, name, most):
+    """llama.cpp rounds activations to float16 before it multiplies with such weights, too. That alone is its distance: large
+    where attention's scores aren't scaled down, as in Gemma 4, and where a rounded score chooses another expert."""
+    model, tokens = made(name), tokens_of(N_TOKENS, 0)
+    path = converted(tmp_path, model, "f16")
+    theirs = llama_cpp_logprobs(path, tmp_path / "checkpoint", [tokens[:n] for n in (20, N_TOKENS)], 256, N_VOCAB)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if p.ndim > 1 and not key.endswith(("gate.weight", "router.weight", "router.proj.weight")):
+                p.copy_(p.half())
+    expected = transformers_logits(model, tokens)
+    with ggpy.load(path, n_ctx=N_CTX, kv_type="f32", n_threads=2) as ours:
+        assert np.abs(ours.logits(tokens) - expected).max() <= 2e-3
+    truth = torch.log_softmax(torch.tensor(expected[[19, N_TOKENS - 1]]), -1).numpy()
+    assert 0 < (np.exp(truth) * (truth - theirs)).sum(-1).mean() <= most
