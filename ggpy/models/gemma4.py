@@ -91,7 +91,7 @@ class Gemma4(Decoder):
         return x if scale is None else g.op("SCALE", x, factor=scale, name=f"{p}.scaled")
 
     def feed_forward(self, g: "Graph", w: "Weights", x: "Tensor", i: int) -> "Tensor":
-        """Layer i's feed-forward part, normalized (n_tokens, n_embd) to the same, and the experts for what it is made of."""
+        """Layer i's feed-forward part, normalized (n_tokens, n_embd) to the same, and the experts beside it."""
         p = f"blk.{i}"
         y = w.feed_forward(p, self.n_ff[i], x, self.style.act)
         if self.experts is None:

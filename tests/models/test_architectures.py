@@ -49,6 +49,7 @@ GEMMA4 = {
     "hidden_size_per_layer_input": 12,
     "vocab_size_per_layer_input": N_VOCAB,
 }
+GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 28}
 #: GGUF's name and what is special: class without ForCausalLM, its configuration without Config, sizes
 MODELS = {
     "llama, odd": ("Llama", "Llama", {**HEADS, **UNTIED}),
@@ -80,8 +81,11 @@ MODELS = {
         "Gemma4",
         "Gemma4Text",
         {
-            **{**HEADS, **GEMMA4, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True},
-            **{"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 28},
+            **HEADS,
+            **GEMMA4,
+            **GEMMA4_EXPERTS,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
         },
     ),
     "gpt-oss": ("GptOss", "GptOss", {**HEADS, **WINDOW, **EXPERTS, "rope_parameters": {**YARN, "truncate": False}}),
@@ -214,8 +218,8 @@ def test_llama_cpp_computes_the_same_from_the_file(tmp_path, name):
 
 @pytest.mark.parametrize(("name", "most"), {"granitemoe": 1e-3, "glm4moe": 1e-3, "gemma4, experts": 0.1}.items())
 def test_mixtures_in_f16_equal_transformers_with_such_weights(tmp_path, name, most):
-    """llama.cpp rounds activations to float16 before it multiplies with such weights, too. That alone is its distance: large
-    where attention's scores aren't scaled down, as in Gemma 4, and where a rounded score chooses another expert."""
+    """llama.cpp rounds activations to float16 before it multiplies with such weights, too. That alone is its distance:
+    large where attention's scores aren't scaled down, as in Gemma 4, and where a rounded score chooses another expert."""
     model, tokens = made(name), tokens_of(N_TOKENS, 0)
     path = converted(tmp_path, model, "f16")
     theirs = llama_cpp_logprobs(path, tmp_path / "checkpoint", [tokens[:n] for n in (20, N_TOKENS)], 256, N_VOCAB)
