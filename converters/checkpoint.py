@@ -51,7 +51,11 @@ OTHER_TYPES: dict[str, np.dtype[Any]] = {
 }
 
 # The files that a conversion can use, as patterns of huggingface_hub.
-FILE_PATTERNS = ("model*.safetensors", "*.json", "tokenizer.model", "*.jinja", "README.md")
+FILE_PATTERNS = (
+    *("model*.safetensors", "adapter_model.safetensors", "*.json", "tokenizer.model", "merges.txt", "*.jinja", "README.md"),
+)
+# What is taken besides where there are no safetensors.
+PICKLED_PATTERNS = ("pytorch_model*.bin",)
 
 # The safetensors format allows headers up to this size; no JSON file of a checkpoint is larger either.
 MAX_HEADER_BYTES = 100_000_000

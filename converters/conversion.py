@@ -44,7 +44,7 @@ from . import (
     qwen35,
 )
 from .card import read_card
-from .checkpoint import FILE_PATTERNS, Checkpoint, ComputedRows, Rows
+from .checkpoint import Checkpoint, ComputedRows, Rows
 from .family import ROPE_OF_SOME, Family, refuse_unread, rope_parameters
 from .lora import merge
 from .pooling import write_pooling
@@ -241,10 +241,12 @@ def find_source(source: str | os.PathLike[str]) -> tuple[Path, str | None]:
     ConversionError
         No such folder and not an id either, or the hub can't be reached or hasn't got it.
     """
+    from ggpy.hub import fetch_checkpoint, name_of_snapshot
+
     folder = Path(source)
     hub_id = str(source)
     if folder.is_dir():
-        return folder, None
+        return folder, name_of_snapshot(folder)
     if folder.is_file():
         with folder.open("rb") as file:
             is_gguf = file.read(4) == b"GGUF"
@@ -252,15 +254,13 @@ def find_source(source: str | os.PathLike[str]) -> tuple[Path, str | None]:
         raise ConversionError(f"{folder}: not a checkpoint's folder, but {what}")
     if folder.exists():
         raise ConversionError(f"{folder}: not a checkpoint's folder")
-    if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")) or hub_id.endswith("/"):
-        raise ConversionError(f"{hub_id}: no such folder, nor an id of the form owner/model")
-    import huggingface_hub
-
     try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(FILE_PATTERNS))), hub_id
-    except Exception as error:  # HTTP, network, cache and validation errors, which have no common base
-        reason = str(error).strip().split("\n")[0]
-        raise ConversionError(f"{hub_id}: no such folder here, and the hub gave no such model: {reason}") from error
+        fetched = fetch_checkpoint(hub_id)
+    except Error as error:
+        raise ConversionError(f"{hub_id}: no such folder here; {error}") from error
+    if fetched is None:
+        raise ConversionError(f"{hub_id}: no such folder, nor a name like owner/model")
+    return find_source(fetched)
 
 
 def find_family(checkpoint: Checkpoint) -> Family:

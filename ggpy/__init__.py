@@ -125,8 +125,10 @@ def load(
     Parameters
     ----------
     path : str or Path
-        A .gguf file; of a split model, any part. A checkpoint's folder or an id on the Hugging Face hub is converted to
-        Q8_0 once and kept in the cache; "demo" is the small model that comes with ggpy.
+        A .gguf file; of a split model, any part. A folder with such files, or a model of the Hugging Face hub, which is
+        fetched once: "owner/name:Q4_K_M", "owner/name" (Q4_K_M or the nearest), "owner/name@revision",
+        "owner/name/file.gguf". A checkpoint, of the hub or a folder, is converted to Q8_0, or the type after a colon,
+        once and kept in the cache. "demo" is the small model that comes with ggpy.
     n_ctx : int, optional
         Tokens of context; by default what the model was trained with, but not more than 8192. Memory is taken as tokens
         come.
@@ -157,6 +159,8 @@ def load(
 
     Raises
     ------
+    Error
+        There is no such file, folder or repository, or a download failed.
     GGUFError
         The file is damaged, or lacks a tensor or key.
     UnsupportedError

@@ -11,6 +11,9 @@ from ..printable import one_line
 
 _COMMANDS = (
     "run",
+    "pull",
+    "list",
+    "rm",
     "batch",
     "convert",
     "quantize",

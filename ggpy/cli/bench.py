@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import KVType, byte_count, open_model
+from .common import MODEL_HELP, KVType, byte_count, open_model
 
 if TYPE_CHECKING:
     from ..generate.model import Model
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="A .gguf file or a checkpoint folder.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
     prompt: Annotated[int, typer.Option("-p", "--prompt", min=0, help="Tokens of the prompt; 0: no prompt.")] = 512,
     n: Annotated[int, typer.Option("-n", "--decode", min=0, help="Tokens decoded; 0: none.")] = 64,
     depth: Annotated[int, typer.Option("-d", "--depth", min=0, help="Tokens in the cache before each run.")] = 0,

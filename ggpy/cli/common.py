@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ..generate.model import Model
     from ..kernels.build import Progress
 
+#: of the argument of all commands that take a model
+MODEL_HELP = "A .gguf file, a folder, or a model of the hub: owner/name, owner/name:Q4_K_M."
 #: the option of all commands that run a model
 KVType = Annotated[str, typer.Option("--kv-type", help="Type of the KV cache: f16, q8_0 or f32.")]
 
@@ -63,15 +65,16 @@ def conversion_progress() -> Iterator:
         yield progress
 
 
-def find_model(model: str, type: str = "q8_0") -> Path:
-    """The .gguf file of a MODEL argument, with progress; see `ggpy.hub.model_file`."""
-    from ..hub import is_converted, model_file
+def find_model(model: str, type: str | None = None, fresh: bool = False) -> Path:
+    """The .gguf file of a MODEL argument, with progress; see `ggpy.hub.find`."""
+    from ..hub import find
 
-    if is_converted(model, type):
-        return model_file(model, type)
-    print(f"converting {model} to {type}, once", file=sys.stderr)
+    found = find(model, type, fresh)
+    if found.checkpoint is None:
+        return found.convert()
+    print(f"converting {model} to {found.type}, once", file=sys.stderr)
     with kernel_progress() as compiling, conversion_progress() as progress:
-        return model_file(model, type, progress, compiling)
+        return found.convert(progress, compiling)
 
 
 def byte_count(text: str) -> int:

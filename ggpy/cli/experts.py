@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import Error
-from .common import open_model, write_output
+from .common import MODEL_HELP, open_model, write_output
 
 if TYPE_CHECKING:
     from ..generate.experts import ExpertUse
@@ -16,7 +16,7 @@ _SHADES = " ░▒▓█"
 
 
 def experts(
-    model: Annotated[str, typer.Argument(help="A .gguf file or a checkpoint folder.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
     text: Annotated[Path, typer.Option("--text", help="The text to run.")],
     n: Annotated[int, typer.Option("-n", "--tokens", min=1, help="Tokens of it at most.")] = 2048,
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import find_model
+from .common import MODEL_HELP, find_model
 
 if TYPE_CHECKING:
     from ..graph import Graph
 
 
 def graph(
-    model: Annotated[str, typer.Argument(help="A .gguf file or a checkpoint folder.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
     layer: Annotated[int | None, typer.Option("--layer", min=0, help="One layer only.")] = None,
     format: Annotated[str, typer.Option("--format", help="text, mermaid or dot.")] = "text",
     tokens: Annotated[int, typer.Option("-n", "--tokens", min=1, help="Tokens of a run.")] = 1,

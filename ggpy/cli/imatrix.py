@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
-from .common import open_model
+from .common import MODEL_HELP, open_model
 
 
 def imatrix(
-    model: Annotated[str, typer.Argument(help="A .gguf file or a checkpoint folder.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
     text: Annotated[Path, typer.Argument(help="The text to run.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The file to write.")],
     n: Annotated[int | None, typer.Option("-n", "--tokens", min=1, help="Tokens of it at most; default: all.")] = None,

@@ -1,24 +1,24 @@
 """`ggpy inspect`: what is in a GGUF file."""
 
 import json as json_format
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..printable import printable
+from .common import MODEL_HELP, find_model
 
 _SHOWN = 6  # items of an array
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A .gguf file.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Print the metadata and tensors of a GGUF file."""
     from ..file import GGUFFile
 
-    with GGUFFile(path) as file:
+    with GGUFFile(find_model(model)) as file:
         if json:
             print(json_format.dumps(_as_json(file), indent=1))
         else:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import Error
-from .common import KVType, open_model
+from .common import MODEL_HELP, KVType, open_model
 
 if TYPE_CHECKING:
     from ..measure.perplexity import Perplexity
@@ -32,7 +32,7 @@ _MEASURES = (
 
 
 def perplexity(
-    model: Annotated[str, typer.Argument(help="A .gguf file or a checkpoint folder.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
     text: Annotated[Path | None, typer.Argument(help="The text; not needed with --kl-base.", metavar="[TEXT]")] = None,
     ctx: Annotated[int, typer.Option("-c", "--ctx", min=4, help="Tokens of a chunk.")] = 512,
     n: Annotated[int | None, typer.Option("-n", "--chunks", min=1, help="Chunks at most; default: all.")] = None,

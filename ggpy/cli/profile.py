@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from .common import KVType, kernel_progress, open_model
+from .common import MODEL_HELP, KVType, kernel_progress, open_model
 
 if TYPE_CHECKING:
     from ..generate.model import Model
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def profile(
-    model: Annotated[str, typer.Argument(help="A .gguf file or a checkpoint folder.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
     prompt: Annotated[int, typer.Option("-p", "--prompt", min=0, help="Tokens of a prompt; 0: decode one token.")] = 0,
     depth: Annotated[int, typer.Option("-d", "--depth", min=0, help="Tokens in the cache before.")] = 64,
     threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Default: physical cores.")] = None,

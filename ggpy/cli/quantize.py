@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import Error
-from .common import byte_count, conversion_progress, kernel_progress
+from .common import MODEL_HELP, byte_count, conversion_progress, find_model, kernel_progress
 
 if TYPE_CHECKING:
     from ..quantization import Plan
 
 
 def quantize(
-    source: Annotated[Path, typer.Argument(help="A .gguf model; of a split one any file.", metavar="IN")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="IN")],
     out: Annotated[Path, typer.Argument(help="The file to write.", metavar="OUT")],
     type: Annotated[
         str | None, typer.Argument(help="Such as q4_k_m, q8_0, iq4_xs, f16; copy.", metavar="[TYPE]", show_default=False)
@@ -48,6 +48,7 @@ def quantize(
         raise Error("name a type, or --target-size, or --target-kl")
     if (text is None) == (type is None):
         raise Error("targets need --text, and nothing else does")
+    source = find_model(model, "f16")
     overrides = [Override.parse(text) for text in tensor_type or ()]
     if type is None:
         assert text is not None

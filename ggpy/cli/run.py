@@ -10,7 +10,7 @@ import typer
 
 from ..errors import UnsupportedError
 from ..file import folder_of
-from .common import KVType, byte_count, open_model, text_of
+from .common import MODEL_HELP, KVType, byte_count, open_model, text_of
 from .sampling import sampling_values, with_sampling_flags
 from .terminal import AnswerWriter
 from .timings import timings
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @with_sampling_flags
 def run(
-    model: Annotated[str, typer.Argument(help="A .gguf file, a checkpoint folder or a hub id.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
     prompt: Annotated[
         str | None, typer.Option("-p", "--prompt", help="Text to continue; without it, or -: standard input.")
     ] = None,

@@ -16,6 +16,7 @@ from tests.models.test_llama import SIZES
 def folder(tmp_path_factory):
     """A folder with a checkpoint and its conversion, f32.gguf."""
     folder = tmp_path_factory.mktemp("cli")
+    (folder / "empty").mkdir()
     converted(folder, random_model(LlamaForCausalLM, LlamaConfig(**SIZES)))
     return folder
 
@@ -168,7 +169,7 @@ def test_convert_takes_types_in_any_case(folder, capsys, tmp_path, type):
         (["run", "{folder}/missing.gguf", "-p", "x"], "missing.gguf: no such file"),
         (["run", "{folder}/checkpoint/config.json", "-p", "x"], "config.json"),
         (["inspect", "{folder}/checkpoint/config.json"], "config.json"),
-        (["run", "{folder}", "-p", "x"], "a folder without config.json"),
+        (["run", "{folder}/empty", "-p", "x"], "neither GGUF files nor config.json"),
         (["run", "{folder}/f32.gguf", "-p", "the " * 600, "-c", "32"], "the context holds 32"),
         (["run", "{folder}/f32.gguf", "-p", ""], "the prompt is empty"),
         (["run", "{folder}/f32.gguf", "-p", "x", "--kv-type", "f8"], "there are F16, Q8_0, F32"),

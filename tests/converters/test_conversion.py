@@ -6,7 +6,6 @@ import shutil
 from collections import namedtuple
 
 import gguf
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -499,19 +498,6 @@ def test_index_can_name_files_of_the_folder_alone(mistral_folder, tmp_path):
         convert(folder, tmp_path / "model.gguf", "q8_0")
 
 
-def test_checkpoint_of_the_hub_is_fetched_by_its_id(llama_folder, tmp_path, monkeypatch):
-    asked = {}
-
-    def snapshot_download(repo_id, allow_patterns):
-        asked.update(repo_id=repo_id, patterns=allow_patterns)
-        return str(llama_folder)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    plan = convert("someone/model-1B", tmp_path / "model.gguf", "q8_0", dry_run=True)
-    assert asked["repo_id"] == plan.metadata["general.name"] == "someone/model-1B"
-    assert not any("bin" in pattern for pattern in asked["patterns"])
-
-
 def test_files_are_called_what_they_are(llama_folder, tmp_path):
     with pytest.raises(ConversionError, match="but a file; name its folder"):
         convert(llama_folder / "model.safetensors", tmp_path / "model.gguf", "q8_0")
@@ -520,18 +506,9 @@ def test_files_are_called_what_they_are(llama_folder, tmp_path):
         convert(tmp_path / "old.gguf", tmp_path / "model.gguf", "q8_0")
 
 
-def test_unreachable_hub_is_one_line(tmp_path, monkeypatch):
-    def snapshot_download(repo_id, allow_patterns):
-        raise OSError("no route\nto the host")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(ConversionError, match=r"^someone/model: no such folder here, and .*: no route$"):
-        convert("someone/model", tmp_path / "model.gguf", "q8_0")
-
-
 @pytest.mark.parametrize("source", ["nothing", "./some/model", "a/b/c", "/some/model"])
 def test_missing_folder_is_not_looked_for_at_the_hub(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    monkeypatch.setattr("ggpy.hub.download.list_remote", None)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConversionError, match="no such folder, nor an id"):
+    with pytest.raises(ConversionError, match="no such folder, nor a name"):
         convert(source, tmp_path / "model.gguf", "q8_0")
