@@ -23,6 +23,7 @@ ORDER = {
     "generate": 8,
     "measure": 9,
     "batching": 9,
+    "server": 9,
 }
 
 

@@ -15,6 +15,7 @@ _COMMANDS = (
     "list",
     "rm",
     "batch",
+    "serve",
     "convert",
     "quantize",
     "inspect",

@@ -79,6 +79,15 @@ class Generation:
         """Goes on until there is a piece to take, or the end; for those who look after many, as `take` is."""
         self._scheduler.advance(self._request)
 
+    @property
+    def ready(self) -> bool:
+        """Whether the next piece, or the end, is there already, so that asking for it takes no time."""
+        return self._request.ready
+
+    def step(self) -> None:
+        """Makes one run, for all generations of the model, unless this one is `ready`."""
+        self._scheduler.step(self._request)
+
     def take(self) -> bool:
         """Takes the pieces that are there already; True if that was the last."""
         request = self._request
@@ -120,6 +129,11 @@ class Generation:
         """ "stop" (an end token or a stop text), "length" (max_tokens), "context" (no room left), "cancelled"; None while
         it goes on."""
         return self._request.finish_reason
+
+    @property
+    def stop_text(self) -> str | None:
+        """The stop text that ended it, if one did."""
+        return self._request.stop_text
 
     @property
     def n_reused(self) -> int:

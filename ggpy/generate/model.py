@@ -774,8 +774,18 @@ class Model:
         **options: "Unpack[GenerationOptions]",
     ) -> Reply:
         """A reply; there must be room for so many of its tokens, if it may have them, or for a quarter of the context."""
-        self._runner.check()
         prompt = self.chat_prompt(messages, tools=tools, chat_template_kwargs=chat_template_kwargs)
+        return self._reply_to(prompt, room, tools, **options)
+
+    def _reply_to(
+        self,
+        prompt: str,
+        room: int,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: "Unpack[GenerationOptions]",
+    ) -> Reply:
+        """A reply to a conversation that the template has written out."""
+        self._runner.check()
         ids = self.tokenizer.encode_prompt(prompt)
         most = _limit(options.get("max_tokens"))
         room = min(room, self.n_ctx // 4, room if most is None else most)

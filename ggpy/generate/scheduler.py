@@ -125,6 +125,16 @@ class Request:
         return self.finish_reason is not None or self.error is not None
 
     @property
+    def ready(self) -> bool:
+        """Whether there is text to take, or nothing more will come."""
+        return bool(self.pieces) or self.done or self.cancelled
+
+    @property
+    def stop_text(self) -> str | None:
+        """The stop text that ended it, if one did."""
+        return self._stops.found
+
+    @property
     def first_wanted(self) -> int:
         """The first position whose logits are wanted: none before the one that is to give the next token, or the next
         log-probability of the prompt."""
@@ -226,6 +236,11 @@ class Scheduler:
         self._rate = 0.0  # tokens of prompts per second
 
     @property
+    def most(self) -> int:
+        """Generations that are at work at once; others wait."""
+        return self._most
+
+    @property
     def room(self) -> int:
         """Generations that are worth having at once, those that wait included."""
         return 2 * self._most
@@ -244,15 +259,19 @@ class Scheduler:
 
     def advance(self, request: Request) -> None:
         """Steps until a generation has text or has ended; one that is cancelled has."""
-        while not (request.pieces or request.done or request.cancelled):
-            self._check()
-            with self._lock:
-                self._stepping = threading.get_ident()
-                try:
-                    if not (request.pieces or request.done or request.cancelled):
-                        self._step(request)
-                finally:
-                    self._stepping = 0
+        while not request.ready:
+            self.step(request)
+
+    def step(self, request: Request) -> None:
+        """Makes one run, for all, unless the generation has text or has ended."""
+        self._check()
+        with self._lock:
+            self._stepping = threading.get_ident()
+            try:
+                if not request.ready:
+                    self._step(request)
+            finally:
+                self._stepping = 0
 
     def _check(self) -> None:
         """Raises Error where waiting for the lock would never end, too: in the handler of a signal that came in a step."""

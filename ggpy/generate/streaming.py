@@ -74,6 +74,11 @@ class StopMatcher:
     ----------
     stops : iterable of str
 
+    Attributes
+    ----------
+    found : str or None
+        The stop string that was found.
+
     Raises
     ------
     Error
@@ -87,7 +92,12 @@ class StopMatcher:
         if not all(isinstance(stop, str) for stop in self._stops):
             raise Error("stop must be texts")
         self._held = ""
-        self.stopped = False
+        self.found: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found."""
+        return self.found is not None
 
     def push(self, text: str) -> tuple[str, bool]:
         """Take the next piece of text.
@@ -102,10 +112,10 @@ class StopMatcher:
         if self.stopped:
             return "", True
         self._held += text
-        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            emit, self._held = self._held[: min(found)[1]], ""
+            _, at, self.found = min(found)
+            emit, self._held = self._held[:at], ""
         else:
             keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
             cut = len(self._held) - keep

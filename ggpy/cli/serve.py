@@ -1,0 +1,123 @@
+"""`ggpy serve`: answer over HTTP."""
+
+import json
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import Error
+from .common import KVType, byte_count, find_model, kernel_progress
+from .sampling import sampling_values, with_sampling_flags
+
+
+@with_sampling_flags
+def serve(
+    context: typer.Context,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="A .gguf file, a checkpoint folder or a hub id; NAME=MODEL gives it a name; if none, the demo model.",
+            metavar="[MODEL]...",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")] = 8080,
+    api_key: Annotated[
+        str, typer.Option("--api-key", envvar="GGPY_API_KEY", help="What clients must show.", show_default=False)
+    ] = "",
+    alias: Annotated[str | None, typer.Option("--alias", help="The name of the only model.")] = None,
+    ctx: Annotated[int | None, typer.Option("-c", "--ctx", min=1, help="Tokens of context, for each answer.")] = None,
+    threads: Annotated[int | None, typer.Option("-t", "--threads", min=1, help="Default: physical cores.")] = None,
+    kv_type: KVType = "f16",
+    kv_memory: Annotated[
+        str | None, typer.Option("--kv-memory", help="Memory for keys and values of all answers: 6G, 512M.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="Memory for all loaded models; default: four fifths of the machine's.")
+    ] = None,
+    max_queue: Annotated[int, typer.Option("--max-queue", min=0, help="Answers that may wait for their turn.")] = 64,
+    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds that an answer may take.")] = 3600.0,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option("--allowed-host", help="A name that clients may ask for; may be repeated.")
+    ] = None,
+    **sampling: Any,
+) -> None:
+    """Serve models over HTTP, by the APIs of OpenAI and Anthropic.
+
+    Sampling options are for requests that don't say otherwise.
+    """
+    try:
+        import uvicorn
+
+        from ..server.app import Limits, application
+        from ..server.models import Served
+    except ImportError as error:
+        raise Error(f"serving needs more packages ({error}): pip install 'ggpy[serve]'") from None
+    named = [_named(model) for model in models or ["demo"]]
+    if alias is not None:
+        if len(named) > 1:
+            raise Error("--alias is for one model; name several as NAME=MODEL")
+        named = [(alias, named[0][1])]
+    if len({name for name, _ in named}) < len(named):
+        raise Error("two models have the same name; NAME=MODEL gives another")
+    how = {"n_ctx": ctx, "n_threads": threads, "kv_type": kv_type}
+    if kv_memory is not None:
+        how["kv_memory"] = byte_count(kv_memory)
+    hosts = [*(allowed_host or []), host]
+    limits = Limits(api_key, max_queue, timeout, hosts=hosts)
+    given = {n: v for n, v in sampling.items() if context.get_parameter_source(n) != _default_source()}
+    most = byte_count(memory) if memory is not None else _memory() * 4 // 5
+    _log_as_json()
+    with kernel_progress() as progress:
+        served = [Served(name, find_model(model), {**how, "progress": progress}) for name, model in named]
+        app = application(served, most, limits, sampling_values(given))
+        config = uvicorn.Config(app, host, port, access_log=False, log_config=None, server_header=False)
+        server = uvicorn.Server(config)
+        server.run()
+    if not server.started:
+        sys.exit(1)
+
+
+def _named(model: str) -> tuple[str, str]:
+    """The name and the place of a MODEL argument."""
+    found = re.fullmatch(r"([\w.:-]+)=(.+)", model)
+    if found and not Path(model).exists():
+        return found[1], found[2]
+    return (Path(model).stem if model.endswith(".gguf") else Path(model).name or model), model
+
+
+def _default_source() -> Any:
+    from click.core import ParameterSource
+
+    return ParameterSource.DEFAULT
+
+
+def _memory() -> int:
+    from ..generate.runner import _memory
+
+    return _memory()
+
+
+class _JSONFormatter(logging.Formatter):
+    """A line of JSON for each record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), "level": record.levelname.lower()}
+        line |= {"message": record.getMessage(), **getattr(record, "facts", {})}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def _log_as_json() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JSONFormatter())
+    for name in ("ggpy", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(os.environ.get("GGPY_LOG", "info").upper())

@@ -1,0 +1,593 @@
+"""The application: endpoints, and what stands before them."""
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import anyio
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..errors import Error
+from ..generate.generation import Generation
+from . import fields
+from .answers import Answer, new_id, usage_of
+from .chat import ChatWriter, conversation_of, format_options
+from .completions import CompletionWriter, continuations, gap_ids, prompts_of
+from .conversation import Conversation, Plain, Prompt, replies
+from .engine import Stream
+from .errors import APIError, failed, invalid, refused
+from .models import Models, Served
+from .writer import Writer
+
+_log = logging.getLogger("ggpy.server")
+T = TypeVar("T")
+
+_BODY_SECONDS = 60.0  # in which a body must have come
+_KEEP_ALIVE = 10.0  # seconds without an event, after which a comment is sent
+_PUBLIC = ("/", "/health", "/v1/health")  # what needs no key
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What clients may do.
+
+    Attributes
+    ----------
+    api_key : str
+        What they must show; empty: nothing.
+    max_queue : int
+        Answers that may wait, beside those that are at work.
+    seconds : float
+        That an answer may take.
+    body : int
+        Bytes of a request.
+    hosts : sequence of str
+        Names under which the server may be asked, beside localhost and IP addresses.
+    """
+
+    api_key: str = ""
+    max_queue: int = 64
+    seconds: float = 3600.0
+    body: int = 16 << 20
+    hosts: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What requests get that don't say otherwise: options of generations."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+# Answers
+
+
+class Events(StreamingResponse):
+    """Events as they come, and comments while none do. What ends it early ends the answers."""
+
+    def __init__(self, events: AsyncIterator[str], stack: AsyncExitStack):
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(_kept_alive(events), headers=headers, media_type="text/event-stream")
+        self._stack = stack
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends them; what was in use is given back in any case."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._stack.aclose()
+
+
+async def _kept_alive(events: AsyncIterator[str]) -> AsyncIterator[str]:
+    while True:
+        task = asyncio.ensure_future(anext(events))
+        try:
+            while not (await asyncio.wait({task}, timeout=_KEEP_ALIVE))[0]:
+                yield ": still at work\n\n"
+            yield task.result()
+        except StopAsyncIteration:
+            return
+        finally:
+            task.cancel()
+
+
+def _written(event: str | None, data: Mapping[str, Any]) -> str:
+    return (f"event: {event}\n" if event else "") + f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
+
+
+async def _connected(request: Request, work: Awaitable[T]) -> T:
+    """The result of some work; gives it up when the client leaves.
+
+    Raises
+    ------
+    ClientDisconnect
+        It has left.
+    """
+    results: list[T] = []
+    async with anyio.create_task_group() as group:
+
+        async def watch() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            group.cancel_scope.cancel()
+
+        group.start_soon(watch)
+        results.append(await work)
+        group.cancel_scope.cancel()
+    if not results:
+        raise ClientDisconnect
+    return results[0]
+
+
+class Server:
+    """The endpoints.
+
+    Parameters
+    ----------
+    models : Models
+    limits : Limits
+    defaults : mapping
+        Options of generations for requests that don't say otherwise.
+    """
+
+    def __init__(self, models: Models, limits: Limits, defaults: Mapping[str, Any]):
+        self.models, self.limits, self.defaults = models, limits, dict(defaults)
+
+    # What endpoints share
+
+    async def body(self, request: Request) -> dict[str, Any]:
+        """The request's JSON object.
+
+        Raises
+        ------
+        APIError
+            It is too long, takes too long, or is no JSON object.
+        """
+        data = bytearray()
+        try:
+            with anyio.fail_after(_BODY_SECONDS):
+                async for chunk in request.stream():
+                    data += chunk
+                    if len(data) > self.limits.body:
+                        raise APIError(413, f"a request may have {self.limits.body} bytes")
+        except TimeoutError:
+            raise APIError(408, f"the request didn't come within {_BODY_SECONDS:.0f} s") from None
+        try:
+            body = json.loads(data, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError):
+            raise invalid("the request's body isn't JSON") from None
+        if not isinstance(body, dict):
+            raise invalid("the request's body must be a JSON object")
+        return body
+
+    async def read(self, request: Request, table: Mapping[str, fields.Field]) -> dict[str, Any]:
+        """The known fields of a request, checked."""
+        return fields.read(await self.body(request), table)
+
+    def options(self, values: Mapping[str, Any], table: Mapping[str, fields.Field], served: Served) -> dict[str, Any]:
+        """The options of a request's generations."""
+        options = {**self.defaults, **fields.options_of(values, table)}
+        if values.get("ignore_eos"):
+            ends = dict.fromkeys(served.model.tokenizer.end_tokens, float("-inf"))
+            options["logit_bias"] = {**options.get("logit_bias", {}), **ends}
+        return options
+
+    async def answer(
+        self,
+        request: Request,
+        values: Mapping[str, Any],
+        begin: Callable[[Served], tuple[list[Generation], Callable[[list[Generation]], tuple[Writer, list[Answer]]]]],
+        each: int = 1,
+        n_prompts: int = 1,
+    ) -> Response:
+        """Answers a request for text: whole, or as events.
+
+        Parameters
+        ----------
+        begin : callable
+            Begins the generations, in another thread; gives them, and what makes a writer and answers of them.
+        each, n_prompts : int
+            How many answers there are to each of so many prompts.
+
+        Raises
+        ------
+        APIError
+            Too many answers are wanted already, or the request isn't understood.
+        """
+        async with AsyncExitStack() as stack:
+            served = await stack.enter_async_context(self.models.use(values.get("model")))
+            self._admit(served, each * n_prompts, stack)
+            try:
+                generations, written = await asyncio.to_thread(begin, served)
+            except Error as error:
+                raise refused(error) from None
+            writer, answers = written(generations)
+            stream = Stream(served.engine, generations, self.limits.seconds)
+            stack.callback(stream.close)
+            request.state.answers = answers
+            if values.get("stream"):
+                return Events(_events(stream, writer, answers, n_prompts), stack.pop_all())
+            return JSONResponse(await _connected(request, _whole(stream, writer, answers, n_prompts)))
+        raise AssertionError  # the stack hides no errors
+
+    def _admit(self, served: Served, n: int, stack: AsyncExitStack) -> None:
+        """Lets n more answers in, until the stack is left; where there are too many, only when nobody else is there."""
+        most = served.model._scheduler.most + self.limits.max_queue
+        if served.n_answers and served.n_answers + n > most:
+            raise APIError(429, f"{served.n_answers} answers are under way; try again", headers={"Retry-After": "5"})
+        served.n_answers += n
+
+        def leave() -> None:
+            served.n_answers -= n
+
+        stack.callback(leave)
+
+    # OpenAI's API
+
+    async def chat_completions(self, request: Request) -> Response:
+        """POST /v1/chat/completions"""
+        values = await self.read(request, fields.CHAT)
+        conversation = conversation_of(values)
+        more = {**format_options(values.get("response_format"))}
+        wanted = values.get("logprobs", False)
+        if wanted:
+            more["logprobs"] = values.get("top_logprobs", 0)
+        elif "top_logprobs" in values:
+            raise invalid("top_logprobs needs logprobs", "top_logprobs")
+        with_usage = _with_usage(values)
+
+        def begin(served: Served) -> Any:
+            options = {**self.options(values, fields.CHAT, served), **more}
+            prompt, generations = _reply(served, conversation, options, values.get("n", 1))
+
+            def written(generations: list[Generation]) -> tuple[Writer, list[Answer]]:
+                answers = [Answer(g, prompt.parser()) for g in generations]
+                tokenizer = served.model.tokenizer
+                return ChatWriter(served.name, answers, tokenizer, wanted, with_usage), answers
+
+            return generations, written
+
+        return await self.answer(request, values, begin, values.get("n", 1))
+
+    async def completions(self, request: Request) -> Response:
+        """POST /v1/completions"""
+        values = await self.read(request, fields.COMPLETION)
+        if "prompt" not in values:
+            raise invalid("prompt is required", "prompt")
+        prompts = prompts_of(values["prompt"])
+        n, echo = values.get("n", 1), values.get("echo", False)
+        each = max(n, values.get("best_of", n))
+        if each > n and values.get("stream"):
+            raise invalid("best_of can't be streamed", "best_of")
+        if values.get("suffix") and (len(prompts) > 1 or not isinstance(prompts[0], str)):
+            raise invalid("suffix goes with one prompt, a text", "suffix")
+        more = {**format_options(values.get("response_format"))}
+        wanted = "logprobs" in values
+        if wanted or each > n:
+            more["logprobs"] = values.get("logprobs", 0)
+
+        def begin(served: Served) -> Any:
+            options = {**self.options(values, fields.COMPLETION, served), **more}
+            model, texts = served.model, prompts
+            if values.get("suffix"):
+                texts = [gap_ids(model, str(prompts[0]), values["suffix"])]
+            # OpenAI's API ends completions after 16 tokens unless asked for more.
+            generations = continuations(model, texts, {"max_tokens": 16, **options}, each, echo)
+            for i, generation in enumerate(generations):
+                generation.index, generation.choice = divmod(i, each)
+
+            def written(generations: list[Generation]) -> tuple[Writer, list[Answer]]:
+                answers = [Answer(g, Plain()) for g in generations]
+                best = n if each > n else 0
+                writer = CompletionWriter(served.name, answers, model.tokenizer, wanted, _with_usage(values), best)
+                return writer, answers
+
+            return generations, written
+
+        return await self.answer(request, values, begin, each, len(prompts))
+
+    async def list_models(self, request: Request) -> Response:
+        """GET /v1/models"""
+        data = [self._model_facts(served) for served in self.models.served.values()]
+        return JSONResponse({"object": "list", "data": data, "models": [{**d, "name": d["id"]} for d in data]})
+
+    async def one_model(self, request: Request) -> Response:
+        """GET /v1/models/NAME"""
+        name = request.path_params["name"]
+        if name not in self.models.served:
+            raise APIError(404, f"no model {name!r}", param="model", code="model_not_found")
+        return JSONResponse(self._model_facts(self.models.served[name]))
+
+    def _model_facts(self, served: Served) -> dict[str, Any]:
+        facts: dict[str, Any] = {"id": served.name, "object": "model", "created": served.created, "owned_by": "ggpy"}
+        if served.is_loaded:
+            model = served.model
+            facts["meta"] = {
+                "n_ctx": model.n_ctx,
+                "n_ctx_train": model.architecture.n_ctx_train,
+                "n_embd": model.architecture.n_embd,
+                "n_vocab": model.architecture.n_vocab,
+                "size": served.path.stat().st_size,
+            }
+            facts["max_model_len"] = model.n_ctx
+        return facts
+
+    # Others
+
+    async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize"""
+        values = await self.read(request, fields.TOKENIZE)
+
+        def tokens(served: Served) -> dict[str, Any]:
+            model = served.model
+            if "messages" in values:
+                ids = model.tokenizer.encode_prompt(Prompt(model, conversation_of(values), False).text)
+            else:
+                text = values.get("content", values.get("prompt"))
+                if text is None:
+                    raise invalid("content, prompt or messages is required", "content")
+                bos = None if values.get("add_special", "prompt" in values) else False
+                ids = model.tokenizer.encode(text, special=values.get("parse_special", True), bos=bos)
+            facts: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": model.n_ctx}
+            if values.get("with_pieces"):
+                data = [model.tokenizer.token_bytes(i) for i in ids]
+                facts["tokens"] = [{"id": i, "piece": _text_or_bytes(d)} for i, d in zip(ids, data, strict=True)]
+            return facts
+
+        return JSONResponse(await self.computed(request, values, tokens))
+
+    async def detokenize(self, request: Request) -> Response:
+        """POST /detokenize"""
+        values = await self.read(request, fields.DETOKENIZE)
+        ids = values.get("tokens")
+        if ids is None:
+            raise invalid("tokens is required", "tokens")
+        text = await self.computed(request, values, lambda served: served.model.detokenize(ids))
+        return JSONResponse({"content": text, "prompt": text})
+
+    async def apply_template(self, request: Request) -> Response:
+        """POST /apply-template"""
+        values = await self.read(request, fields.CHAT)
+        conversation = conversation_of(values)
+        text = await self.computed(request, values, lambda served: Prompt(served.model, conversation, False).text)
+        return JSONResponse({"prompt": text})
+
+    async def computed(self, request: Request, values: Mapping[str, Any], work: Callable[[Served], T]) -> T:
+        """What a function gives for the request's model, in another thread."""
+        async with self.models.use(values.get("model")) as served:
+            try:
+                return await asyncio.to_thread(work, served)
+            except Error as error:
+                raise refused(error) from None
+        raise AssertionError  # use() hides no errors
+
+    async def health(self, request: Request) -> Response:
+        """GET /health"""
+        return JSONResponse({"status": "ok"})
+
+
+def _reply(
+    served: Served, conversation: Conversation, options: Mapping[str, Any], n: int
+) -> tuple[Prompt, list[Generation]]:
+    constrained = any(options.get(name) is not None for name in ("json_schema", "regex", "grammar"))
+    prompt = Prompt(served.model, conversation, constrained)
+    return prompt, replies(served.model, prompt, options, n)
+
+
+def _with_usage(values: Mapping[str, Any]) -> bool:
+    return bool(values.get("stream_options", {}).get("include_usage", False))
+
+
+def _text_or_bytes(data: bytes) -> str | list[int]:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return list(data)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+async def _events(stream: Stream, writer: Writer, answers: list[Answer], n_prompts: int) -> AsyncIterator[str]:
+    for event in writer.start():
+        yield _written(*event)
+    try:
+        async for index, pieces, ended in stream:
+            deltas = answers[index].take(pieces, ended)
+            events = writer.take(index, deltas) + (writer.end(index) if ended else [])
+            if events:
+                yield "".join(_written(*event) for event in events)
+    except Exception as error:
+        for event in writer.failed(_as_api_error(error)):
+            yield _written(*event)
+        return
+    yield "".join(_written(*event) for event in writer.finish(usage_of(answers, n_prompts))) + writer.after
+
+
+async def _whole(stream: Stream, writer: Writer, answers: list[Answer], n_prompts: int) -> dict[str, Any]:
+    try:
+        async for index, pieces, ended in stream:
+            answers[index].take(pieces, ended)
+    except Error as error:
+        raise failed(error) from None
+    return writer.whole(usage_of(answers, n_prompts))
+
+
+def _as_api_error(error: Exception) -> APIError:
+    if isinstance(error, Error):
+        return failed(error)
+    _log.error("an answer failed", exc_info=error)
+    return APIError(500, "internal error")
+
+
+# What stands before the endpoints
+
+
+class Guard:
+    """Refuses requests under other hosts' names, of other hosts' pages, and without the key; logs what was asked.
+
+    A page from anywhere can let its host's name point to this machine and so have a browser ask us: the name in `Host`
+    shows it. An IP address can't be pointed elsewhere.
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits):
+        self._app, self._limits = app, limits
+        self._key = limits.api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        given = headers.get("x-request-id", "")
+        request_id = given if re.fullmatch(r"[\w.-]{1,64}", given) else new_id("req_")
+        started, status = time.perf_counter(), 0
+
+        async def answered(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+        error = self._refusal(scope["path"], headers)
+        try:
+            if error is not None:
+                await _error_response(scope["path"], error)(scope, receive, answered)
+            else:
+                await self._app(scope, receive, answered)
+        finally:
+            self._write_log(scope, request_id, status, time.perf_counter() - started)
+
+    def _refusal(self, path: str, headers: Mapping[str, str]) -> APIError | None:
+        host = _host_name(headers.get("host", ""))
+        if not _is_own(host, self._limits.hosts):
+            return APIError(403, f"this server is not {host!r}: ask it by its address, or start it with --allowed-host")
+        origin = headers.get("origin", "")
+        if origin.startswith(("http://", "https://")) and urlsplit(origin).netloc != headers.get("host"):
+            return APIError(403, "pages of other servers may not use this one")
+        if self._key and path not in _PUBLIC:
+            shown = headers.get("x-api-key") or re.sub(r"^bearer\s+", "", headers.get("authorization", ""), flags=re.I)
+            if not hmac.compare_digest(shown.encode("latin-1"), self._key):
+                return APIError(401, "the API key is missing or wrong", code="invalid_api_key")
+        if int(headers.get("content-length", "0")) > self._limits.body:
+            return APIError(413, f"a request may have {self._limits.body} bytes")
+        return None
+
+    def _write_log(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
+        facts: dict[str, Any] = {
+            "id": request_id,
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "seconds": round(seconds, 3),
+        }
+        answers = scope["state"].get("answers")
+        if answers:
+            usage = usage_of(answers)
+            facts |= {"prompt": usage.prompt, "cached": usage.cached, "completion": usage.completion}
+            facts["ended"] = [a.generation.finish_reason for a in answers]
+        _log.info("request", extra={"facts": facts})
+
+
+def _host_name(host: str) -> str:
+    """The name in a `Host`, without the port."""
+    return host[1 : host.find("]")] if host.startswith("[") else host.partition(":")[0]
+
+
+def _is_own(host: str, allowed: Sequence[str]) -> bool:
+    if not host or host == "localhost" or host.endswith(".localhost") or host in allowed:
+        return True
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _error_response(path: str, error: APIError) -> Response:
+    body = error.anthropic() if path.startswith("/v1/messages") else error.openai()
+    return JSONResponse(body, error.status, error.headers)
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, APIError)
+    return _error_response(request.url.path, error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    words = {404: f"nothing at {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}
+    made = APIError(error.status_code, words.get(error.status_code, error.detail), headers=dict(error.headers or {}))
+    return _error_response(request.url.path, made)
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)
+    _log.error("a request failed", exc_info=error)
+    return _error_response(request.url.path, APIError(500, "internal error"))
+
+
+#: method, path and the endpoint's name
+ENDPOINTS = (
+    ("POST", "/v1/chat/completions", "chat_completions"),
+    ("POST", "/v1/completions", "completions"),
+    ("GET", "/v1/models", "list_models"),
+    ("GET", "/v1/models/{name:path}", "one_model"),
+    ("POST", "/tokenize", "tokenize"),
+    ("POST", "/detokenize", "detokenize"),
+    ("POST", "/apply-template", "apply_template"),
+    ("GET", "/health", "health"),
+    ("GET", "/v1/health", "health"),
+)
+
+
+def application(served: Sequence[Served], memory: int, limits: Limits, defaults: Mapping[str, Any]) -> Starlette:
+    """The application, for any ASGI server; it loads the first model as it starts.
+
+    Parameters
+    ----------
+    served : sequence of Served
+    memory : int
+        Bytes that loaded models may take.
+    limits : Limits
+    defaults : mapping
+        Options of generations for requests that don't say otherwise.
+    """
+    server = Server(Models(served, memory), limits, defaults)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with server.models.use(None):
+            pass
+        yield
+        await server.models.close()
+
+    routes = [Route(path, getattr(server, name), methods=[method]) for method, path, name in ENDPOINTS]
+    handlers = {APIError: _on_api_error, HTTPException: _on_http_error, ClientDisconnect: _on_error, Exception: _on_error}
+    return Starlette(
+        routes=routes,
+        middleware=[Middleware(Guard, limits=limits)],
+        exception_handlers=handlers,  # type: ignore[arg-type]
+        lifespan=lifespan,
+    )

@@ -1,0 +1,46 @@
+"""What all APIs' answers have in common."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from .. import __version__
+from .answers import Delta, Usage
+from .errors import APIError
+
+#: OpenAI's name for the software that answers
+FINGERPRINT = f"ggpy-{__version__}"
+
+#: A server-sent event: its name, if the API has names, and its data.
+Event: TypeAlias = tuple[str | None, dict[str, Any]]
+
+
+class Writer(ABC):
+    """Writes the answers to one request in an API's shape, as a stream of events or whole."""
+
+    #: what follows the last event
+    after = "data: [DONE]\n\n"
+
+    def start(self) -> list[Event]:
+        """What comes first."""
+        return []
+
+    @abstractmethod
+    def take(self, index: int, deltas: Sequence[Delta]) -> list[Event]:
+        """What becomes certain of an answer."""
+
+    @abstractmethod
+    def end(self, index: int) -> list[Event]:
+        """An answer has ended."""
+
+    def finish(self, usage: Usage) -> list[Event]:
+        """All have."""
+        return []
+
+    def failed(self, error: APIError) -> list[Event]:
+        """Something went wrong on the way."""
+        return [(None, error.openai())]
+
+    @abstractmethod
+    def whole(self, usage: Usage) -> dict[str, Any]:
+        """All answers at once."""
