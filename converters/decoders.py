@@ -448,6 +448,90 @@ def _gather_stablelm(tensors: Mapping[str, Rows], config: Config) -> dict[str, R
     return gathered
 
 
+def _usual_gemma(config: Config) -> dict[str, Any]:
+    """ "gelu" has always meant its approximation."""
+    config.get("hidden_activation")
+    return {"hidden_act": "gelu_pytorch_tanh"} if config.get("hidden_act") == "gelu" else {}
+
+
+def _usual_exaone(config: Config) -> dict[str, Any]:
+    """Names settings as other families do."""
+    names = {"num_layers": "num_hidden_layers", "layer_norm_epsilon": "rms_norm_eps", "activation_function": "hidden_act"}
+    return {new: config.get(old) for old, new in names.items() if config.get(old) is not None}
+
+
+def _gather_exaone(tensors: Mapping[str, Rows], config: Config) -> dict[str, Rows]:
+    """Layers under the name that released checkpoints have; transformers saves them under another."""
+    return {name.replace("model.layers.", "transformer.h."): rows for name, rows in tensors.items()}
+
+
+# --- Hunyuan ---
+
+_ALPHA = {"alpha", "beta_fast", "beta_slow", "factor", "mscale", "mscale_all_dim", "type", "rope_type", "rope_theta"}
+
+
+def _usual_hunyuan(config: Config) -> dict[str, Any]:
+    """Dynamic scaling with an alpha is another base, once and for all."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    is_dynamic = isinstance(rope, dict) and "dynamic" in (rope.get("type"), rope.get("rope_type"))
+    if not is_dynamic or not rope.get("alpha") or not rope.keys() <= _ALPHA:
+        return {}
+    settings, n = Config(rope, config.path), head_dim(config)
+    base = settings.number("rope_theta", config.number("rope_theta", 10000.0)) * settings.number("alpha") ** (n / (n - 2))
+    return {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": base}}
+
+
+def _usual_hunyuan_moe(config: Config) -> dict[str, Any]:
+    """Numbers that may be given for each layer."""
+    values = _usual_hunyuan(config)
+    for key in ("num_experts", "moe_topk", "moe_intermediate_size", "num_shared_expert"):
+        value = config.get(key)
+        if isinstance(value, list):
+            if not value or any(x != value[0] for x in value):
+                raise UnsupportedError(f"{config.path}: {key} {shown(value)}; known: one for all layers")
+            values[key] = value[0]
+    values["num_experts_per_tok"] = values.get("moe_topk", config.get("moe_topk"))
+    n_ff = config.integer("intermediate_size")
+    if values.get("moe_intermediate_size", n_ff) != n_ff or values.get("num_shared_expert", 1) != 1:
+        raise UnsupportedError(f"{config.path}: moe_intermediate_size, num_shared_expert; known: as transformers has them")
+    return values
+
+
+def _write_hunyuan_moe(writer: gguf.GGUFWriter, config: Config) -> None:
+    write_expert_hparams(writer, config)
+    writer.add_expert_feed_forward_length(config.integer("intermediate_size"))
+    writer.add_expert_shared_feed_forward_length(config.integer("intermediate_size"))
+
+
+def _hunyuan_experts(config: Config, i: int) -> Shapes:
+    n_embd, n_ff = config.integer("hidden_size"), config.integer("intermediate_size")
+    return expert_shapes(config, n_ff) | ffn_shapes(n_embd, n_ff, "_shexp")
+
+
+# --- Mellum ---
+
+
+def _usual_mellum(config: Config) -> dict[str, Any]:
+    n_layer = config.integer("num_hidden_layers")
+    return {} if config.get("layer_types") else {"layer_types": ["full_attention"] * n_layer}
+
+
+def _write_mellum(writer: gguf.GGUFWriter, config: Config) -> None:
+    kinds = config.get("mlp_layer_types", [])
+    if any(kind != "sparse" for kind in kinds):
+        raise UnsupportedError(f"{config.path}: mlp_layer_types {shown(kinds)}; known: sparse in all layers")
+    config.only("norm_topk_prob", True)
+    for key in ("num_mtp_layers", "mtp_layer_types", "mtp_mlp_layer_types"):
+        config.get(key)
+    write_expert_hparams(writer, config)
+    writer.add_expert_feed_forward_length(config.integer("moe_intermediate_size"))
+    nested = (config.get("rope_parameters") or {}).get("sliding_attention")
+    if nested is not None:
+        local = Config(nested, config.path)
+        local.only("rope_type", "default")
+        writer.add_rope_freq_base_swa(local.number("rope_theta", 10000.0))
+
+
 def _usual_falcon(config: Config) -> dict[str, Any]:
     """Names settings as other families do. Heads share keys as an architecture of old has it, or a newer."""
     n_head, is_new = config.integer("num_attention_heads"), bool(config.get("new_decoder_architecture"))
@@ -532,6 +616,58 @@ def _gather_gpt2(tensors: Mapping[str, Rows], config: Config) -> dict[str, Rows]
 
 
 FAMILIES: tuple[Family, ...] = (
+    decoder(
+        ("GemmaForCausalLM",),
+        MODEL.GEMMA,
+        Traits(
+            act="gelu_pytorch_tanh",
+            norm_shift=1.0,
+            biases=_if("attention_bias", *ATTENTION),
+            write=_only(use_bidirectional_attention=None),
+        ),
+        usual=_usual_gemma,
+        hidden_act="gelu_pytorch_tanh",
+        tie_word_embeddings=True,
+        head_dim=256,
+    ),
+    decoder(
+        ("ExaoneForCausalLM",),
+        MODEL.EXAONE,
+        Traits(biases=_attention_and_ffn),
+        _gather_exaone,
+        _usual_exaone,
+        num_key_value_heads=8,
+        rope_theta=500000.0,
+        rms_norm_eps=1e-5,
+    ),
+    decoder(
+        ("MellumForCausalLM",),
+        MODEL.QWEN3MOE,
+        Traits(
+            qk_norm=lambda config: "head",
+            biases=_if("attention_bias", *ATTENTION),
+            windows="types 4",
+            rope=_BY_KIND,
+            experts=lambda config, i: expert_shapes(config, config.integer("moe_intermediate_size")),
+            write=_write_mellum,
+        ),
+        without_further_layers,
+        _usual_mellum,
+        "mellum",
+        head_dim=128,
+        sliding_window=1024,
+    ),
+    decoder(
+        ("HunYuanMoEV1ForCausalLM",),
+        MODEL.HUNYUAN_MOE,
+        Traits(
+            qk_norm=lambda config: "head",
+            biases=_if("attention_bias", *ATTENTION),
+            experts=_hunyuan_experts,
+            write=_write_hunyuan_moe,
+        ),
+        usual=_usual_hunyuan_moe,
+    ),
     decoder(("Gemma2ForCausalLM",), MODEL.GEMMA2, Traits(**_GEMMA, windows="types 2", write=_write_gemma), **GEMMA, **CAPS),
     decoder(
         ("Gemma3ForCausalLM",),
@@ -631,6 +767,7 @@ FAMILIES: tuple[Family, ...] = (
         ("HunYuanDenseV1ForCausalLM",),
         MODEL.HUNYUAN_DENSE,
         Traits(qk_norm=lambda config: "head", biases=_if("attention_bias", *ATTENTION)),
+        usual=_usual_hunyuan,
     ),
     decoder(
         ("Ernie4_5ForCausalLM",),

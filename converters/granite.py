@@ -1,4 +1,4 @@
-"""Granite 4's hybrids: Mamba-2 in most layers, attention in the others, and a feed-forward part with or without experts."""
+"""Granite 4: Mamba-2 in most layers and attention in the others, or in all; a feed-forward part, also of experts."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ def scans(config: Config) -> list[bool]:
     n_layer, kinds = config.integer("num_hidden_layers"), config.get("layer_types")
     if not isinstance(kinds, list) or len(kinds) != n_layer or not all(kind in KINDS for kind in kinds):
         raise UnsupportedError(f"{config.path}: layer_types {shown(kinds)}; known: {', '.join(KINDS)} for each layer")
-    found = [KINDS[kind] for kind in kinds]
-    if not any(found):
-        raise UnsupportedError(f"{config.path}: layer_types: no layer is mamba's; such models aren't hybrids")
-    return found
+    return [KINDS[kind] for kind in kinds]
+
+
+def arch_of(config: Config) -> gguf.MODEL_ARCH:
+    """Without Mamba-2 it is Granite 3."""
+    if any(scans(config)):
+        return gguf.MODEL_ARCH.GRANITE_HYBRID
+    return gguf.MODEL_ARCH.GRANITE_MOE if _n_experts(config) else gguf.MODEL_ARCH.GRANITE
 
 
 def scan(config: Config) -> Scan:
@@ -50,7 +54,7 @@ def _n_experts(config: Config) -> int:
 
 def usual(config: Config) -> dict[str, Any]:
     """Without experts the shared part is all there is."""
-    config.get("mamba_chunk_size")
+    config.get("mamba_chunk_size"), config.get("time_step_limit")
     if _n_experts(config):
         return {}
     config.get("intermediate_size"), config.get("num_experts_per_tok")
@@ -62,7 +66,7 @@ def write_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
     config.only("attention_bias", False)
     kinds, n_kv = scans(config), config.integer("num_key_value_heads", config.integer("num_attention_heads"))
     n_head_kv = [0 if is_scan else n_kv for is_scan in kinds]
-    write_decoder_hparams(writer, config.replaced(layer_types=None), n_head_kv=n_head_kv)
+    write_decoder_hparams(writer, config.replaced(layer_types=None), n_head_kv=n_head_kv if any(kinds) else None)
     for key, add in (
         ("attention_multiplier", writer.add_attention_scale),
         ("embedding_multiplier", writer.add_embedding_scale),
@@ -73,7 +77,8 @@ def write_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
     if _n_experts(config):
         write_expert_hparams(writer, config)
         writer.add_expert_shared_feed_forward_length(config.integer("shared_intermediate_size"))
-    scan(config).write_hparams(writer, config)
+    if any(kinds):
+        scan(config).write_hparams(writer, config)
     writer.add_rope_scaling_finetuned(config.get("position_embedding_type") == "rope")
 
 
@@ -141,4 +146,5 @@ FAMILY = Family(
     transform,
     usual=usual,
     defaults=DEFAULTS,
+    arch_of=arch_of,
 )

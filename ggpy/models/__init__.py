@@ -12,7 +12,7 @@ from .encoder import EncoderStyle
 from .gemma4 import Gemma4
 from .hparams import Hparams, Options
 from .lfm2 import Lfm2
-from .mamba2 import Hybrid, Mamba2, Parallel, Single
+from .mamba2 import Hybrid, Mamba2, Parallel, Single, granite_style
 from .qwen35 import Qwen35
 from .rope import Rope
 from .weights import DerivedWeight, Weights
@@ -49,6 +49,10 @@ _AFTER: dict[str, Any] = {"norm_before": False, "norm_after": True}
 _PARALLEL: dict[str, Any] = {"layer_norm": True, "ffn_norm": "", "parallel": True}
 
 
+def _read_granite(hp: Hparams, options: Options) -> Architecture:
+    return granite_style(hp).read(hp, options)
+
+
 def _read_stablelm(hp: Hparams, options: Options) -> Architecture:
     """Layers without a norm before the feed-forward part have it beside attention, whatever old files' keys say."""
     in_turn = "blk.0.ffn_norm.weight" in hp.file.tensors
@@ -64,6 +68,7 @@ ARCHITECTURES: dict[str, Reader] = {
     "qwen2moe": Style().read,
     "qwen3moe": Style(normalize=True).read,
     "olmoe": Style().read,
+    "gemma": Style(act="geglu", embd_root=True).read,
     "gemma2": Style(**_GEMMA, window=4096, window_every=2, shared_scale_at=46).read,
     "gemma3": Style(**_GEMMA, window_every=6, window_base=10000.0, shared_scale_at=62).read,
     "gemma4": Gemma4.read,
@@ -72,13 +77,16 @@ ARCHITECTURES: dict[str, Reader] = {
     ).read,
     "mistral3": Style(rope="norm", normalize=True).read,
     "phi3": Style(normalize=True).read,
-    "granite": Style(rope="norm", divide_logits=True).read,
-    "granite_swa": Style(rope="norm", divide_logits=True, normalize=True).read,  # Granite with windows and sinks
-    "granitemoe": Style(rope="norm", divide_logits=True, normalize=True).read,
+    "granite": _read_granite,
+    "granite_swa": _read_granite,  # with windows and sinks
+    "granitemoe": _read_granite,
     "smollm3": Style(rope="norm", no_rope_every=4).read,
     "olmo2": Style(**_AFTER, window_every=4, window_base=0.0).read,  # OLMo 2 and 3
+    "exaone": Style().read,
     "exaone4": Style(**_AFTER, window_every=4, no_rope_unless_window=True).read,
     "hunyuan-dense": Style(norm_rotated=True).read,
+    "hunyuan-moe": Style(norm_rotated=True, normalize=True).read,
+    "mellum": Style(window_every=4, window_base=0.0, normalize=True).read,
     "ernie4_5": Style(rope="norm").read,
     "glm4": Style(rope="norm", norm_after=True).read,
     "glm4moe": Style(ffn_norm="post_attention_norm", gating="sigmoid").read,

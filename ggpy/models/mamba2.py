@@ -1,7 +1,7 @@
 """Mamba-2 (Dao & Gu 2024), by itself, in most layers of a decoder (Granite 4, Nemotron-H), or in all (Falcon-H1)."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -97,6 +97,12 @@ class Scan:
         return g.op("MUL_ROW", y, weight, name=name)
 
 
+def granite_style(hp: Hparams) -> Style:
+    """That of Granite's files. Whether they rotate is said where others say that YaRN was trained."""
+    rotated = hp.flag("rope.scaling.finetuned", True)
+    return Style(rope="norm", normalize=True, divide_logits=True, no_rope_every=0 if rotated else 1)
+
+
 @dataclass(frozen=True)
 class Hybrid(Decoder):
     """A decoder whose layers without heads of keys are Mamba-2's.
@@ -110,11 +116,8 @@ class Hybrid(Decoder):
 
     @classmethod
     def read_granite(cls, hp: Hparams, options: Options) -> "Hybrid":
-        """Reads Granite 4's from a file's metadata; raises as `Style.read`. Whether it rotates is said where others say
-        that YaRN was trained."""
-        rotated = hp.flag("rope.scaling.finetuned", True)
-        style = Style(rope="norm", normalize=True, divide_logits=True, mixed=True, no_rope_every=0 if rotated else 1)
-        return cls(**vars(style.read(hp, options)), scan=Scan.read(hp))
+        """Reads Granite 4's from a file's metadata; raises as `Style.read`."""
+        return cls(**vars(replace(granite_style(hp), mixed=True).read(hp, options)), scan=Scan.read(hp))
 
     def attention(self, g: "Graph", w: "Weights", x: "Tensor", i: int) -> "Tensor":
         """Layer i's attention or scan: (n_tokens, n_embd), normalized, to the same."""

@@ -50,6 +50,22 @@ GEMMA4 = {
     "vocab_size_per_layer_input": N_VOCAB,
 }
 GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 28}
+ALPHA = {**BASE, "rope_type": "dynamic", "alpha": 50.0, "factor": 1.0}
+MELLUM = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 28,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "rope_parameters": {"sliding_attention": DEFAULT, "full_attention": {**YARN, "rope_theta": 90000.0}},
+}
+
+
+class ExaoneForCausalLM(transformers.LlamaForCausalLM):
+    """As transformers has it, under the name that checkpoints have."""
+
+    config_class = transformers.ExaoneConfig
+
+
 #: GGUF's name and what is special: class without ForCausalLM, its configuration without Config, sizes
 MODELS = {
     "llama, odd": ("Llama", "Llama", {**HEADS, **UNTIED}),
@@ -118,6 +134,20 @@ MODELS = {
     ),
     "exaone4": ("Exaone4", "Exaone4", {**HEADS, **TIED, "sliding_window": None, "layer_types": ["full_attention"] * 4}),
     "exaone4, windows": ("Exaone4", "Exaone4", {**HEADS, **WINDOW}),
+    "hunyuan-dense, another base": ("HunYuanDenseV1", "HunYuanDenseV1", {**HEADS, "rope_parameters": ALPHA}),
+    "hunyuan-moe": (
+        "HunYuanMoEV1",
+        "HunYuanMoEV1",
+        {**HEADS, **TIED, "num_experts": 5, "moe_topk": 2, "rope_parameters": ALPHA},
+    ),
+    "mellum": ("Mellum", "Mellum", {**HEADS, **UNTIED, **WINDOW, **MELLUM}),
+    "mellum, one base": (
+        "Mellum",
+        "Mellum",
+        {**HEADS, **UNTIED, **WINDOW, **MELLUM, "rope_parameters": {"sliding_attention": DEFAULT, "full_attention": YARN}},
+    ),
+    "exaone": (ExaoneForCausalLM, "Exaone", {**TIED, "rope_parameters": {**BASE, "rope_type": "linear", "factor": 4.0}}),
+    "gemma": ("Gemma", "Gemma", {**HEADS}),
     "hunyuan-dense": ("HunYuanDenseV1", "HunYuanDenseV1", {**HEADS, **TIED}),
     "ernie4_5": ("Ernie4_5", "Ernie4_5", {**HEADS, **TIED, "use_bias": True}),
     "glm4": ("Glm4", "Glm4", {**HEADS}),
@@ -168,7 +198,9 @@ def made(name):
     cls, config, changes = MODELS[name]
     config = getattr(transformers, f"{config}Config")(**{**SIZES, **changes})
     config._attn_implementation = "eager"
-    model = random_model(getattr(transformers, cls, None) or getattr(transformers, f"{cls}ForCausalLM"), config)
+    if isinstance(cls, str):
+        cls = getattr(transformers, cls, None) or getattr(transformers, f"{cls}ForCausalLM")
+    model = random_model(cls, config)
     for key, buffer in model.named_buffers():
         if key.endswith(("layer_scalar", "e_score_correction_bias")):
             buffer.normal_(1.0, 0.2)
@@ -199,7 +231,8 @@ IN_LLAMA_CPP = (
     *("llama, odd", "gemma3", "gpt-oss, default rope", "mistral3", "phi3, long", "granite", "smollm3", "olmo2, windows"),
     *("hunyuan-dense", "glm4", "command-r", "stablelm", "gptneox", "gpt2", "phi2"),
     *("granite_swa", "granite_swa, experts", "command-r, norms of each head", "stablelm, parallel, norms of each head"),
-    *("falcon", "falcon, newer", "falcon, newer, one norm"),
+    *("falcon", "falcon, newer", "falcon, newer, one norm", "gemma", "exaone", "mellum, one base"),
+    *("hunyuan-dense, another base", "hunyuan-moe"),
     *("gemma4, keys are values", "gemma4, experts", "granitemoe", "glm4moe"),
 )
 

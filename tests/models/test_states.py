@@ -109,6 +109,17 @@ MODELS = {
         {**SCAN, "position_embedding_type": "rope", "mamba_n_groups": 2},
     ),
     "granitehybrid, experts": ("GraniteMoeHybrid", {**SCAN, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granite without scans, not rotated": ("GraniteMoeHybrid", {**SCAN, "layer_types": ["attention"] * 4}),
+    "granite without scans, experts": (
+        "GraniteMoeHybrid",
+        {
+            **SCAN,
+            "layer_types": ["attention"] * 4,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "position_embedding_type": "rope",
+        },
+    ),
     "qwen3next": ("Qwen3Next", {**RULE, **SHARED}),
 }
 
