@@ -70,15 +70,20 @@ def llama_cpp(path: str, n_threads: int, n_parallel: int, texts: list[str], n: i
     server = xllamacpp.Server(params)
 
     def ask(text: str) -> None:
-        body = {"prompt": text, "n_predict": n, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        body = {"prompt": text, "max_tokens": n, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
         answer = server.handle_completions(body)
-        assert answer["tokens_predicted"] == n, answer
+        assert answer["usage"]["completion_tokens"] == n, answer
 
     with ThreadPoolExecutor(n_parallel) as pool:
         list(pool.map(ask, texts[:n_parallel]))  # warms up
         started = time.perf_counter()
         list(pool.map(ask, texts))
         return time.perf_counter() - started
+
+
+def show(name: str, n: int, generate: int, seconds: float) -> None:
+    """A line of the result."""
+    print(f"{name:24} {n:5} prompts  {seconds:7.1f} s  {n * generate / seconds:7.0f} tokens/s", flush=True)
 
 
 def main() -> None:
@@ -95,12 +100,11 @@ def main() -> None:
         ends = {token: -float("inf") for token in model.tokenizer.end_tokens}
         options = {"max_tokens": a.generate, "temperature": 0, "logit_bias": ends}
         one_by_one(model, texts[-2:], options)
-        seconds = {"one by one": (few, one_by_one(model, texts[:few], options))}
-        seconds["ggpy batch"] = (a.n, in_a_batch(model, texts, options))
+        show("one by one", few, a.generate, one_by_one(model, texts[:few], options))
+        show("ggpy batch", a.n, a.generate, in_a_batch(model, texts, options))
     for n in map(int, a.parallel.split(",")):
-        seconds[f"llama.cpp, {n} at once"] = (few, llama_cpp(a.model, a.threads, n, texts[:few], a.generate))
-    for name, (n, taken) in seconds.items():
-        print(f"{name:24} {n:5} prompts  {taken:7.1f} s  {n * a.generate / taken:7.0f} tokens/s")
+        seconds = llama_cpp(a.model, a.threads, n, texts[:few], a.generate)
+        show(f"llama.cpp, {n} at once", few, a.generate, seconds)
 
 
 if __name__ == "__main__":

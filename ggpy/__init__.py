@@ -118,6 +118,7 @@ def load(
     mla: str = "absorbed",
     kv_memory: int | None = None,
     ram_budget: int | None = None,
+    stages: int = 1,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> "Model":
     """Opens a model for running.
@@ -150,6 +151,9 @@ def load(
     ram_budget : int, optional
         Bytes of memory that a mixture of experts bigger than that may take: experts are kept by use and read when their
         router has spoken. Costs time where the model fits.
+    stages : int
+        Processes that share the layers, each with its part of the weights and of the keys and values; text is the same.
+        `n_threads` is for each of them.
     progress : callable, optional
         Called as progress(done, total, kernel) while kernels are compiled, which happens once per machine.
 
@@ -179,5 +183,6 @@ def load(
         mla=mla,
         kv_memory=kv_memory,
         ram_budget=ram_budget,
+        stages=stages,
         progress=progress,
     )

@@ -20,10 +20,11 @@ ORDER = {
     "graph": 5,
     "quantization": 6,
     "models": 7,
-    "generate": 8,
-    "measure": 9,
-    "batching": 9,
-    "server": 9,
+    "pipeline": 8,
+    "generate": 9,
+    "measure": 10,
+    "batching": 10,
+    "server": 10,
 }
 
 

@@ -4,11 +4,11 @@ import reprlib
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count, islice
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast, overload
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from ..errors import ContextFullError, Error, UnsupportedError
 from ..file import GGUFFile
 from ..graph import Graph, Team, default_threads
 from ..models import read_architecture
+from ..pipeline import Processes, RemotePages, Stages, split_layers
+from ..pipeline.stage import How
 from .chat import ChatTemplate
 from .embedding import POOLINGS, embed, hidden_states, pooling_of
 from .generation import Generation
@@ -64,6 +66,7 @@ class Model:
         mla: str = "absorbed",
         kv_memory: int | None = None,
         ram_budget: int | None = None,
+        stages: int = 1,
         progress: "Progress | None" = None,
     ):
         started = time.perf_counter()
@@ -76,7 +79,11 @@ class Model:
             self.n_ctx = n_ctx or min(self.architecture.n_ctx_train, DEFAULT_CONTEXT)
             team = self._team = Team(n_threads or default_threads(), progress)
             how = (self.n_ctx, n_batch, kv_type.upper(), kv_memory, ram_budget, progress)
-            self._runner = Runner(self.file, self.architecture, self._team, *how)
+            make = None
+            if stages != 1:
+                options = (n_expert_used, mla, kv_type.upper(), n_threads)
+                make = partial(_stages, _count("stages", stages, 1), options)
+            self._runner = Runner(self.file, self.architecture, self._team, *how, make)
             self._scheduler = Scheduler(self._runner)
         except BaseException:
             if team is not None:
@@ -804,6 +811,16 @@ class Model:
         family = family_of("".join(sources))
         encoded = [self.tokenizer.encode(mark, bos=False) for mark in family.tokens]
         return family, frozenset(ids[0] for ids in encoded if len(ids) == 1 and self.tokenizer.is_hidden(ids[0]))
+
+
+def _stages(n: int, options: tuple[int | None, str, str, int | None], runner: Runner, n_pages: int) -> Stages:
+    """A pipeline of n processes on this machine, with as many threads together as one would have."""
+    (n_expert_used, mla, kv_type, n_threads), file = options, runner.file
+    layers = split_layers(file, runner.arch.n_layer, n)
+    n_threads = n_threads or max(1, default_threads() // n)
+    model = (n_expert_used, mla, runner.n_ctx, runner.n_batch, runner.n_outputs, kv_type, n_pages, n_threads)
+    hows = [How(str(file.path), r, r.start == 0, r is layers[-1], *model) for r in layers]
+    return Stages(Processes(hows), n, cast(RemotePages, runner.pages))
 
 
 def _best(generations: Iterator[Generation], each: int, n: int) -> Iterator[Generation]:

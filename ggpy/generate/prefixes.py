@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ..graph import Pages
 from .snapshots import Snapshot
@@ -94,6 +94,17 @@ class Prefixes:
                 self._remove(prefix)
                 return True
         return False
+
+    def paths(self) -> Iterator[tuple[list[int], list[int]]]:
+        """The ids and pages of each known sequence, from its beginning to its last page."""
+        for last in self._recent:
+            if not last.children:
+                path: list[Prefix] = []
+                at: Prefix | None = last
+                while at is not None and at is not self.root:
+                    path.insert(0, at)
+                    at = at.parent
+                yield [i for p in path for i in p.ids], [p.page for p in path]
 
     def _remove(self, prefix: Prefix) -> None:
         assert prefix.parent is not None

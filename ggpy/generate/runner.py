@@ -3,8 +3,9 @@
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from ..graph import Batch, Hook, Pages, Program, Span, pack, pages_of, slot_byte
 from ..kernels.build import Progress, load
 from ..kernels.table import SLAB
 from ..models import Architecture, Output, build_graph, run_inputs
+from ..pipeline import RemotePages
 from .expert_memory import ExpertMemory
 from .prefixes import Prefixes
 from .snapshots import Snapshots
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from ..file import GGUFFile
     from ..graph import Graph, Team
     from ..models.weights import DerivedWeight
+    from ..pipeline import Stages
+    from .sequence import TokenSequence
 
 _LOGITS_BYTES = 64 << 20  # that a run may take for its logits
 _PROGRAMS = 6  # that are kept: for one token, for many, for embeddings; without hooks and with those of now
@@ -53,6 +57,8 @@ class Runner:
         Bytes that the process may take; see `expert_memory`.
     progress : callable, optional
         Told of kernels that must be compiled first.
+    stages : callable, optional
+        Called as stages(runner, n_pages), makes the pipeline that runs the layers in this process' place.
 
     Attributes
     ----------
@@ -88,6 +94,7 @@ class Runner:
         kv_memory: int | None = None,
         ram_budget: int | None = None,
         progress: Progress | None = None,
+        stages: "Callable[[Runner, int], Stages] | None" = None,
     ):
         self.file, self.arch, self._team = file, arch, team
         self.n_ctx, self.n_batch = n_ctx, n_batch
@@ -96,6 +103,8 @@ class Runner:
         self.lock = threading.RLock()
         self.batch: Batch | None = None
         self.closed = False
+        self.sequences: WeakSet[TokenSequence] = WeakSet()
+        self._stages: Stages | None = None
         self._pid, self._thread = os.getpid(), 0
         self._dropped: list[int] = []
         self._dropped_slots: list[int] = []
@@ -113,11 +122,18 @@ class Runner:
         n_pages, n_slots = _counts(*piece_bytes, pages_of(n_ctx), contexts, None if kv_memory is None else int(kv_memory))
         kv_bytes = n_pages * piece_bytes[0] + n_slots * piece_bytes[1]
         self.has_states = n_slots > 0
-        self.pages = Pages(n_pages, kv_type, pages_of(n_ctx) * SLAB, n_slots)
+        kind = Pages if stages is None else RemotePages
+        self.pages = kind(n_pages, kv_type, pages_of(n_ctx) * SLAB, n_slots)
         self.prefixes, self.snapshots = Prefixes(self.pages), Snapshots(self.pages.states)
         self.expert_memory: ExpertMemory | None = None
         if ram_budget is not None:
             self.expert_memory = ExpertMemory(file, graph, ram_budget, kv_bytes)
+        if stages is not None:
+            if self.is_encoder or self.has_states or ram_budget is not None:
+                raise UnsupportedError(f"{file.path}: no stages for encoders, layers with states, or beside ram_budget")
+            self._derived.clear()
+            self._stages = stages(self, n_pages)
+            return
         # One token, and a prompt: both are sure to be needed, so their kernels are compiled together.
         try:
             programs = [(self.n_run, self._end)] if self.is_encoder else [(1, self._end), (n_batch, self._end)]
@@ -136,6 +152,8 @@ class Runner:
         return build_graph(self.file, self.arch, n_tokens, n_outputs, output=output, derived=self._derived)
 
     def _program(self, n_tokens: int, output: Output) -> Program:
+        if self._stages is not None:
+            raise UnsupportedError(f"{self.file.path}: the programs are other processes'")
         hooks = dict(self.hooks)  # as they are now: another thread may change them
         key = (n_tokens, output, *hooks.items())
         program = self._programs.get(key)
@@ -197,12 +215,29 @@ class Runner:
         Error
             See `check`.
         """
+        if self._stages is not None:
+            return self._run_stages(self._stages, spans, output)
         results, rows = self._run(spans, output, profile)
         return [results[output][r] for r in rows]
+
+    def _run_stages(self, stages: "Stages", spans: Sequence[Span], output: Output) -> list[np.ndarray]:
+        if self.hooks:
+            raise UnsupportedError(f"{self.file.path}: hooks see no values that other processes compute")
+        with self.lock:
+            self.check()
+            return stages.run(spans, output, self._known)
+
+    def _known(self) -> list[Span]:
+        """Spans of all tokens whose keys and values are in use, for who has lost them."""
+        found = [(s.ids, s.pages) for s in self.sequences] + list(self.prefixes.paths())
+        n = self.n_batch
+        return [Span(ids[i : i + n], i, pages) for ids, pages in found for i in range(0, len(ids), n)]
 
     def run_states(self, span: Span) -> list[np.ndarray]:
         """Evaluates tokens of a sequence; what each layer takes, and at last what logits are made of: n_layer + 1 times
         float32 (n_tokens, n_embd), good and raising as those of `run`."""
+        if self._stages is not None:
+            raise UnsupportedError(f"{self.file.path}: other processes have the hidden states")
         results, _ = self._run([span], "states", None)
         return list(results.values())
 
@@ -301,6 +336,8 @@ class Runner:
         """Lets go of everything. Waits for a run of another thread."""
         with self.lock:
             self.closed = True
+            if self._stages is not None:
+                self._stages.close()
             self._programs.clear()
             self._derived.clear()
 

@@ -72,11 +72,15 @@ class Pool:
         if self._holders[i] == 1:
             return i
         copy = self.take()
-        for arrays in self._arrays.values():
-            for a in arrays:
-                a[copy] = a[i]
+        self.copy(i, copy)
         self._holders[i] -= 1
         return copy
+
+    def copy(self, i: int, to: int) -> None:
+        """Copies what a piece holds."""
+        for arrays in self._arrays.values():
+            for a in arrays:
+                a[to] = a[i]
 
     # What they hold
 
