@@ -3,6 +3,7 @@
 from ..cpus import default_threads
 from .batch import Batch, Span, pack
 from .pages import Pages, pages_of
+from .plan import Plan
 from .program import Hook, Program
 from .reference import Reference
 from .states import States, slot_bytes
@@ -14,6 +15,7 @@ __all__ = [
     "Graph",
     "Hook",
     "Pages",
+    "Plan",
     "Program",
     "Reference",
     "Span",

@@ -104,6 +104,11 @@ class Plan:
         self._set_barriers()
         self.names = sorted({s.kernel for s in self.steps})
 
+    @property
+    def padded_bytes(self) -> int:
+        """Bytes of weights that were copied to pad their rows."""
+        return sum(array.nbytes for array in self._padded_weights.values())
+
     # What operations use to lower themselves
 
     def step(self, kernel: str, node: "Tensor", writes: tuple[str, ...] = ("out",), **params) -> None:
