@@ -1,12 +1,19 @@
 """`ggpy inspect`: what is in a GGUF file."""
 
 import json as json_format
-from typing import Annotated, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import Error
 from ..printable import printable
 from .common import MODEL_HELP, find_model
+from .memory import memory_line, size_text
+
+if TYPE_CHECKING:
+    from ..file import GGUFFile
+    from ..generate.memory import MemoryUse
 
 _SHOWN = 6  # items of an array
 
@@ -19,10 +26,29 @@ def inspect(
     from ..file import GGUFFile
 
     with GGUFFile(find_model(model)) as file:
+        use = _memory(file)
         if json:
-            print(json_format.dumps(_as_json(file), indent=1))
+            print(
+                json_format.dumps(_as_json(file) | ({"memory": {**vars(use), "total": use.total}} if use else {}), indent=1)
+            )
         else:
             _print(file)
+            if use is not None:
+                more = use.with_context(use.n_ctx + 1024).cache - use.cache
+                print(f"{memory_line(use)}; each 1,024 tokens more {size_text(more)}")
+
+
+def _memory(file: "GGUFFile") -> "MemoryUse | None":
+    """What the model takes with the context that it gets by default; None of what can't be run."""
+    from ..cpus import default_threads
+    from ..generate.memory import memory_use
+    from ..generate.model import DEFAULT_CONTEXT
+    from ..models import read_architecture
+
+    with suppress(Error):
+        architecture = read_architecture(file, n_ctx=DEFAULT_CONTEXT)
+        return memory_use(file, architecture, min(architecture.n_ctx_train, DEFAULT_CONTEXT), default_threads())
+    return None
 
 
 def _plain(value: Any) -> Any:

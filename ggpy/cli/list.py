@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from .memory import size_text
+
 
 def list(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """List the models that were fetched from the hub, and the checkpoints that were converted."""
@@ -28,11 +30,6 @@ def list(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False)
         kind = "" if m.kind == "hub" else m.kind
         table.add_row(Text(m.name), m.type, size_text(m.n_bytes), _ago(time.time() - m.used), kind)
     Console().print(table)
-
-
-def size_text(n_bytes: int) -> str:
-    """A size in megabytes or gigabytes."""
-    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"
 
 
 def _ago(seconds: float) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..errors import Error
-from .list import size_text
+from .memory import size_text
 
 
 def rm(

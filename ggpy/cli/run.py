@@ -11,6 +11,7 @@ import typer
 from ..errors import UnsupportedError
 from ..file import folder_of
 from .common import MODEL_HELP, KVType, byte_count, open_model, text_of
+from .memory import memory_line, memory_warning
 from .sampling import sampling_values, with_sampling_flags
 from .terminal import AnswerWriter
 from .timings import timings
@@ -76,6 +77,7 @@ def run(
 ) -> None:
     """Continue a prompt, streaming the text. In a terminal without -p: talk to the model."""
     from ..file import read_input
+    from ..generate.memory import available_memory
 
     talk = prompt is None and sys.stdin is not None and sys.stdin.isatty()
     if prompt == "-" or (prompt is None and not talk):
@@ -86,6 +88,10 @@ def run(
         folder_of(prompt_cache)  # before long work
     with ExitStack() as models:
         opened = models.enter_context(open_model(model, ctx, threads, **how))
+        if budget is None:
+            warning = memory_warning(model, opened, available_memory())
+            if warning or verbose:
+                print(warning or memory_line(opened.memory_use()), file=sys.stderr)
         if prompt_cache is not None and prompt_cache.exists():
             opened.load_cache(prompt_cache)
         if (talk or chat) and not opened.file.get("tokenizer.chat_template", str, default=""):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..models.weights import DerivedWeight
 
 #: bytes of a process that has loaded a model and generated text, without what grows with the model
-_PROCESS = 105 << 20
+_PROCESS = 98 << 20
 #: bytes that a tokenizer takes for each token of its vocabulary
 _PER_TOKEN = 560
 #: slots of states of a sequence: the one at work, and how it was at some earlier places

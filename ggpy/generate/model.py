@@ -21,6 +21,7 @@ from ..pipeline.stage import How
 from .chat import ChatTemplate
 from .embedding import POOLINGS, embed, hidden_states, pooling_of
 from .generation import Generation
+from .memory import MemoryUse, memory_use
 from .options import ChatOptions, Drafter, GenerationOptions, JSONSchema, Processor, Sampler, checked_option, with_options
 from .ranking import Ranker, pair_of, rerank
 from .replies import Family, family_of
@@ -168,6 +169,17 @@ class Model:
     def check(self) -> None:
         """Raises Error if the model can't be used: it is closed, or belongs to another process."""
         self._runner.check()
+
+    def memory_use(self, kv_type: str | None = None) -> MemoryUse:
+        """The memory that the model will have taken once a context is full, within about 10 %; by parts.
+
+        Parameters
+        ----------
+        kv_type : {"f16", "q8_0", "f32"}, optional
+            What it would be with another type of cached keys and values.
+        """
+        type = kv_type or self._runner.pages.type
+        return memory_use(self.file, self.architecture, self.n_ctx, self.n_threads, self._runner.n_batch, type)
 
     @property
     def metadata(self) -> Any:
