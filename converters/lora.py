@@ -13,16 +13,30 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import gguf
 import numpy as np
 
 from ggpy.errors import ConversionError, UnsupportedError
-from ggpy.models.adapters import path_and_scale
+from ggpy.file import GGUFFile
+from ggpy.models.adapters import ThinPair, checked_pair, path_and_scale
 
-from .checkpoint import FLOAT_TYPES, Checkpoint, Config, Rows, StoredRows, read_json, read_safetensors, shown
+from .checkpoint import (
+    FLOAT_TYPES,
+    Checkpoint,
+    ComputedRows,
+    Config,
+    PickedRows,
+    Rows,
+    StoredRows,
+    read_json,
+    read_safetensors,
+    shown,
+)
 from .family import refuse_unread
 
 CONFIG, FILE, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+MERGE = "merge it at conversion (--lora)"
 PART = re.compile(r"(.+)\.lora_(?:(embedding_)?([AB])(?:\.weight)?|(magnitude)_vector(?:\.weight)?)")
 
 # What says nothing of the weights: where an adapter comes from, how it was made and which modules it was put on, which its
@@ -78,11 +92,14 @@ class Adapter:
         By module, such as ``model.layers.0.self_attn.q_proj``.
     whole : dict of str to StoredRows
         Tensors that take the place of the model's, by name: biases, and modules that were trained as a whole.
+    copies : dict of str to StoredRows
+        The model's own embeddings and output matrix, which PEFT saves beside what is added to them.
     """
 
     folder: Path
     pairs: dict[str, Pair]
     whole: dict[str, StoredRows]
+    copies: dict[str, StoredRows]
 
 
 def is_adapter(folder: Path) -> bool:
@@ -123,13 +140,15 @@ def read_adapter(folder: Path, scale: float = 1.0) -> Adapter:
             parts.setdefault(match[1], {})[match[3] or match[4]] = rows
             embeddings |= {match[1]} if match[2] else set()
         else:
-            whole[name.replace(".base_layer.", ".")] = rows  # an embedding that was saved beside what is added to it
+            whole[name] = rows
     pairs = {module: _pair(path, config, module, found, scale, module in embeddings) for module, found in parts.items()}
     if not pairs and not whole:
         raise ConversionError(f"{path}: has no tensors")
     config.asked |= set(HARMLESS)
     refuse_unread(config)
-    return Adapter(folder, pairs, whole)
+    copies = {name.replace(".base_layer.", "."): rows for name, rows in whole.items() if ".base_layer." in name}
+    whole = {name: rows for name, rows in whole.items() if ".base_layer." not in name}
+    return Adapter(folder, pairs, whole, copies)
 
 
 def _pair(path: Path, config: Config, module: str, parts: Mapping[str, StoredRows], scale: float, embedding: bool) -> Pair:
@@ -217,7 +236,7 @@ def merge(checkpoint: Checkpoint, adapters: Iterable[str | os.PathLike[str]]) ->
             raise UnsupportedError(
                 f"{path}: holds {next(iter(adapter.whole))} as a whole, which can't be scaled by {scale:g}"
             )
-        for name, rows in adapter.whole.items():
+        for name, rows in (adapter.whole | adapter.copies).items():
             tensors[name if name == "lm_head.weight" else _place(checkpoint, adapter, name)] = rows
         for module, pair in adapter.pairs.items():
             name = _place(checkpoint, adapter, f"{module}.weight")
@@ -253,3 +272,66 @@ def _merged(adapter: Adapter, module: str, pair: Pair, rows: Rows, checkpoint: C
     if pair.embedding and checkpoint.config.get("tie_word_embeddings") and "lm_head.weight" not in checkpoint.tensors:
         raise UnsupportedError(f"{adapter.folder}: {module} is adapted, and logits are made of the same matrix, unadapted")
     return MergedRows(rows, a, b, pair.magnitude)
+
+
+# What converters ask of config.json to order a matrix's rows, and GGUF's names for it.
+SIZES = {
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "intermediate_size": "feed_forward_length",
+}
+
+
+def thin_pairs(folder: Path, model: GGUFFile, scale: float = 1.0) -> dict[str, ThinPair]:
+    """What an adapter adds to the matrices of a model's GGUF file, left as thin matrices.
+
+    Parameters
+    ----------
+    folder : Path
+        PEFT's.
+    model : GGUFFile
+        Of an architecture whose matrices have the checkpoint's rows, in whatever order.
+    scale : float
+
+    Returns
+    -------
+    dict of str to ThinPair
+        By GGUF's names.
+
+    Raises
+    ------
+    Error
+        See `read_adapter`; or the adapter can only be merged.
+    """
+    from .conversion import FAMILIES
+
+    adapter = read_adapter(folder, scale)
+    arch = model.get("general.architecture", str)
+    family = next((f for f in FAMILIES if gguf.MODEL_ARCH_NAMES[f.arch] == arch), None)
+    values = {key: model.get(f"{arch}.{name}", (int, np.ndarray), None) for key, name in SIZES.items()}
+    config = Config({key: value for key, value in values.items() if isinstance(value, int)}, Path(model.path))
+    whole = [*adapter.whole, *(m for m, pair in adapter.pairs.items() if pair.embedding or pair.magnitude is not None)]
+    if family is None or whole:
+        raise UnsupportedError(f"{folder}: {whole[0] if whole else arch} can't be adapted while running; {MERGE}")
+    halves = {f"{module}.weight": ComputedRows(pair.b) for module, pair in adapter.pairs.items()}
+    of = {id(halves[f"{module}.weight"]): pair for module, pair in adapter.pairs.items()}
+    try:
+        gathered = family.gather(halves, config)
+        names = gguf.get_tensor_name_map(family.arch, config.integer("num_hidden_layers"))
+        placed = {names.get_name(name, try_suffixes=(".weight",)) or name: rows for name, rows in gathered.items()}
+        changed = {name: family.transform(name, rows, config) for name, rows in placed.items()}
+    except (KeyError, IndexError, ValueError, ConversionError) as error:
+        raise UnsupportedError(f"{folder}: the file alone doesn't say where its matrices go ({error}); {MERGE}") from None
+    pairs = {}
+    for name, rows in changed.items():
+        inner = rows
+        while isinstance(inner, PickedRows) and len(inner.shape) == 2:  # rows in another order
+            inner = inner.rows
+        pair = of.get(id(inner))
+        if pair is None:
+            raise UnsupportedError(f"{folder}: {name} is more than rows of the checkpoint's matrix; {MERGE}")
+        pairs[name] = checked_pair(str(folder), model, name, pair.a, rows.read(0, rows.shape[0]))
+    return pairs

@@ -9,7 +9,7 @@
 The package's parts import from left to right only: quant, file, graph (over kernels and simd), models, generate, cli.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +119,7 @@ def load(
     kv_memory: int | None = None,
     ram_budget: int | None = None,
     stages: int = 1,
+    lora: Iterable[str | Path] = (),
     progress: Callable[[int, int, str], None] | None = None,
 ) -> "Model":
     """Opens a model for running.
@@ -154,6 +155,9 @@ def load(
     stages : int
         Processes that share the layers, each with its part of the weights and of the keys and values; text is the same.
         `n_threads` is for each of them.
+    lora : iterable of str or Path
+        LoRA adapters that the model is run with: GGUF files, or PEFT's folders; PATH:0.5 multiplies one by 0.5. They stay
+        beside the weights, and take memory and time for their own thin matrices alone.
     progress : callable, optional
         Called as progress(done, total, kernel) while kernels are compiled, which happens once per machine.
 
@@ -172,9 +176,11 @@ def load(
     """
     from .generate.model import Model
     from .hub import model_file
+    from .hub.adapters import read_adapters
 
+    file = model_file(path, kernel_progress=progress)
     return Model(
-        model_file(path, kernel_progress=progress),
+        file,
         n_ctx=n_ctx,
         n_threads=n_threads,
         n_batch=n_batch,
@@ -184,5 +190,6 @@ def load(
         kv_memory=kv_memory,
         ram_budget=ram_budget,
         stages=stages,
+        lora=read_adapters(lora, file),
         progress=progress,
     )

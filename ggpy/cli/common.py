@@ -110,10 +110,12 @@ def text_of(file_or_text: str | None) -> str | None:
 
 
 def open_model(path: str, n_ctx: int | None, n_threads: int | None, **options: Any) -> "Model":
-    """Loads the model of a MODEL argument, with progress; for the options see `Model`."""
+    """Loads the model of a MODEL argument, with progress; for the options see `Model`, for `lora` see `ggpy.load`."""
     from ..generate.model import Model
+    from ..hub.adapters import read_adapters
 
     file = find_model(path)
+    options["lora"] = read_adapters(options.get("lora"), file)
     with kernel_progress() as progress:
         return Model(file, n_ctx=n_ctx, n_threads=n_threads, progress=progress, **options)
 

@@ -58,6 +58,10 @@ def run(
     ram_budget: Annotated[
         str | None, typer.Option("--ram-budget", help="Memory for a bigger mixture of experts: 6G, 512M.")
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option("--lora", help="A LoRA adapter, .gguf or a folder; may be repeated.", metavar="PATH[:SCALE]"),
+    ] = None,
     lookup: Annotated[
         bool,
         typer.Option("--lookup", help="Guess tokens where the text repeats what came before."),
@@ -83,7 +87,7 @@ def run(
     if prompt == "-" or (prompt is None and not talk):
         prompt = read_input()
     budget = None if ram_budget is None else byte_count(ram_budget)
-    how = {"kv_type": kv_type, "mla": mla, "n_expert_used": n_expert_used, "ram_budget": budget}
+    how = {"kv_type": kv_type, "mla": mla, "n_expert_used": n_expert_used, "ram_budget": budget, "lora": lora}
     if prompt_cache is not None:
         folder_of(prompt_cache)  # before long work
     with ExitStack() as models:

@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import ContextFullError, Error, UnsupportedError
 from ..file import GGUFFile
 from ..graph import Graph, Team, default_threads
-from ..models import read_architecture
+from ..models import added_up, read_architecture
 from ..pipeline import Processes, RemotePages, Stages, split_layers
 from ..pipeline.stage import How
 from .chat import ChatTemplate
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from ..graph import Batch, Hook
     from ..kernels.build import Progress
+    from ..models import ThinPair
     from .constraints import Constraints
     from .embedding import Pooling
     from .expert_memory import ExpertMemory
@@ -52,7 +53,7 @@ DEFAULT_BATCH = 512
 class Model:
     """A GGUF file opened for running.
 
-    Made by `ggpy.load`, which says what the parameters are.
+    Made by `ggpy.load`, which says what the parameters are; adapters are given as `ggpy.hub.adapters` reads them.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Model:
         kv_memory: int | None = None,
         ram_budget: int | None = None,
         stages: int = 1,
+        lora: "Iterable[Mapping[str, ThinPair]]" = (),
         progress: "Progress | None" = None,
     ):
         started = time.perf_counter()
@@ -81,10 +83,13 @@ class Model:
             team = self._team = Team(n_threads or default_threads(), progress)
             how = (self.n_ctx, n_batch, kv_type.upper(), kv_memory, ram_budget, progress)
             make = None
+            adapters = added_up(lora)
             if stages != 1:
+                if adapters:
+                    raise UnsupportedError(f"{self.file.path}: adapters aren't shared by several stages; merge them")
                 options = (n_expert_used, mla, kv_type.upper(), n_threads)
                 make = partial(_stages, _count("stages", stages, 1), options)
-            self._runner = Runner(self.file, self.architecture, self._team, *how, make)
+            self._runner = Runner(self.file, self.architecture, self._team, *how, make, adapters)
             self._scheduler = Scheduler(self._runner)
         except BaseException:
             if team is not None:

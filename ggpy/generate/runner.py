@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -13,7 +13,7 @@ from ..errors import ContextFullError, Error, UnsupportedError
 from ..graph import Batch, Hook, Pages, Program, Span, pack, pages_of, slot_bytes
 from ..kernels.build import Progress, load
 from ..kernels.table import SLAB
-from ..models import Architecture, Output, build_graph, run_inputs
+from ..models import Architecture, Output, ThinPair, build_graph, run_inputs
 from ..pipeline import RemotePages
 from .expert_memory import ExpertMemory
 from .prefixes import Prefixes
@@ -59,6 +59,8 @@ class Runner:
         Told of kernels that must be compiled first.
     stages : callable, optional
         Called as stages(runner, n_pages), makes the pipeline that runs the layers in this process' place.
+    adapters : mapping of str to ThinPair, optional
+        What LoRA adapters add to the model's matrices.
 
     Attributes
     ----------
@@ -95,8 +97,10 @@ class Runner:
         ram_budget: int | None = None,
         progress: Progress | None = None,
         stages: "Callable[[Runner, int], Stages] | None" = None,
+        adapters: Mapping[str, ThinPair] | None = None,
     ):
         self.file, self.arch, self._team = file, arch, team
+        self.adapters = adapters or {}
         self.n_ctx, self.n_batch = n_ctx, n_batch
         self.n_outputs = min(n_batch, max(16, _LOGITS_BYTES // (4 * arch.n_vocab)))
         self.hooks: dict[str, Hook] = {}
@@ -149,7 +153,9 @@ class Runner:
     def graph(self, n_tokens: int, n_outputs: int | None = None, output: Output | None = None) -> "Graph":
         """The compute graph for up to n_tokens tokens, by default with all that the model gives; see `build_graph`."""
         output = output or self._end
-        return build_graph(self.file, self.arch, n_tokens, n_outputs, output=output, derived=self._derived)
+        return build_graph(
+            self.file, self.arch, n_tokens, n_outputs, output=output, derived=self._derived, adapters=self.adapters
+        )
 
     def _program(self, n_tokens: int, output: Output) -> Program:
         if self._stages is not None:

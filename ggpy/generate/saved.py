@@ -20,8 +20,8 @@ _SAMPLE = 4096  # bytes at each end of a tensor that stand for it
 
 
 def digest(runner: "Runner") -> str:
-    """What tells a model from others: a hash of its metadata, and of each tensor's name, shape, type, first and last
-    bytes, and of how it is run."""
+    """What tells a model from others: a hash of its metadata, of each tensor's name, shape, type, first and last bytes, of
+    its adapters, and of how it is run."""
     found = hashlib.sha256(repr((runner.pages.type, SLAB, runner.arch)).encode())
     for key, value in runner.file.metadata.items():
         found.update(repr((key, value if not isinstance(value, np.ndarray) else value.tobytes())).encode())
@@ -29,6 +29,8 @@ def digest(runner: "Runner") -> str:
         data = tensor.data.reshape(-1)
         found.update(repr((name, tensor.shape, tensor.type)).encode())
         found.update(data[:_SAMPLE].tobytes() + data[-_SAMPLE:].tobytes())
+    for name, pair in runner.adapters.items():
+        found.update(repr((name, pair.a.shape)).encode() + pair.a.tobytes() + pair.b.tobytes())
     return found.hexdigest()
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from ..errors import GraphError, UnsupportedError
+from .adapters import ThinPair, added_up
 from .decoder import Style
 from .deepseek2 import DeepSeek2
 from .encoder import EncoderStyle
@@ -163,6 +164,7 @@ def build_graph(
     embed: bool = True,
     output: Output = "logits",
     derived: dict[str, DerivedWeight] | None = None,
+    adapters: Mapping[str, ThinPair] | None = None,
 ) -> "Graph":
     """The graph of a model, or of some of its layers.
 
@@ -185,6 +187,8 @@ def build_graph(
         are outputs "0", "1", …: what each layer takes, and at last what logits are made of, all (n_tokens, n_embd).
     derived : dict of str to DerivedWeight, optional
         Weights made at loading; graphs of a model that are given the same dict share them.
+    adapters : mapping of str to ThinPair, optional
+        What LoRA adapters add to matrices; see `ggpy.hub.adapters`.
 
     Raises
     ------
@@ -192,22 +196,26 @@ def build_graph(
         A tensor is missing or has the wrong shape.
     GraphError
         Sizes that the kernels can't take.
+    UnsupportedError
+        An adapter of a matrix that isn't multiplied as it is.
     """
     from ..graph import Graph
 
     g = Graph(n_tokens, n_outputs)
-    w = Weights(file, g, {} if derived is None else derived)
+    w = Weights(file, g, {} if derived is None else derived, adapters or {})
     try:
-        return _build(g, w, arch, n_tokens, layers, embed, output)
+        layers = range(arch.n_layer) if layers is None else layers
+        graph = _build(g, w, arch, n_tokens, layers, embed, output)
+        w.refuse_ignored_adapters(layers, output == "logits")
+        return graph
     except GraphError as error:
         raise GraphError(f"{file.path}: {error}") from None
 
 
 def _build(
-    g: "Graph", w: Weights, arch: Architecture, n_tokens: int, layers: range | None, embed: bool, output: Output
+    g: "Graph", w: Weights, arch: Architecture, n_tokens: int, layers: range, embed: bool, output: Output
 ) -> "Graph":
     x = arch.embed(g, w, g.input("ids", (), "I32")) if embed else g.input("x", (arch.n_embd,))
-    layers = range(arch.n_layer) if layers is None else layers
     for i in layers:
         if output == "states":
             g.output(x, str(i))
@@ -233,4 +241,15 @@ def run_inputs(arch: Architecture, batch: "Batch") -> dict[str, np.ndarray]:
     return {"ids": ids, "types": types, "outputs": batch.outputs, "positions": batch.positions, **tables}
 
 
-__all__ = ["ARCHITECTURES", "Architecture", "Output", "Rope", "Weights", "build_graph", "read_architecture", "run_inputs"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Output",
+    "Rope",
+    "ThinPair",
+    "Weights",
+    "added_up",
+    "build_graph",
+    "read_architecture",
+    "run_inputs",
+]

@@ -1,7 +1,7 @@
 """The weights of a model: found by name in its file, and checked."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import GGUFError, UnsupportedError
 from ..quant import block_type
+from .adapters import A, B, ThinPair
 
 if TYPE_CHECKING:
     from ..file import GGUFFile, GGUFTensor
@@ -60,6 +61,13 @@ def _widened(stored: "GGUFTensor") -> DerivedWeight:
     return DerivedWeight(stored.name, "F32", stored.shape, values.view(np.uint8))
 
 
+def _layer(name: str) -> int:
+    """The layer that a tensor belongs to; -1 for none."""
+    prefix, _, rest = name.partition(".")
+    number = rest.partition(".")[0]
+    return int(number) if prefix == "blk" and number.isdecimal() else -1
+
+
 class Weights:
     """Finds the weights that a graph asks for.
 
@@ -70,11 +78,16 @@ class Weights:
         Gets a node for each weight.
     derived : dict of str to DerivedWeight
         Those made so far; gets those that are made.
+    adapters : mapping of str to ThinPair
+        What is added to matrices, by their names.
     """
 
-    def __init__(self, file: "GGUFFile", graph: "Graph", derived: dict[str, DerivedWeight]):
-        self._file, self._graph, self._derived = file, graph, derived
+    def __init__(
+        self, file: "GGUFFile", graph: "Graph", derived: dict[str, DerivedWeight], adapters: Mapping[str, ThinPair]
+    ):
+        self._file, self._graph, self._derived, self._adapters = file, graph, derived, adapters
         self._asked: set[str] = set()
+        self._adapted: set[str] = set()
 
     def check(self, name: str, *shape: int) -> None:
         """Sees to it that the file has this tensor in this shape (numpy's order).
@@ -201,9 +214,26 @@ class Weights:
             return self.rows(f"{stored}.{kind}", first, n_rows, *shape)
 
         has_bias = self.has(f"{stored}.bias")
-        weight = part("weight", n_stored, n_cols)
-        y = self._graph.op("MUL_MAT", weight, x, name=f"{node}.product" if has_bias else node)
+        rows = slice(first, first + n_rows)
+        y = self._product(
+            f"{stored}.weight", part("weight", n_stored, n_cols), x, f"{node}.product" if has_bias else node, rows
+        )
         return self._graph.op("ADD_BIAS", y, part("bias", n_stored), name=node) if has_bias else y
+
+    def _product(self, name: str, weight: "Tensor", x: "Tensor", node: str, rows: slice = slice(None)) -> "Tensor":
+        """`weight`, which is `rows` of the matrix `name`, times x, and what an adapter adds: two thin products, which keep
+        the rule of the same bits, and leave the matrix as it is in the file."""
+        pair = self._adapters.get(name)
+        if pair is None:
+            return self._graph.op("MUL_MAT", weight, x, name=node)
+        self._adapted.add(name)
+        y = self._graph.op("MUL_MAT", weight, x, name=f"{node}.own")
+        low = self._graph.op("MUL_MAT", self._thin(f"{name}{A}", pair.a), x, name=f"{node}{A}")
+        added = self._graph.op("MUL_MAT", self._thin(f"{weight.name}{B}", pair.b[rows]), low, name=f"{node}{B}")
+        return self._graph.op("ADD", y, added, name=node)
+
+    def _thin(self, name: str, values: np.ndarray) -> "Tensor":
+        return self.derived(name, lambda: DerivedWeight(name, "F32", values.shape, values.view(np.uint8)))
 
     def refuse_others(self, layers: range) -> None:
         """Refuses tensors of these layers that nobody asked for: they would be ignored.
@@ -214,11 +244,24 @@ class Weights:
             Names the first.
         """
         for name in self._file.tensors:
-            prefix, _, rest = name.partition(".")
-            number = rest.partition(".")[0]
-            if prefix == "blk" and number.isdecimal() and int(number) in layers and name not in self._asked:
+            if _layer(name) in layers and name not in self._asked:
                 arch = self._file.get("general.architecture", str)
                 raise GGUFError(f"{self._file.path}: tensor {name} has no place in architecture {arch}")
+
+    def refuse_ignored_adapters(self, layers: range, logits: bool) -> None:
+        """Refuses adapters of matrices of these layers, or of logits, that aren't multiplied as they are.
+
+        Raises
+        ------
+        UnsupportedError
+            Names the first.
+        """
+        for name, pair in self._adapters.items():
+            there = _layer(name) in layers or (logits and name == "output.weight")
+            if there and name not in self._adapted:
+                raise UnsupportedError(
+                    f"{pair.path}: {name} can't be adapted while running; merge it at conversion (--lora)"
+                )
 
     def optional_row(self, name: str, n: int) -> "Tensor | None":
         """A weight of n values, as a matrix of one row; None if the file has no such tensor."""
@@ -270,7 +313,5 @@ class Weights:
         """Logits (n_tokens, n_vocab), a node of this name. Without `output.weight` the embedding serves."""
         matrix = "output.weight" if self.has("output.weight") else "token_embd.weight"
         bias = self.optional("output.bias", n_vocab)
-        y = self._graph.op(
-            "MUL_MAT", self(matrix, n_vocab, x.shape[1]), x, name=name if bias is None else f"{name}.product"
-        )
+        y = self._product(matrix, self(matrix, n_vocab, x.shape[1]), x, name if bias is None else f"{name}.product")
         return y if bias is None else self._graph.op("ADD_BIAS", y, bias, name=name)

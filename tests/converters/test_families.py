@@ -189,9 +189,17 @@ def test_quantized_file_is_what_quantizing_an_f32_conversion_gives(name, type_, 
     assert (tmp_path / "model.gguf").read_bytes() == (tmp_path / "expected.gguf").read_bytes()
 
 
-def llama_cpp_logprobs(path, folder, prompts, n_ctx, n_vocab=SIZES["vocab_size"]):
-    """Logarithms of the next token's probabilities after each prompt, in float32 throughout: (n_prompts, n_vocab)."""
+def llama_cpp_logprobs(path, folder, prompts, n_ctx, n_vocab=SIZES["vocab_size"], lora=()):
+    """Logarithms of the next token's probabilities after each prompt, in float32 throughout: (n_prompts, n_vocab).
+
+    `lora` are paths of adapters and their scales.
+    """
     params = xllamacpp.CommonParams()
+    adapters = []
+    for adapter_path, scale in lora:
+        adapters.append(xllamacpp.CommonAdapterLoraInfo())
+        adapters[-1].path, adapters[-1].scale = str(adapter_path), scale
+    params.lora_adapters = adapters
     params.model.path = str(path)
     params.n_ctx, params.n_parallel, params.warmup, params.cpuparams.n_threads = n_ctx, 1, False, 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
