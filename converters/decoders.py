@@ -467,11 +467,20 @@ def _gather_exaone(tensors: Mapping[str, Rows], config: Config) -> dict[str, Row
 
 # --- Hunyuan ---
 
+# What models that see have, and what other keys say.
+_HUNYUAN_NAMES = (
+    "attention_head_dim cla_share_factor class_num dense_list im_start_id im_end_id im_newline_id text_start_id "
+    "text_end_id mask_init_id pad_id org_vocab_size pool_type num_media_embeds capacity_factor moe_drop_tokens"
+)
 _ALPHA = {"alpha", "beta_fast", "beta_slow", "factor", "mscale", "mscale_all_dim", "type", "rope_type", "rope_theta"}
 
 
 def _usual_hunyuan(config: Config) -> dict[str, Any]:
     """Dynamic scaling with an alpha is another base, once and for all."""
+    for key in _HUNYUAN_NAMES.split():
+        config.get(key)
+    for key, value in (("norm_type", "rms"), ("use_rotary_pos_emb", True), ("use_cla", False)):
+        config.only(key, value)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     is_dynamic = isinstance(rope, dict) and "dynamic" in (rope.get("type"), rope.get("rope_type"))
     if not is_dynamic or not rope.get("alpha") or not rope.keys() <= _ALPHA:
@@ -521,6 +530,7 @@ def _write_mellum(writer: gguf.GGUFWriter, config: Config) -> None:
     if any(kind != "sparse" for kind in kinds):
         raise UnsupportedError(f"{config.path}: mlp_layer_types {shown(kinds)}; known: sparse in all layers")
     config.only("norm_topk_prob", True)
+    config.only("use_sliding_window", True)
     for key in ("num_mtp_layers", "mtp_layer_types", "mtp_mlp_layer_types"):
         config.get(key)
     write_expert_hparams(writer, config)
@@ -538,8 +548,9 @@ def _usual_falcon(config: Config) -> dict[str, Any]:
     config.only("alibi", False)
     if not is_new:
         config.only("parallel_attn", True)
-    several = config.get("multi_query"), config.get("num_kv_heads"), config.get("parallel_attn")
-    n_kv = config.integer("num_kv_heads", n_head) if is_new else 1 if several[0] else n_head
+    for key in ("parallel_attn", "multi_query", "num_kv_heads", "ff_factor"):
+        config.get(key)
+    n_kv = config.integer("num_kv_heads", n_head) if is_new else 1 if config.get("multi_query") else n_head
     n_ff = config.integer("ffn_hidden_size", 4 * config.integer("hidden_size"))
     return {"num_key_value_heads": n_kv, "intermediate_size": n_ff}
 

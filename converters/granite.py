@@ -54,7 +54,9 @@ def _n_experts(config: Config) -> int:
 
 def usual(config: Config) -> dict[str, Any]:
     """Without experts the shared part is all there is."""
-    config.get("mamba_chunk_size"), config.get("time_step_limit")
+    for key in ("mamba_chunk_size", "time_step_limit", "init_method"):
+        config.get(key)
+    config.only("normalization_function", "rmsnorm")
     if _n_experts(config):
         return {}
     config.get("intermediate_size"), config.get("num_experts_per_tok")

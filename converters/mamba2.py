@@ -94,6 +94,13 @@ def decays(name: str, rows: Rows) -> Rows:
 
 # --- models of nothing else ---
 
+# What training or a program did, what other keys say, and what transformers doesn't heed.
+_IGNORED_NAMES = (
+    "chunk_size residual_in_fp32 rescale_prenorm_residual time_step_rank time_step_min time_step_max time_step_floor "
+    "time_step_init_scheme time_step_scale intermediate_size norm_before_gate fused_add_norm pad_vocab_size_multiple"
+)
+IGNORED = _IGNORED_NAMES.split()
+
 
 def _scan(config: Config) -> Scan:
     n_head = config.integer("num_heads")
@@ -112,10 +119,8 @@ def _scan(config: Config) -> Scan:
 def _write_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
     config.only("use_bias", False)
     config.only("hidden_act", "silu")
-    # What training or a program did.
-    for key in ("chunk_size", "residual_in_fp32", "rescale_prenorm_residual", "time_step_rank", "norm_before_gate"):
-        config.get(key)
-    for key in ("time_step_min", "time_step_max", "time_step_floor"):
+    config.only("rms_norm", True)
+    for key in IGNORED:
         config.get(key)
     writer.add_block_count(config.integer("num_hidden_layers"))
     writer.add_context_length(1 << 20)  # none that the model knows of: llama.cpp's number

@@ -59,11 +59,10 @@ def usual(config: Config) -> dict[str, Any]:
         config.only(key, value)
     for key in ("attention_bias", "mlp_bias", "use_bias", "mamba_proj_bias"):
         config.only(key, False)
-    return {
-        "num_hidden_layers": len(kinds(config)),
-        "layer_types": None,
-        "rms_norm_eps": config.number("layer_norm_epsilon", config.number("rms_norm_eps", 1e-5), least=0),
-    }
+    eps = config.number("layer_norm_epsilon", config.number("rms_norm_eps", 1e-5), least=0)
+    config.only("norm_eps", eps)
+    config.only("attention_head_dim", config.integer("head_dim"))
+    return {"num_hidden_layers": len(kinds(config)), "layer_types": None, "rms_norm_eps": eps}
 
 
 def write_hparams(writer: gguf.GGUFWriter, config: Config) -> None:

@@ -51,6 +51,19 @@ GEMMA4 = {
 }
 GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 28}
 ALPHA = {**BASE, "rope_type": "dynamic", "alpha": 50.0, "factor": 1.0}
+#: what released ones have beside
+HUNYUAN = {
+    "attention_head_dim": 20,
+    "cla_share_factor": 2,
+    "dense_list": [60, 0],
+    "norm_type": "rms",
+    "pool_type": "last",
+    "use_cla": False,
+    "use_rotary_pos_emb": True,
+    "use_qk_norm": True,
+    "org_vocab_size": 500,
+    "im_start_id": 4,
+}
 MELLUM = {
     "num_experts": 5,
     "num_experts_per_tok": 2,
@@ -134,7 +147,7 @@ MODELS = {
     ),
     "exaone4": ("Exaone4", "Exaone4", {**HEADS, **TIED, "sliding_window": None, "layer_types": ["full_attention"] * 4}),
     "exaone4, windows": ("Exaone4", "Exaone4", {**HEADS, **WINDOW}),
-    "hunyuan-dense, another base": ("HunYuanDenseV1", "HunYuanDenseV1", {**HEADS, "rope_parameters": ALPHA}),
+    "hunyuan-dense, another base": ("HunYuanDenseV1", "HunYuanDenseV1", {**HEADS, **HUNYUAN, "rope_parameters": ALPHA}),
     "hunyuan-moe": (
         "HunYuanMoEV1",
         "HunYuanMoEV1",

@@ -1,11 +1,14 @@
 """Models with states, against transformers, whatever way tokens come."""
 
+import json
+
 import gguf
 import numpy as np
 import pytest
 import transformers
 
 import ggpy
+from converters import convert
 from tests.converters.conftest import SIZES
 from tests.converters.test_families import llama_cpp_logprobs
 
@@ -137,6 +140,30 @@ def made(name, **changes):
 def converted_logits(path, tokens):
     with ggpy.load(path, n_ctx=N_TOKENS, kv_type="f32", n_threads=2) as ours:
         return ours.logits(tokens)
+
+
+#: keys that released checkpoints have beyond those of a forward pass
+RELEASED = {
+    "nemotron_h_moe": {"attention_head_dim": 32, "norm_eps": 1e-5, "rope_theta": 10000, "use_mamba_kernels": True},
+    "falcon-h1": {"attn_layer_indices": None, "mamba_use_mlp": True, "rope_scaling": None, "num_logits_to_keep": 1},
+    "granite without scans, not rotated": {"init_method": "mup", "normalization_function": "rmsnorm"},
+    "mamba2": {
+        "intermediate_size": 120,
+        "norm_before_gate": True,
+        "rms_norm": True,
+        "time_step_scale": 1.0,
+        "time_step_init_scheme": "random",
+    },
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_keys_that_released_checkpoints_have_are_taken(tmp_path, name):
+    converted(tmp_path, made(name))
+    path = tmp_path / "checkpoint" / "config.json"
+    before = convert(path.parent, tmp_path / "model.gguf", "f32", dry_run=True)
+    path.write_text(json.dumps(json.loads(path.read_text()) | RELEASED[name]))
+    assert convert(path.parent, tmp_path / "model.gguf", "f32", dry_run=True) == before
 
 
 def test_the_text_part_of_a_model_that_sees(tmp_path):
