@@ -119,6 +119,7 @@ def load(
     kv_memory: int | None = None,
     ram_budget: int | None = None,
     stages: int = 1,
+    ray: str | None = None,
     lora: Iterable[str | Path] = (),
     progress: Callable[[int, int, str], None] | None = None,
 ) -> "Model":
@@ -155,6 +156,9 @@ def load(
     stages : int
         Processes that share the layers, each with its part of the weights and of the keys and values; text is the same.
         `n_threads` is for each of them.
+    ray : str, optional
+        The address of a Ray cluster whose nodes have the stages, and the file at the same path: for models that no machine
+        holds.
     lora : iterable of str or Path
         LoRA adapters that the model is run with: GGUF files, or PEFT's folders; PATH:0.5 multiplies one by 0.5. They stay
         beside the weights, and take memory and time for their own thin matrices alone.
@@ -190,6 +194,7 @@ def load(
         kv_memory=kv_memory,
         ram_budget=ram_budget,
         stages=stages,
+        ray=ray,
         lora=read_adapters(lora, file),
         progress=progress,
     )

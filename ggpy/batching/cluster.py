@@ -5,16 +5,14 @@ with the same promise. What Ray adds are the workers: it starts them, does the b
 starts more as nodes come.
 """
 
-import logging
-import os
 import pickle
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Error, UnsupportedError
+from ..errors import Error
+from ..pipeline.actors import cause, connected
 from .answers import Answer, answers
 from .tasks import Task
 
@@ -23,51 +21,8 @@ if TYPE_CHECKING:
 
 _BLOCK = 32  # tasks that are lost with a worker, and handed to one at once
 _BLOCKS = 4  # of them that a worker has at work: as many rows as a model has room for
-_SECONDS = 5.0  # for a first answer of an address
 _LOOK_SECONDS = 900.0  # for nodes to open the model, kernels compiled first
 _DEATHS = 3  # workers in a row that may fail to start, as on a node with too little memory
-
-
-def _ray() -> Any:
-    try:
-        import ray
-        import ray.data
-    except ImportError:
-        raise UnsupportedError("several machines need Ray: pip install 'ggpy[ray]'") from None
-    return ray
-
-
-@contextmanager
-def _connected(address: str) -> Iterator[Any]:
-    """Ray, connected to a cluster.
-
-    Raises
-    ------
-    Error
-        There is none at this address.
-    """
-    ray = _ray()
-    if ray.is_initialized():
-        yield ray
-        return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host:
-        try:
-            socket.create_connection((host, int(port)), _SECONDS).close()
-        except (OSError, ValueError, OverflowError) as error:
-            raise Error(f"no Ray cluster at {address}: {error}") from None
-    elif address not in ("auto", "local"):
-        raise Error(f"{address!r} is no address of a Ray cluster: HOST:PORT, ray://HOST:PORT, auto or local")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    try:
-        ray.init(address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        raise Error(f"no Ray cluster at {address}: {error}") from None
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
 
 
 class Cluster:
@@ -113,7 +68,7 @@ class Cluster:
             except (TaskUnschedulableError, NodeDiedError):  # the node has just gone
                 continue
             except (RayError, GetTimeoutError) as failed:
-                raise Error(f"{name}: {_cause(failed)}") from None
+                raise Error(f"{name}: {cause(failed)}") from None
             if version != __version__:
                 raise Error(f"{name} has ggpy {version}, this process {__version__}")
             if error:
@@ -158,7 +113,7 @@ class Cluster:
                     # A block that was done twice counts once.
                     yield [(waiting.pop(id), answer) for id, answer in pickle.loads(data) if id in waiting]
         except RayError as error:
-            raise Error(f"Ray: {_cause(error)}; the same command goes on") from None
+            raise Error(f"Ray: {cause(error)}; the same command goes on") from None
         if waiting:
             raise Error(f"Ray: {len(waiting)} rows have no answer; the same command goes on")
 
@@ -172,7 +127,7 @@ def cluster(address: str, model: "Model", how: Mapping[str, Any]) -> Iterator[Cl
     Error
         There is no such cluster, or a node has another version of ggpy or another model.
     """
-    with _connected(address) as ray:
+    with connected(address) as ray:
         found = Cluster(ray, str(model.file.path.resolve()), how)
         found.check(model.digest)
         yield found
@@ -204,11 +159,3 @@ def _look(path: str, how: Mapping[str, Any]) -> tuple[str, str, str]:
             return __version__, model.digest, ""
     except (Error, OSError, MemoryError) as error:
         return __version__, "", str(error) or type(error).__name__
-
-
-def _cause(error: BaseException) -> str:
-    """What Ray wraps in its own errors and their traces."""
-    while (cause := getattr(error, "cause", None) or error.__cause__) is not None and cause is not error:
-        error = cause
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__

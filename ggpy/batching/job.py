@@ -214,7 +214,8 @@ def batch(
         The address of a Ray cluster whose nodes do the work: HOST:PORT, ray://HOST:PORT, "auto", or "local" for one of this
         machine alone. They need ggpy and, at the same path, the model. What is lost with a worker is done again elsewhere.
     load : mapping
-        For `ggpy.load`, where `model` is a path: on several machines each worker has `n_threads`.
+        For `ggpy.load`, where `model` is a path: on several machines each worker has `n_threads`. With `stages` a cluster's
+        nodes share the layers; otherwise each has all.
     progress : callable, optional
         Called as progress(summary), again and again.
     **options
@@ -239,8 +240,10 @@ def batch(
     from .. import load as opened
 
     with ExitStack() as stack:
-        here = stack.enter_context(opened(model, **load))
-        if ray is None:
+        is_pipeline = load.get("stages", 1) > 1
+        how_loaded: dict[str, Any] = {**load, "ray": ray if is_pipeline else None}
+        here = stack.enter_context(opened(model, **how_loaded))
+        if ray is None or is_pipeline:
             return _run(here, *how)
         from .cluster import cluster
 

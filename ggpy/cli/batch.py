@@ -56,6 +56,9 @@ def batch(
         str | None,
         typer.Option("--ray", help="A Ray cluster that does the work: HOST:PORT, ray://…, auto, local.", metavar="ADDRESS"),
     ] = None,
+    stages: Annotated[
+        int, typer.Option("--stages", min=1, help="Processes, or nodes of --ray, that share the model's layers.")
+    ] = 1,
     ram_budget: Annotated[
         str | None, typer.Option("--ram-budget", help="Memory for a bigger mixture of experts: 6G, 512M.")
     ] = None,
@@ -69,7 +72,7 @@ def batch(
     options = {name: value for name, value in given.items() if value is not None} | sampling_values(sampling)
     budget = None if ram_budget is None else byte_count(ram_budget)
     how: dict[str, Any] = {"ordered": ordered, "embed": embed, "labels": label or (), "shard": _shard(shard)}
-    load = {"kv_type": kv_type, "ram_budget": budget}
+    load = {"kv_type": kv_type, "ram_budget": budget, "stages": stages}
     with ExitStack() as stack:
         opened: Model | Path
         if ray is None:

@@ -69,6 +69,7 @@ class Model:
         kv_memory: int | None = None,
         ram_budget: int | None = None,
         stages: int = 1,
+        ray: str | None = None,
         lora: "Iterable[Mapping[str, ThinPair]]" = (),
         progress: "Progress | None" = None,
     ):
@@ -84,11 +85,11 @@ class Model:
             how = (self.n_ctx, n_batch, kv_type.upper(), kv_memory, ram_budget, progress)
             make = None
             adapters = added_up(lora)
-            if stages != 1:
+            if stages != 1 or ray is not None:
                 if adapters:
                     raise UnsupportedError(f"{self.file.path}: adapters aren't shared by several stages; merge them")
                 options = (n_expert_used, mla, kv_type.upper(), n_threads)
-                make = partial(_stages, _count("stages", stages, 1), options)
+                make = partial(_stages, _count("stages", stages, 1), options, ray)
             self._runner = Runner(self.file, self.architecture, self._team, *how, make, adapters)
             self._scheduler = Scheduler(self._runner)
         except BaseException:
@@ -830,14 +831,21 @@ class Model:
         return family, frozenset(ids[0] for ids in encoded if len(ids) == 1 and self.tokenizer.is_hidden(ids[0]))
 
 
-def _stages(n: int, options: tuple[int | None, str, str, int | None], runner: Runner, n_pages: int) -> Stages:
-    """A pipeline of n processes on this machine, with as many threads together as one would have."""
+def _stages(
+    n: int, options: tuple[int | None, str, str, int | None], ray: str | None, runner: Runner, n_pages: int
+) -> Stages:
+    """A pipeline of n processes, by default with as many threads together as one would have."""
     (n_expert_used, mla, kv_type, n_threads), file = options, runner.file
     layers = split_layers(file, runner.arch.n_layer, n)
     n_threads = n_threads or max(1, default_threads() // n)
     model = (n_expert_used, mla, runner.n_ctx, runner.n_batch, runner.n_outputs, kv_type, n_pages, n_threads)
     hows = [How(str(file.path), r, r.start == 0, r is layers[-1], *model) for r in layers]
-    return Stages(Processes(hows), n, cast(RemotePages, runner.pages))
+    pages = cast(RemotePages, runner.pages)
+    if ray is None:
+        return Stages(Processes(hows), n, pages)
+    from ..pipeline.actors import Actors
+
+    return Stages(Actors(ray, hows), n, pages)
 
 
 def _best(generations: Iterator[Generation], each: int, n: int) -> Iterator[Generation]:

@@ -77,8 +77,10 @@ class Stage:
         return self._programs[key]
 
     def do(self, message: tuple) -> Any:
-        """What a message asks for: ("run", output, batch, x), x (n_tokens, n_embd) of the stage before, gives this stage's
-        result; ("copy", page, to) gives None."""
+        """What a message asks for: ("caches",) gives their names; ("copy", page, to) gives None; ("run", output, batch, x),
+        with x (n_tokens, n_embd) of the stage before or None, gives what the layers make of it."""
+        if message[0] == "caches":
+            return self.caches
         if message[0] == "copy":
             self._pages.copy(*message[1:])
             return None

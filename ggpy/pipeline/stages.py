@@ -94,10 +94,14 @@ class Stages:
         self._busy: set[int] = set()
         pages.copied = self._copy
         seen: set[str] = set()
-        for caches in links.start(range(n)):
-            if seen & set(caches):
-                raise UnsupportedError("layers of different stages share keys and values; take fewer stages")
-            seen |= set(caches)
+        try:
+            for caches in links.start(range(n)):
+                if seen & set(caches):
+                    raise UnsupportedError("layers of different stages share keys and values; take fewer stages")
+                seen |= set(caches)
+        except BaseException:
+            links.close()
+            raise
 
     def _copy(self, page: int, to: int) -> None:
         for i in range(self._n):

@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import ggpy
@@ -77,3 +78,20 @@ def test_no_cluster_is_an_error_in_a_line(tmp_path):
             ggpy.batch("demo", ROWS, tmp_path / "out", load=LOAD, ray=address)
         assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_layers_on_several_nodes(nodes, tmp_path):
+    nodes.add_node(num_cpus=1)
+    with ggpy.load("demo", **LOAD) as one, ggpy.load("demo", **LOAD, stages=2, ray=nodes.address) as many:
+        tokens = one.tokenize("And it came to pass in those days, that the king sent unto all the land. " * 9)[:200]
+        assert np.array_equal(one.logits(tokens), many.logits(tokens))
+        expected = one.generate("In the beginning", max_tokens=30, temperature=0).run().text
+        generation = many.generate("In the beginning", max_tokens=30, temperature=0)
+        for _ in range(5):
+            next(generation)
+        ray.kill(many._runner._stages._links._actors[0])
+        assert generation.run().text == expected
+    with ggpy.load("demo", **LOAD) as one:
+        ggpy.batch(one, ROWS[:20], tmp_path / "one", ordered=True)
+    ggpy.batch("demo", ROWS[:20], tmp_path / "many", ordered=True, ray=nodes.address, load={**LOAD, "stages": 2})
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "many").read_bytes()
