@@ -1,6 +1,6 @@
 """Which experts a text uses: counts, balance, confidence of the router."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from ..graph import Hook
+    from ..graph import Graph, Hook
     from .model import Model
 
 
@@ -101,6 +101,44 @@ def expert_use(model: "Model", ids: Sequence[int]) -> ExpertUse:
         confidence[row] = (weight[:, 0] / weight.sum(-1)).mean()
         trace.append(experts)
     return ExpertUse(layers, counts, weights, probabilities, np.stack(trace, 1), confidence)
+
+
+class ExpertWatch:
+    """Counts the experts that a model's runs choose, whatever they are for; it changes nothing.
+
+    Attributes
+    ----------
+    layers : tuple of int
+        The layers that have experts.
+    counts : int array (n_layers, n_expert)
+        How often each was chosen since this was made.
+    n_expert_used : int
+
+    Raises
+    ------
+    UnsupportedError
+        The model has no experts.
+    """
+
+    def __init__(self, graph: "Graph", name: str):
+        routers = [t for t in graph if t.op == "ROUTE"]
+        if not routers:
+            raise UnsupportedError(f"{name}: the model has no experts")
+        self._rows = {t.name: row for row, t in enumerate(routers)}
+        self.layers = tuple(int(t.name.split(".")[1]) for t in routers)
+        self.n_expert_used = routers[0].shape[1]
+        self.counts = np.zeros((len(routers), routers[0].inputs[0].shape[1]), np.int64)
+
+    def beside(self, hooks: "Mapping[str, Hook]") -> "dict[str, Hook]":
+        """Hooks that count, and call the given ones first."""
+
+        def on_route(name: str, route: np.ndarray) -> np.ndarray | None:
+            new = hooks[name](name, route) if name in hooks else None
+            experts = (route if new is None else new)[..., 0].astype(np.int64)
+            self.counts[self._rows[name]] += np.bincount(experts.ravel(), minlength=self.counts.shape[1])
+            return new
+
+        return {**hooks, **dict.fromkeys(self._rows, on_route)}
 
 
 def _collector(values: list[np.ndarray]) -> "Hook":

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .constraints import Constraints
     from .embedding import Pooling
     from .expert_memory import ExpertMemory
+    from .experts import ExpertWatch
     from .options import SamplingOptions
 
 DEFAULT_CONTEXT = 8192
@@ -157,6 +158,21 @@ class Model:
         """What keeps the experts within `ram_budget`, if that was given."""
         return self._runner.expert_memory
 
+    def watch_experts(self) -> "ExpertWatch":
+        """Counts the experts that are at work from the first call on.
+
+        Raises
+        ------
+        UnsupportedError
+            The model has no experts.
+        """
+        from .experts import ExpertWatch
+
+        with self._runner.lock:
+            if self._runner.expert_watch is None:
+                self._runner.expert_watch = ExpertWatch(self.graph(), str(self.file.path))
+            return self._runner.expert_watch
+
     @property
     def kv_bytes(self) -> int:
         """Bytes that cached keys and values, and states, may take."""
@@ -186,6 +202,11 @@ class Model:
         """
         type = kv_type or self._runner.pages.type
         return memory_use(self.file, self.architecture, self.n_ctx, self.n_threads, self._runner.n_batch, type)
+
+    @cached_property
+    def n_expert(self) -> int:
+        """Experts of each layer that has any; 0 if none has."""
+        return next((t.inputs[0].shape[1] for t in self.graph() if t.op == "ROUTE"), 0)
 
     @property
     def metadata(self) -> Any:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..graph import Graph, Team
     from ..models.weights import DerivedWeight
     from ..pipeline import Stages
+    from .experts import ExpertWatch
     from .sequence import TokenSequence
 
 _LOGITS_BYTES = 64 << 20  # that a run may take for its logits
@@ -130,6 +131,7 @@ class Runner:
         self.pages = kind(n_pages, kv_type, pages_of(n_ctx) * SLAB, n_slots)
         self.prefixes, self.snapshots = Prefixes(self.pages), Snapshots(self.pages.states)
         self.expert_memory: ExpertMemory | None = None
+        self.expert_watch: ExpertWatch | None = None  # may be set between runs
         if ram_budget is not None:
             self.expert_memory = ExpertMemory(file, graph, ram_budget, kv_bytes)
         if stages is not None:
@@ -161,7 +163,7 @@ class Runner:
         if self._stages is not None:
             raise UnsupportedError(f"{self.file.path}: the programs are other processes'")
         hooks = dict(self.hooks)  # as they are now: another thread may change them
-        key = (n_tokens, output, *hooks.items())
+        key = (n_tokens, output, self.expert_watch, *hooks.items())
         program = self._programs.get(key)
         if program is None:
             n_outputs = self.n_outputs if output == "logits" else n_tokens
@@ -171,6 +173,8 @@ class Runner:
                 hooks = {name: hook for name, hook in hooks.items() if name in graph or name not in beyond}
             if self.expert_memory is not None:
                 hooks = self.expert_memory.beside(hooks)
+            if self.expert_watch is not None:
+                hooks = self.expert_watch.beside(hooks)
             program = self._programs[key] = Program(graph, self.pages, self._team, hooks)
             if len(self._programs) > _PROGRAMS:
                 self._programs.popitem(last=False)

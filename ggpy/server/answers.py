@@ -1,10 +1,11 @@
 """Answers as they come, whatever the API: what is said in which order, and what belongs to it."""
 
+import json
 import secrets
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..generate.generation import Generation
 from ..generate.piece import Piece
@@ -35,6 +36,11 @@ class Segment:
     def text(self) -> str:
         """The text so far."""
         return "".join(self.texts)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """A call's arguments; none until they are whole."""
+        return json.loads(self.text) if self.texts else {}
 
 
 class Delta(NamedTuple):

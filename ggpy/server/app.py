@@ -1,6 +1,7 @@
 """The application: endpoints, and what stands before them."""
 
 import asyncio
+import base64
 import hmac
 import ipaddress
 import json
@@ -9,29 +10,34 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import anyio
+import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .. import __version__
 from ..errors import Error
 from ..generate.generation import Generation
-from . import fields
+from . import fields, messages, responses
 from .answers import Answer, new_id, usage_of
 from .chat import ChatWriter, conversation_of, format_options
 from .completions import CompletionWriter, continuations, gap_ids, prompts_of
 from .conversation import Conversation, Plain, Prompt, replies
 from .engine import Stream
 from .errors import APIError, failed, invalid, refused
+from .metrics import Metrics
 from .models import Models, Served
+from .native import NativeWriter
 from .writer import Writer
 
 _log = logging.getLogger("ggpy.server")
@@ -40,6 +46,14 @@ T = TypeVar("T")
 _BODY_SECONDS = 60.0  # in which a body must have come
 _KEEP_ALIVE = 10.0  # seconds without an event, after which a comment is sent
 _PUBLIC = ("/", "/health", "/v1/health")  # what needs no key
+_PAGE = files("ggpy.server") / "page.html"
+#: what the page may do: nothing from elsewhere, and it is in nobody's frame
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 
 
 @dataclass(frozen=True)
@@ -65,13 +79,6 @@ class Limits:
     seconds: float = 3600.0
     body: int = 16 << 20
     hosts: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What requests get that don't say otherwise: options of generations."""
-
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 # Answers
@@ -119,20 +126,21 @@ async def _connected(request: Request, work: Awaitable[T]) -> T:
     ClientDisconnect
         It has left.
     """
-    results: list[T] = []
-    async with anyio.create_task_group() as group:
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_leaving(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
 
-        async def watch() -> None:
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-            group.cancel_scope.cancel()
 
-        group.start_soon(watch)
-        results.append(await work)
-        group.cancel_scope.cancel()
-    if not results:
-        raise ClientDisconnect
-    return results[0]
+async def _leaving(request: Request) -> None:
+    """Returns when the client has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 class Server:
@@ -148,6 +156,7 @@ class Server:
 
     def __init__(self, models: Models, limits: Limits, defaults: Mapping[str, Any]):
         self.models, self.limits, self.defaults = models, limits, dict(defaults)
+        self.metrics = Metrics()
 
     # What endpoints share
 
@@ -220,7 +229,8 @@ class Server:
             writer, answers = written(generations)
             stream = Stream(served.engine, generations, self.limits.seconds)
             stack.callback(stream.close)
-            request.state.answers = answers
+            stack.callback(lambda: self.metrics.answered(usage_of(answers, n_prompts), answers))
+            request.state.usage = lambda: usage_of(answers, n_prompts)
             if values.get("stream"):
                 return Events(_events(stream, writer, answers, n_prompts), stack.pop_all())
             return JSONResponse(await _connected(request, _whole(stream, writer, answers, n_prompts)))
@@ -302,6 +312,161 @@ class Server:
 
         return await self.answer(request, values, begin, each, len(prompts))
 
+    async def responses(self, request: Request) -> Response:
+        """POST /v1/responses"""
+        values = await self.read(request, fields.RESPONSES)
+        conversation, more = responses.conversation_of(values), responses.options_of(values)
+
+        def writer(served: Served, answer: Answer) -> Writer:
+            return responses.ResponsesWriter(served.name, answer, values)
+
+        return await self._answer_to(request, values, fields.RESPONSES, conversation, more, writer)
+
+    # Anthropic's API
+
+    async def messages(self, request: Request) -> Response:
+        """POST /v1/messages"""
+        values = await self.read(request, fields.MESSAGES)
+        if "max_tokens" not in values:
+            raise invalid("max_tokens is required", "max_tokens")
+        conversation = messages.conversation_of(values)
+
+        def writer(served: Served, answer: Answer) -> Writer:
+            return messages.MessagesWriter(served.name, answer)
+
+        return await self._answer_to(request, values, fields.MESSAGES, conversation, {}, writer)
+
+    async def count_tokens(self, request: Request) -> Response:
+        """POST /v1/messages/count_tokens"""
+        values = await self.read(request, fields.MESSAGES)
+        conversation = messages.conversation_of(values)
+
+        def count(served: Served) -> int:
+            prompt = Prompt(served.model, conversation, False)
+            return len(served.model.tokenizer.encode_prompt(prompt.text))
+
+        return JSONResponse({"input_tokens": await self.computed(request, values, count)})
+
+    async def _answer_to(
+        self,
+        request: Request,
+        values: Mapping[str, Any],
+        table: Mapping[str, fields.Field],
+        conversation: Conversation,
+        more: Mapping[str, Any],
+        writer: Callable[[Served, Answer], Writer],
+    ) -> Response:
+        """Answers a conversation once."""
+
+        def begin(served: Served) -> Any:
+            options = {**self.options(values, table, served), **more}
+            prompt, generations = _reply(served, conversation, options, 1)
+
+            def written(generations: list[Generation]) -> tuple[Writer, list[Answer]]:
+                answer = Answer(generations[0], prompt.parser())
+                return writer(served, answer), [answer]
+
+            return generations, written
+
+        return await self.answer(request, values, begin)
+
+    # llama.cpp's API
+
+    async def native_completion(self, request: Request) -> Response:
+        """POST /completion"""
+        values = await self.read(request, fields.NATIVE)
+        if "prompt" not in values:
+            raise invalid("prompt is required", "prompt")
+        return await self._continue(request, values, lambda served: values["prompt"])
+
+    async def infill(self, request: Request) -> Response:
+        """POST /infill"""
+        values = await self.read(request, fields.INFILL)
+        if "input_prefix" not in values or "input_suffix" not in values:
+            raise invalid("input_prefix and input_suffix are required", "input_prefix")
+        extra = "".join(f"{x.get('filename', '')}\n{x.get('text', '')}\n" for x in values.get("input_extra", ()))
+        before = values["input_prefix"] + values.get("prompt", "")
+        return await self._continue(
+            request, values, lambda served: gap_ids(served.model, before, values["input_suffix"], extra)
+        )
+
+    async def _continue(
+        self, request: Request, values: Mapping[str, Any], prompt: Callable[[Served], str | list[int]]
+    ) -> Response:
+        def begin(served: Served) -> Any:
+            options = self.options(values, fields.INFILL, served)
+            generations = continuations(served.model, [prompt(served)], options, 1, False)
+
+            def written(generations: list[Generation]) -> tuple[Writer, list[Answer]]:
+                answer = Answer(generations[0], Plain())
+                return NativeWriter(served.name, answer, options), [answer]
+
+            return generations, written
+
+        return await self.answer(request, values, begin)
+
+    # Vectors
+
+    async def embeddings(self, request: Request) -> Response:
+        """POST /v1/embeddings"""
+        values = await self.read(request, fields.EMBEDDINGS)
+        given = values.get("input", values.get("content"))
+        if given is None:
+            raise invalid("input is required", "input")
+        texts = prompts_of(given)
+        size = values.get("dimensions")
+
+        def embed(served: Served) -> dict[str, Any]:
+            model = served.model
+            n_embd = model.architecture.n_embd
+            if size is not None and size > n_embd:
+                raise invalid(f"dimensions must be {n_embd} or less", "dimensions")
+            ids = [model.tokenizer.encode(text) if isinstance(text, str) else text for text in texts]
+            vectors = model.embed(ids)[:, :size]
+            if size is not None:
+                vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+            coded = values.get("encoding_format") == "base64"
+            data = [base64.b64encode(v.astype("<f4").tobytes()).decode() if coded else v.tolist() for v in vectors]
+            n = sum(map(len, ids))
+            return {
+                "object": "list",
+                "model": served.name,
+                "data": [{"object": "embedding", "index": i, "embedding": v} for i, v in enumerate(data)],
+                "usage": {"prompt_tokens": n, "total_tokens": n},
+            }
+
+        return JSONResponse(await _connected(request, self.computed(request, values, embed)))
+
+    async def rerank(self, request: Request) -> Response:
+        """POST /v1/rerank"""
+        values = await self.read(request, fields.RERANK)
+        given = values.get("documents", values.get("texts"))
+        if "query" not in values or given is None:
+            raise invalid("query and documents are required", "query" if "query" not in values else "documents")
+        texts = [document if isinstance(document, str) else document.get("text") for document in given]
+        if not all(isinstance(text, str) for text in texts):
+            raise invalid("documents are texts, or objects with a text", "documents")
+
+        def rank(served: Served) -> Any:
+            model = served.model
+            scores = model.rerank(values["query"], texts).tolist()
+            best = sorted(range(len(texts)), key=lambda i: -scores[i])[: values.get("top_n", len(texts))]
+            if "texts" in values:  # as Text Embeddings Inference has it
+                with_text = values.get("return_text", False)
+                return [{"index": i, "score": scores[i], **({"text": texts[i]} if with_text else {})} for i in best]
+            with_text = values.get("return_documents", False)
+            results = [
+                {"index": i, "relevance_score": scores[i], **({"document": {"text": texts[i]}} if with_text else {})}
+                for i in best
+            ]
+            n = sum(len(model.tokenizer.encode(text)) for text in [values["query"], *texts])
+            usage = {"prompt_tokens": n, "total_tokens": n}
+            return {"object": "list", "model": served.name, "results": results, "usage": usage}
+
+        return JSONResponse(await _connected(request, self.computed(request, values, rank)))
+
+    # What is there
+
     async def list_models(self, request: Request) -> Response:
         """GET /v1/models"""
         data = [self._model_facts(served) for served in self.models.served.values()]
@@ -323,6 +488,7 @@ class Server:
                 "n_ctx_train": model.architecture.n_ctx_train,
                 "n_embd": model.architecture.n_embd,
                 "n_vocab": model.architecture.n_vocab,
+                "n_expert": model.n_expert,
                 "size": served.path.stat().st_size,
             }
             facts["max_model_len"] = model.n_ctx
@@ -376,6 +542,29 @@ class Server:
             except Error as error:
                 raise refused(error) from None
         raise AssertionError  # use() hides no errors
+
+    async def experts(self, request: Request) -> Response:
+        """GET /experts"""
+        name = request.query_params.get("model")
+
+        def watched(served: Served) -> dict[str, Any]:
+            watch = served.model.watch_experts()
+            return {
+                "layers": watch.layers,
+                "n_expert_used": watch.n_expert_used,
+                "counts": watch.counts.tolist(),
+            }
+
+        return JSONResponse(await self.computed(request, {"model": name}, watched))
+
+    async def metrics_text(self, request: Request) -> Response:
+        """GET /metrics"""
+        self.metrics.answers.set(sum(served.n_answers for served in self.models.served.values()))
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def page(self, request: Request) -> Response:
+        """GET /"""
+        return HTMLResponse(_PAGE.read_text("utf-8"), headers=_PAGE_HEADERS)
 
     async def health(self, request: Request) -> Response:
         """GET /health"""
@@ -447,8 +636,8 @@ class Guard:
     shows it. An IP address can't be pointed elsewhere.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits):
-        self._app, self._limits = app, limits
+    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics):
+        self._app, self._limits, self._metrics = app, limits, metrics
         self._key = limits.api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -501,11 +690,9 @@ class Guard:
             "status": status,
             "seconds": round(seconds, 3),
         }
-        answers = scope["state"].get("answers")
-        if answers:
-            usage = usage_of(answers)
-            facts |= {"prompt": usage.prompt, "cached": usage.cached, "completion": usage.completion}
-            facts["ended"] = [a.generation.finish_reason for a in answers]
+        if (usage := scope["state"].get("usage")) is not None:
+            facts |= usage()._asdict()
+        self._metrics.request(scope["path"] if scope["path"] in _PATHS else "other", status, seconds)
         _log.info("request", extra={"facts": facts})
 
 
@@ -548,18 +735,53 @@ async def _on_error(request: Request, error: Exception) -> Response:
     return _error_response(request.url.path, APIError(500, "internal error"))
 
 
-#: method, path and the endpoint's name
+class Endpoint(NamedTuple):
+    """What is answered at a path: by which method of `Server`, and which fields requests may have."""
+
+    method: str
+    path: str
+    name: str
+    table: Mapping[str, fields.Field] | None = None
+
+
 ENDPOINTS = (
-    ("POST", "/v1/chat/completions", "chat_completions"),
-    ("POST", "/v1/completions", "completions"),
-    ("GET", "/v1/models", "list_models"),
-    ("GET", "/v1/models/{name:path}", "one_model"),
-    ("POST", "/tokenize", "tokenize"),
-    ("POST", "/detokenize", "detokenize"),
-    ("POST", "/apply-template", "apply_template"),
-    ("GET", "/health", "health"),
-    ("GET", "/v1/health", "health"),
+    Endpoint("POST", "/v1/chat/completions", "chat_completions", fields.CHAT),
+    Endpoint("POST", "/v1/completions", "completions", fields.COMPLETION),
+    Endpoint("POST", "/v1/responses", "responses", fields.RESPONSES),
+    Endpoint("POST", "/v1/messages", "messages", fields.MESSAGES),
+    Endpoint("POST", "/v1/messages/count_tokens", "count_tokens", fields.MESSAGES),
+    Endpoint("POST", "/v1/embeddings", "embeddings", fields.EMBEDDINGS),
+    Endpoint("POST", "/v1/rerank", "rerank", fields.RERANK),
+    Endpoint("POST", "/rerank", "rerank", fields.RERANK),
+    Endpoint("GET", "/v1/models", "list_models"),
+    Endpoint("GET", "/v1/models/{name:path}", "one_model"),
+    Endpoint("POST", "/completion", "native_completion", fields.NATIVE),
+    Endpoint("POST", "/infill", "infill", fields.INFILL),
+    Endpoint("POST", "/tokenize", "tokenize", fields.TOKENIZE),
+    Endpoint("POST", "/detokenize", "detokenize", fields.DETOKENIZE),
+    Endpoint("POST", "/apply-template", "apply_template", fields.CHAT),
+    Endpoint("GET", "/experts", "experts"),
+    Endpoint("GET", "/metrics", "metrics_text"),
+    Endpoint("GET", "/health", "health"),
+    Endpoint("GET", "/v1/health", "health"),
+    Endpoint("GET", "/", "page"),
 )
+_PATHS = {endpoint.path for endpoint in ENDPOINTS}
+
+
+def openapi() -> dict[str, Any]:
+    """The API's description: what requests may have, from the tables that check them."""
+    paths: dict[str, dict[str, Any]] = {}
+    for endpoint in ENDPOINTS:
+        facts: dict[str, Any] = {"operationId": endpoint.name, "responses": {"200": {"description": "the answer"}}}
+        if endpoint.table is not None:
+            properties = {name: field.schema for name, field in endpoint.table.items()}
+            schema = {"type": "object", "properties": properties}
+            facts["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        if "{" in endpoint.path:
+            facts["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
+        paths.setdefault(endpoint.path.replace(":path", ""), {})[endpoint.method.lower()] = facts
+    return {"openapi": "3.1.0", "info": {"title": "ggpy", "version": __version__}, "paths": paths}
 
 
 def application(served: Sequence[Served], memory: int, limits: Limits, defaults: Mapping[str, Any]) -> Starlette:
@@ -583,11 +805,15 @@ def application(served: Sequence[Served], memory: int, limits: Limits, defaults:
         yield
         await server.models.close()
 
-    routes = [Route(path, getattr(server, name), methods=[method]) for method, path, name in ENDPOINTS]
+    async def description(request: Request) -> Response:
+        return JSONResponse(openapi())
+
+    routes = [Route(e.path, getattr(server, e.name), methods=[e.method]) for e in ENDPOINTS]
+    routes.append(Route("/openapi.json", description, methods=["GET"]))
     handlers = {APIError: _on_api_error, HTTPException: _on_http_error, ClientDisconnect: _on_error, Exception: _on_error}
     return Starlette(
         routes=routes,
-        middleware=[Middleware(Guard, limits=limits)],
+        middleware=[Middleware(Guard, limits=limits, metrics=server.metrics)],
         exception_handlers=handlers,  # type: ignore[arg-type]
         lifespan=lifespan,
     )

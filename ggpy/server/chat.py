@@ -150,6 +150,7 @@ def _message(answer: Answer) -> dict[str, Any]:
     ]
     content = answer.text("content")
     message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None, "refusal": None}
+    message["annotations"] = []
     if thoughts := answer.text("reasoning"):
         message["reasoning_content"] = thoughts
     return {**message, "tool_calls": calls} if calls else message

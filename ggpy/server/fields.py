@@ -182,6 +182,34 @@ TOKENIZE = {
     "with_pieces": Field(BOOL),
     "chat_template_kwargs": Field(OBJECT),
 }
+NATIVE = {
+    **GENERATION,
+    "prompt": Field(one_of(TEXT, TOKENS)),
+    "n_probs": Field(whole(0, 100)),
+}
+INFILL = {
+    **NATIVE,
+    "prompt": Field(TEXT),
+    "input_prefix": Field(TEXT),
+    "input_suffix": Field(TEXT),
+    "input_extra": Field(list_of(OBJECT)),
+}
+EMBEDDINGS = {
+    "model": Field(TEXT),
+    "input": Field(PROMPT),
+    "content": Field(PROMPT),
+    "encoding_format": Field(among("float", "base64")),
+    "dimensions": Field(whole(1)),
+}
+RERANK = {
+    "model": Field(TEXT),
+    "query": Field(TEXT),
+    "documents": Field(list_of(one_of(TEXT, OBJECT), 1)),
+    "texts": Field(list_of(TEXT, 1)),
+    "top_n": Field(whole(1)),
+    "return_documents": Field(BOOL),
+    "return_text": Field(BOOL),
+}
 DETOKENIZE = {"model": Field(TEXT), "tokens": Field(list_of(whole(0)))}
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from .. import __version__
-from .answers import Delta, Usage
+from .answers import Answer, Delta, Segment, Usage
 from .errors import APIError
 
 #: OpenAI's name for the software that answers
@@ -44,3 +44,42 @@ class Writer(ABC):
     @abstractmethod
     def whole(self, usage: Usage) -> dict[str, Any]:
         """All answers at once."""
+
+
+class SegmentWriter(Writer):
+    """Writes one answer whose parts are opened and closed."""
+
+    def __init__(self, answer: Answer):
+        self._answer = answer
+        self._open: int | None = None  # the segment's place
+
+    @abstractmethod
+    def opened(self, place: int, segment: Segment) -> list[Event]:
+        """A part begins."""
+
+    @abstractmethod
+    def added(self, place: int, segment: Segment, text: str) -> list[Event]:
+        """A part goes on."""
+
+    @abstractmethod
+    def closed(self, place: int, segment: Segment) -> list[Event]:
+        """A part is whole."""
+
+    def take(self, index: int, deltas: Sequence[Delta]) -> list[Event]:
+        """What becomes certain, between the beginnings and ends of parts."""
+        events: list[Event] = []
+        for place, segment, text in deltas:
+            if place != self._open:
+                events += self.end(index)
+                events += self.opened(place, segment)
+                self._open = place
+            if text:
+                events += self.added(place, segment, text)
+        return events
+
+    def end(self, index: int) -> list[Event]:
+        """The part that is open is whole."""
+        if self._open is None:
+            return []
+        place, self._open = self._open, None
+        return self.closed(place, self._answer.segments[place])

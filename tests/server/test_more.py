@@ -1,0 +1,91 @@
+"""Vectors, gaps, experts, numbers, and the page."""
+
+import base64
+import re
+
+import numpy as np
+import openai
+import pytest
+
+import ggpy
+
+TEXTS = ["The cat sat on the mat.", "Stars", "Grüße"]
+
+
+def test_embeddings_are_those_of_the_model_also_as_openais_client_asks_for_them(client, demo):
+    with ggpy.load(demo, n_ctx=1024) as model:
+        expected = model.embed(TEXTS)
+        ids = [model.tokenize(text) for text in TEXTS]
+    api = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none")  # asks for base64
+    got = api.embeddings.create(model="demo", input=TEXTS)
+    np.testing.assert_array_equal(np.array([d.embedding for d in got.data], np.float32), expected)
+    assert got.usage.prompt_tokens == sum(map(len, ids))
+    plain = client.post("/v1/embeddings", json={"input": ids}).json()["data"]
+    np.testing.assert_allclose([d["embedding"] for d in plain], expected, rtol=1e-6)
+    coded = client.post("/v1/embeddings", json={"input": TEXTS[1], "encoding_format": "base64", "dimensions": 8}).json()
+    vector = np.frombuffer(base64.b64decode(coded["data"][0]["embedding"]), "<f4")
+    np.testing.assert_allclose(vector, expected[1, :8] / np.linalg.norm(expected[1, :8]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {}),
+        ("/v1/embeddings", {"input": "x", "dimensions": 99999}),
+        ("/v1/embeddings", {"input": "x", "encoding_format": "hex"}),
+        ("/v1/embeddings", {"input": "word " * 3000}),
+        ("/v1/rerank", {"query": "x"}),
+        ("/v1/rerank", {"query": "x", "documents": ["a model that isn't made for this"]}),
+        ("/infill", {"input_prefix": "x"}),
+        ("/infill", {"input_prefix": "x", "input_suffix": "y"}),
+        ("/completion", {}),
+    ],
+)
+def test_mistakes_are_refused(client, path, body):
+    assert client.post(path, json=body).status_code == 400
+
+
+def test_llama_cpps_completion(client, demo):
+    with ggpy.load(demo, n_ctx=1024) as model:
+        expected = model.generate("Once upon", max_tokens=8, temperature=0).run()
+    got = client.post("/completion", json={"prompt": "Once upon", "n_predict": 8, "temperature": 0}).json()
+    assert (got["content"], got["tokens"]) == (expected.text, expected.ids)
+    assert (got["stop_type"], got["tokens_predicted"], got["timings"]["predicted_n"]) == ("limit", 8, 8)
+
+
+def test_experts_at_work_are_counted_for_all_that_is_computed_after_the_first_look(client, demo):
+    before = client.get("/experts").json()
+    client.post("/v1/completions", json={"prompt": "Look at these experts", "max_tokens": 5, "ignore_eos": True})
+    after = client.get("/experts?model=demo").json()
+    with ggpy.load(demo) as model:
+        n_prompt = len(model.tokenizer.encode_prompt("Look at these experts"))
+        assert client.get("/v1/models").json()["data"][0]["meta"]["n_expert"] == model.n_expert == len(after["counts"][0])
+    new = np.array(after["counts"]) - np.array(before["counts"])
+    assert new.shape[0] == len(after["layers"])
+    # The last token isn't evaluated.
+    assert (new.sum(1) == (n_prompt + 4) * after["n_expert_used"]).all()
+
+
+def test_prometheus_is_told_what_was_done(client):
+    def value(name):
+        return float(re.search(rf"^{name} (\S+)$", client.get("/metrics").text, re.M)[1])
+
+    before = value("ggpy_completion_tokens_total")
+    client.post("/v1/completions", json={"prompt": "Once", "max_tokens": 5, "ignore_eos": True})
+    assert value("ggpy_completion_tokens_total") == before + 5
+    assert value(r'ggpy_requests_total\{path="/v1/completions",status="200"\}') >= 1
+    client.get("/no/such/path")
+    assert value(r'ggpy_requests_total\{path="other",status="404"\}') >= 1
+
+
+def test_the_page_takes_nothing_from_elsewhere(client):
+    page = client.get("/")
+    assert page.headers["content-type"].startswith("text/html") and "frame-ancestors 'none'" in str(page.headers)
+    assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", page.text)
+
+
+def test_the_description_has_the_fields_that_are_checked(client):
+    paths = client.get("/openapi.json").json()["paths"]
+    body = paths["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["properties"]["top_logprobs"] == {"type": "integer", "minimum": 0, "maximum": 20}
+    assert set(paths) >= {"/v1/responses", "/v1/messages", "/v1/embeddings", "/v1/rerank", "/metrics"}
