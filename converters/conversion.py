@@ -298,8 +298,9 @@ def plan_tensors(checkpoint: Checkpoint, family: Family, type: str) -> list[Tens
     n_layer, folder = config.integer("num_hidden_layers"), checkpoint.folder
     if n_layer > len(checkpoint.tensors):  # before anything is made for each layer
         raise ConversionError(f"{config.path}: num_hidden_layers {n_layer}, of {len(checkpoint.tensors)} tensors in all")
-    names = gguf.get_tensor_name_map(family.arch, n_layer)
     shapes = family.shapes(config)
+    n_blocks = max((int(name.split(".")[1]) + 1 for name in shapes if name.startswith("blk.")), default=n_layer)
+    names = gguf.get_tensor_name_map(family.arch, n_blocks)
     sources: dict[str, Rows] = {}
     gathered = family.gather(checkpoint.tensors, config)
     checkpoint.refuse_quantized(gathered)

@@ -7,6 +7,7 @@ the heads of the delta rule stand in tiles: those that share the first head of k
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import gguf
@@ -14,7 +15,7 @@ import numpy as np
 
 from ggpy.errors import ConversionError, UnsupportedError
 
-from .checkpoint import ChangedRows, Config, PickedRows, Rows, shown
+from .checkpoint import ChangedRows, Checkpoint, Config, PickedRows, Rows, shown
 from .experts import expert_shapes, gather_experts, write_expert_hparams
 from .family import (
     Family,
@@ -30,8 +31,17 @@ from .family import (
 
 # Settings of rope beyond those of other families: the part of a head that is rotated, and positions of images.
 ROPE = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
-# How states are kept in memory, and layers that predict further tokens (MTP), which aren't converted.
-IGNORED = ("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
+# How states are kept in memory, and how many layers predict further tokens (MTP), of which the tensors tell: checkpoints
+# that were trained further often lack them.
+IGNORED = ("mamba_ssm_dtype", "mtp_num_hidden_layers")
+# The parts of such a layer that others don't have: GGUF's names for them.
+NEXTN = {
+    "fc": "eh_proj",
+    "pre_fc_norm_embedding": "enorm",
+    "pre_fc_norm_hidden": "hnorm",
+    "norm": "shared_head_norm",
+}
+MTP_LAYER = "mtp.layers."
 
 
 def recurrent(config: Config) -> list[bool]:
@@ -78,10 +88,22 @@ def usual(config: Config) -> dict[str, Any]:
     return part | {"rope_parameters": scaling, "rope_scaling": None} | given
 
 
+def with_nextn(checkpoint: Checkpoint, family: Family) -> Family:
+    """The family of checkpoints that have layers which predict further tokens; transformers leaves these aside."""
+    names = [name.removeprefix(MTP_LAYER) for name in checkpoint.tensors if name.startswith(MTP_LAYER)]
+    n = len({name.split(".")[0] for name in names})
+    return replace(family, usual=lambda config: usual(config) | {"nextn_layers": n}) if n else family
+
+
 def write_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
     config.only("attention_bias", False)
     config.only("attn_output_gate", True)
-    write_decoder_hparams(writer, config.replaced(layer_types=None))
+    n_layer, n_nextn = config.integer("num_hidden_layers"), config.integer("nextn_layers", 0, least=0)
+    write_decoder_hparams(writer, config.replaced(layer_types=None, num_hidden_layers=n_layer + n_nextn))
+    if n_nextn:
+        config.only("nextn_layers", 1)
+        config.only("mtp_use_dedicated_embeddings", False)
+        writer.add_nextn_predict_layers(n_nextn)
     n_k, n_v, dim_k, dim_v = heads(config)
     writer.add_rope_dimension_count(int(head_dim(config) * config.number("partial_rotary_factor", 0.25)))
     writer.add_ssm_conv_kernel(config.integer("linear_conv_kernel_dim", least=2))
@@ -132,7 +154,12 @@ def _shapes(config: Config, feed_forward: Shapes, alpha_beta: Callable[[int, int
         "ssm_out.weight": (n_embd, n_v * dim_v),
     }
     kinds = recurrent(config)
-    return model_shapes(config, lambda i: norms | (rule if kinds[i] else attention) | feed_forward)
+    shapes = model_shapes(config, lambda i: norms | (rule if kinds[i] else attention) | feed_forward)
+    if config.integer("nextn_layers", 0, least=0):
+        own: Shapes = {f"nextn.{name}.weight": (n_embd,) for name in NEXTN.values()}
+        own["nextn.eh_proj.weight"] = (n_embd, 2 * n_embd)
+        shapes |= {f"blk.{len(kinds)}.{name}": shape for name, shape in (norms | attention | feed_forward | own).items()}
+    return shapes
 
 
 def _two(n: int, n_embd: int) -> Shapes:
@@ -155,11 +182,13 @@ def _experts(config: Config) -> Shapes:
 
 
 def gather(tensors: Mapping[str, Rows], config: Config) -> dict[str, Rows]:
-    """Stack the experts, split what Qwen3-Next has joined, and drop what sees and what predicts further tokens (MTP)."""
+    """Stack the experts, split what Qwen3-Next has joined, drop what sees, and put the layer that predicts further tokens
+    behind the others."""
+    behind = config.integer("num_hidden_layers")
     kept = {
-        name.replace("model.language_model.", "model."): rows
+        _placed(name.replace("model.language_model.", "model."), behind): rows
         for name, rows in tensors.items()
-        if not name.startswith(("mtp.", "model.visual."))
+        if not name.startswith("model.visual.")
     }
     gathered: dict[str, Rows] = {}
     for name, rows in gather_experts(kept, config).items():
@@ -172,6 +201,15 @@ def gather(tensors: Mapping[str, Rows], config: Config) -> dict[str, Rows]:
         else:
             gathered[name.replace(".dt_bias", ".dt_proj.bias")] = rows
     return gathered
+
+
+def _placed(name: str, behind: int) -> str:
+    """The name of an MTP layer's tensor as that of a layer behind others; any other name as it is."""
+    if name.startswith(MTP_LAYER):
+        number, _, rest = name.removeprefix(MTP_LAYER).partition(".")
+        return f"model.layers.{behind + int(number)}.{rest}" if number.isdecimal() else name
+    part = name.removeprefix("mtp.").removesuffix(".weight")
+    return f"blk.{behind}.nextn.{NEXTN[part]}.weight" if name.startswith("mtp.") and part in NEXTN else name
 
 
 def _qkv_and_z(name: str, rows: Rows, config: Config) -> tuple[np.ndarray, np.ndarray]:
@@ -238,6 +276,7 @@ FAMILIES = (
         gather,
         transform_tiled,
         usual=usual,
+        special=with_nextn,
         defaults=DEFAULTS,
     ),
     Family(
@@ -248,6 +287,7 @@ FAMILIES = (
         gather,
         transform_tiled,
         usual=usual,
+        special=with_nextn,
         defaults=DEFAULTS,
     ),
     Family(
@@ -258,6 +298,7 @@ FAMILIES = (
         gather,
         transform,
         usual=usual,
+        special=with_nextn,
         defaults=DEFAULTS,
     ),
 )

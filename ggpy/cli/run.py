@@ -68,7 +68,11 @@ def run(
     ] = False,
     draft: Annotated[
         str | None,
-        typer.Option("--draft", help="A smaller model that guesses tokens; same vocabulary.", metavar="MODEL"),
+        typer.Option(
+            "--draft",
+            help="A smaller model that guesses tokens; same vocabulary. mtp: the model's own layer for that.",
+            metavar="MODEL",
+        ),
     ] = None,
     prompt_cache: Annotated[
         Path | None, typer.Option("--prompt-cache", help="File that keeps the prompt's keys and values for the next start.")
@@ -103,7 +107,7 @@ def run(
         kept_to = {"json_schema": text_of(json_schema), "grammar": text_of(grammar), "regex": regex}
         options = {"max_tokens": max_tokens, "stop": stop, "lookup": lookup, **kept_to, **sampling_values(sampling)}
         if draft is not None:
-            options["draft"] = models.enter_context(open_model(draft, opened.n_ctx, threads))
+            options["draft"] = draft if draft == "mtp" else models.enter_context(open_model(draft, opened.n_ctx, threads))
         first = [{"role": "system", "content": system}] if system else []
         if talk:
             from ..kernels.build import cache_dir

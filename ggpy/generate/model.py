@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import ContextFullError, Error, UnsupportedError
 from ..file import GGUFFile
 from ..graph import Graph, Team, default_threads
-from ..models import added_up, read_architecture
+from ..models import added_up, read_architecture, read_nextn
 from ..pipeline import Processes, RemotePages, Stages, split_layers
 from ..pipeline.stage import How
 from .chat import ChatTemplate
@@ -32,7 +32,7 @@ from .scheduler import Request, Scheduler
 from .score import Score
 from .sequence import TokenSequence
 from .session import Message, Reply, Session, checked_messages
-from .speculation import MOST, DraftModel, Lookup
+from .speculation import MOST, DraftModel, Lookup, NextTokens
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ class Model:
         self.file = GGUFFile(path)
         team = None
         try:
-            self.architecture = read_architecture(self.file, n_expert_used, mla, n_ctx or DEFAULT_CONTEXT)
+            self._how_read = (n_expert_used, mla, n_ctx or DEFAULT_CONTEXT)
+            self.architecture = read_architecture(self.file, *self._how_read)
             self.n_ctx = n_ctx or min(self.architecture.n_ctx_train, DEFAULT_CONTEXT)
             team = self._team = Team(n_threads or default_threads(), progress)
             how = (self.n_ctx, n_batch, kv_type.upper(), kv_memory, ram_budget, progress)
@@ -116,6 +117,8 @@ class Model:
             return
         self._scheduler.close()
         self._runner.close()
+        if "_nextn" in vars(self):
+            self._nextn.close()
         self._team.close()
         self.file.close()
 
@@ -520,7 +523,7 @@ class Model:
         regex: str | None = None,
         grammar: str | None = None,
         lookup: bool | int = False,
-        draft: "Model | Drafter | None" = None,
+        draft: "Model | Drafter | Literal['mtp'] | None" = None,
         **sampling: "Unpack[SamplingOptions]",
     ) -> Request:
         self._runner.check_logits()
@@ -551,7 +554,7 @@ class Model:
         request.drafter = self._drafter(lookup, draft)
         return request
 
-    def _drafter(self, lookup: bool | int, draft: "Model | Drafter | None") -> Drafter | None:
+    def _drafter(self, lookup: bool | int, draft: "Model | Drafter | Literal['mtp'] | None") -> Drafter | None:
         most = MOST if lookup is True else _count("lookup", int(lookup) if lookup is False else lookup, 0)
         if not most and draft is None:
             return None
@@ -559,9 +562,14 @@ class Model:
             return Lookup(most)
         if most:
             raise Error("guesses come from lookup or from a draft, not from both")
+        if draft == "mtp":
+            weights = (t for t in self._nextn.graph(1) if t.op == "WEIGHT" and t.name != "token_embd.weight")
+            cost = sum(t.attrs["weight"].n_bytes for t in weights) / self._weight_bytes
+            return NextTokens(self._nextn, self.architecture.n_vocab, cost)
         if not isinstance(draft, Model):
             if not callable(getattr(draft, "propose", None)):
-                raise Error(f"a draft is a model or has a method propose(ids, most); {type(draft).__name__} has none")
+                name = repr(draft) if isinstance(draft, str) else type(draft).__name__
+                raise Error(f"a draft is a model, 'mtp' or has a method propose(ids, most); {name} has none")
             return draft
         draft._runner.check()
         difference = draft.tokenizer.difference(self.tokenizer)
@@ -569,6 +577,13 @@ class Model:
             raise Error(f"{draft.file.path}: not the vocabulary of {self.file.path}: {difference}")
         cost = draft._weight_bytes / self._weight_bytes
         return DraftModel(draft._runner, self.architecture.n_vocab, cost)
+
+    @cached_property
+    def _nextn(self) -> Runner:
+        """Runs the file's layer that predicts further tokens. Raises UnsupportedError if it has none."""
+        self._runner.check_hidden()
+        arch = read_nextn(self.file, *self._how_read)
+        return Runner(self.file, arch, self._team, self.n_ctx, self._runner.n_batch, self._runner.pages.type)
 
     @cached_property
     def _weight_bytes(self) -> int:

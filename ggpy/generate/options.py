@@ -16,6 +16,7 @@ from typing import (
     TYPE_CHECKING,
     Annotated,
     Any,
+    Literal,
     Protocol,
     TypeAlias,
     TypedDict,
@@ -272,11 +273,11 @@ class GenerationOptions(SamplingOptions, total=False):
         ),
     ]
     draft: Annotated[
-        "Model | Drafter | None",
+        "Model | Drafter | Literal['mtp'] | None",
         Other(
             None,
-            "A smaller model with the same vocabulary, or a `Drafter`, that guesses the next tokens instead. One that "
-            "keeps a state is for one generation.",
+            "A smaller model with the same vocabulary, or a `Drafter`, that guesses the next tokens instead; one that "
+            "keeps a state is for one generation. 'mtp': the layer that some files carry for that.",
         ),
     ]
 
@@ -407,7 +408,7 @@ _KIND_NAMES = {
     "sampler": "Sampler",
     "processors": "sequence of callable",
     "json_schema": "mapping, str, class or True",
-    "draft": "Model | Drafter | None",
+    "draft": "Model | Drafter | 'mtp' | None",
 }
 
 

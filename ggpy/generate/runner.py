@@ -4,13 +4,14 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import numpy as np
 
 from ..errors import ContextFullError, Error, UnsupportedError
-from ..graph import Batch, Hook, Pages, Program, Span, pack, pages_of, slot_bytes
+from ..graph import Batch, Hook, Pages, Program, Span, pack, pages_of, slot_bytes, tokens_of
 from ..kernels.build import Progress, load
 from ..kernels.table import SLAB
 from ..models import Architecture, Output, ThinPair, build_graph, run_inputs
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .experts import ExpertWatch
     from .sequence import TokenSequence
 
+_LOGITS = ("logits", "both")  # outputs with logits
 _LOGITS_BYTES = 64 << 20  # that a run may take for its logits
 _PROGRAMS = 6  # that are kept: for one token, for many, for embeddings; without hooks and with those of now
 #: contexts that the pages of keys and values hold, if a quarter of the machine's memory is enough for them
@@ -73,6 +75,8 @@ class Runner:
         What runs now.
     n_outputs : int
         For how many tokens of a run, at most, logits can be had.
+    takes_hidden : bool
+        Whether it runs a `NextN`, whose tokens come with "hidden".
     is_encoder : bool
         Whether tokens see those after them, too: then texts are run whole, and there are embeddings but no logits.
     n_run : int
@@ -116,6 +120,7 @@ class Runner:
         self._derived: dict[str, DerivedWeight] = {}
         self._programs: OrderedDict[tuple, Program] = OrderedDict()
         graph = self.graph(1, output="embeddings")
+        self.takes_hidden = "hidden" in graph
         self.is_encoder = not all(t.attrs.get("causal", True) for t in graph)
         self.n_run = max(n_batch, n_ctx) if self.is_encoder else n_batch
         if "positions" in graph and n_ctx > arch.n_ctx_train:
@@ -150,7 +155,7 @@ class Runner:
 
     @property
     def _end(self) -> Output:
-        return "embeddings" if self.is_encoder else "logits"
+        return "embeddings" if self.is_encoder else "both" if self.takes_hidden else "logits"
 
     def graph(self, n_tokens: int, n_outputs: int | None = None, output: Output | None = None) -> "Graph":
         """The compute graph for up to n_tokens tokens, by default with all that the model gives; see `build_graph`."""
@@ -166,9 +171,9 @@ class Runner:
         key = (n_tokens, output, self.expert_watch, *hooks.items())
         program = self._programs.get(key)
         if program is None:
-            n_outputs = self.n_outputs if output == "logits" else n_tokens
+            n_outputs = self.n_outputs if output in _LOGITS else n_tokens
             graph = self.graph(n_tokens, min(n_tokens, n_outputs), output)
-            if output != "logits" and hooks:  # a hook on logits has nothing to see here
+            if output not in _LOGITS and hooks:  # a hook on logits has nothing to see here
                 beyond = self.graph(1)
                 hooks = {name: hook for name, hook in hooks.items() if name in graph or name not in beyond}
             if self.expert_memory is not None:
@@ -203,6 +208,11 @@ class Runner:
         if self.is_encoder:
             raise UnsupportedError(f"{self.file.path}: an encoder, which gives embeddings, not logits: see Model.embed")
 
+    def check_hidden(self) -> None:
+        """Raises UnsupportedError if other processes have what goes from layer to layer."""
+        if self._stages is not None:
+            raise UnsupportedError(f"{self.file.path}: other processes have the hidden states")
+
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raises Error if one of them isn't a token."""
         for i in ids:
@@ -211,7 +221,7 @@ class Runner:
 
     def program_of(self, n_tokens: int, output: Output = "logits") -> Program:
         """The program that runs n_tokens tokens. Memory is taken for one when it is first used."""
-        return self._program(1 if n_tokens == 1 and output == "logits" else self.n_run, output)
+        return self._program(1 if n_tokens == 1 and output in _LOGITS else self.n_run, output)
 
     def run(self, spans: Sequence[Span], profile: np.ndarray | None = None, output: Output = "logits") -> list[np.ndarray]:
         """Evaluates tokens of some sequences; each one's logits as it wants them, float32 (n_outputs, n_vocab), or its
@@ -243,20 +253,38 @@ class Runner:
         n = self.n_batch
         return [Span(ids[i : i + n], i, pages) for ids, pages in found for i in range(0, len(ids), n)]
 
+    def run_both(
+        self, spans: Sequence[Span], hidden: np.ndarray | None = None
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Evaluates tokens of some sequences; their logits as those of `run`, and for each sequence what the logits of all
+        its tokens are made of, float32 (n_tokens, n_embd), good and raising likewise.
+
+        `hidden`: of each token, span after span, where the runner `takes_hidden`.
+        """
+        self.check_hidden()
+        places, inputs = tokens_of(spans), {}
+        if hidden is not None:
+            inputs["hidden"] = hidden[np.argsort(np.concatenate([np.arange(p.start, p.stop) for p in places]))]
+        results, rows = self._run(spans, "both", None, inputs)
+        return [results["logits"][r] for r in rows], [results["embeddings"][place] for place in places]
+
     def run_states(self, span: Span) -> list[np.ndarray]:
         """Evaluates tokens of a sequence; what each layer takes, and at last what logits are made of: n_layer + 1 times
         float32 (n_tokens, n_embd), good and raising as those of `run`."""
-        if self._stages is not None:
-            raise UnsupportedError(f"{self.file.path}: other processes have the hidden states")
+        self.check_hidden()
         results, _ = self._run([span], "states", None)
         return list(results.values())
 
     def _run(
-        self, spans: Sequence[Span], output: Output, profile: np.ndarray | None
+        self,
+        spans: Sequence[Span],
+        output: Output,
+        profile: np.ndarray | None,
+        inputs: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> tuple[dict[str, np.ndarray], list[slice]]:
         """The outputs of a graph, and which of their rows are each span's."""
         self.check()
-        if output == "logits":
+        if output in _LOGITS:
             self.check_logits()
         with self.lock:
             self.check()
@@ -265,7 +293,7 @@ class Runner:
             program = self.program_of(len(batch.ids), output)
             try:
                 self._thread, self.batch = threading.get_ident(), batch
-                results = program.run(run_inputs(self.arch, batch), batch, profile)
+                results = program.run({**run_inputs(self.arch, batch), **inputs}, batch, profile)
                 self.file.check()
                 return results, rows
             finally:

@@ -17,7 +17,7 @@ from .runner import Runner
 from .sampling import Processor, Sampler, log_probabilities, next_token
 from .sequence import TokenSequence
 from .snapshots import SNAPSHOT_TOKENS
-from .speculation import Drafter, propose
+from .speculation import Drafter, NextTokens, propose
 from .streaming import StopMatcher, StreamDecoder
 from .tokenizer import Tokenizer
 
@@ -328,7 +328,11 @@ class Scheduler:
                 for (r, ids), draft in zip(work, guesses, strict=True)
             ]
             started = time.perf_counter()
-            results = runner.run(spans)
+            made: Sequence[np.ndarray | None] = [None] * len(spans)
+            if any(isinstance(r.drafter, NextTokens) for r, _ in work):
+                results, made = runner.run_both(spans)
+            else:
+                results = runner.run(spans)
             n_tokens = sum(len(span.ids) for span in spans)
             if n_tokens >= SLAB:
                 self._rate = n_tokens / (time.perf_counter() - started)
@@ -336,8 +340,10 @@ class Scheduler:
                 if not (draft and runner.has_states):  # a state with guesses isn't that of the tokens
                     _sequence(r).advance(ids)
             self._check_hooks()  # another thread may have set some before the run
-            for (r, ids), draft, logits in zip(work, guesses, results, strict=True):
-                self._take(r, ids, draft, logits)
+            for (r, ids), draft, span, logits, rows in zip(work, guesses, spans, results, made, strict=True):
+                n_right = self._take(r, ids, draft, logits)
+                if isinstance(r.drafter, NextTokens) and rows is not None:
+                    r.drafter.see(span.n_past, rows[: len(ids) + n_right])
                 self._share(r)
             self._drop_ended()
 
@@ -380,13 +386,13 @@ class Scheduler:
             pass
         return draft[: len(sequence.pages) * SLAB - len(sequence.ids) - n]
 
-    def _take(self, r: Request, ids: list[int], draft: list[int], logits: np.ndarray) -> None:
-        """Chooses tokens as long as they are those of the draft, behind `ids`; its rest is dropped."""
+    def _take(self, r: Request, ids: list[int], draft: list[int], logits: np.ndarray) -> int:
+        """Chooses tokens as long as they are those of the draft, behind `ids`; its rest is dropped. How many were right."""
         sequence, n = _sequence(r), len(logits) - len(draft)
         self._choose(r, logits[:n])
-        if not draft:
-            return
         n_right = 0
+        if not draft:
+            return n_right
         for guess, row in zip(draft, logits[n:], strict=True):
             if r.error is not None or r.tokens[-1] != guess:
                 break
@@ -404,6 +410,7 @@ class Scheduler:
             sequence.unmark()
         else:  # what is right of it is evaluated once more, in the next run
             sequence.back_to_mark()
+        return n_right
 
     def _choose(self, r: Request, logits: np.ndarray) -> None:
         try:

@@ -142,8 +142,8 @@ class DraftModel:
         """See `Drafter`."""
         return self.propose_together([(self, ids, most)])[0]
 
-    @staticmethod
-    def propose_together(asked: "Sequence[tuple[DraftModel, Sequence[int], int]]") -> list[list[int]]:
+    @classmethod
+    def propose_together(cls, asked: "Sequence[tuple[DraftModel, Sequence[int], int]]") -> list[list[int]]:
         """As `propose`, for several drafters of one model in common runs.
 
         A drafter that is far behind, at the beginning of a long prompt, evaluates a piece of that and proposes nothing.
@@ -161,7 +161,7 @@ class DraftModel:
                     n_left -= n
                     work.append((drafter, behind[:n], most if n == len(behind) else 0, _Worth(drafter._cost), proposal))
             while work := [w for w in work if w[0]._make_room(len(w[1]))]:
-                logits = TokenSequence.extend_together([w[0]._sequence for w in work], [w[1] for w in work])
+                logits = cls._extend([w[0] for w in work], [w[1] for w in work])
                 for drafter, *_, proposal in work:
                     if not proposal:  # its sequence is the text
                         drafter._sequence.mark()
@@ -174,10 +174,19 @@ class DraftModel:
                 work = going_on
         return proposals
 
+    @staticmethod
+    def _extend(drafters: "Sequence[DraftModel]", ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Evaluates tokens of each; the logits after the last, float32 (n_vocab,)."""
+        return TokenSequence.extend_together([d._sequence for d in drafters], ids)
+
+    def _rests(self, ids: Sequence[int]) -> bool:
+        """Learns from the text; whether it is not to guess now."""
+        self._learn(ids)
+        return self._full or (self._trust < _DISTRUST and len(ids) - self._guessed_for < _REST)
+
     def _catch_up(self, ids: Sequence[int]) -> list[int]:
         """The tokens that its sequence lacks; none if it is not to guess now."""
-        self._learn(ids)
-        if self._full or (self._trust < _DISTRUST and len(ids) - self._guessed_for < _REST):
+        if self._rests(ids):
             return []
         there, n = self._sequence.ids, self._n_same
         while n < min(len(there), len(ids) - 1) and there[n] == ids[n]:
@@ -213,6 +222,64 @@ class DraftModel:
         return self._trust * probability
 
 
+class NextTokens(DraftModel):
+    """Guesses by the layer that the model itself carries for that (`NextN`): one token by what the model made of those
+    before, and further ones by what the layer made of its own.
+
+    Of a text it knows what `see` has told it. Its sequence has, at place i, the token behind the i-th that it was told of.
+
+    Parameters
+    ----------
+    runner : Runner
+        The layer's.
+    n_vocab, cost
+        As those of `DraftModel`.
+    """
+
+    def __init__(self, runner: Runner, n_vocab: int, cost: float):
+        super().__init__(runner, n_vocab, cost)
+        self._start = self._end = 0  # the positions that it was told of
+        self._seen: list[np.ndarray] = []  # what it was told and hasn't evaluated, (n, n_embd) each
+        self._latest = np.empty((1, runner.arch.n_embd), np.float32)  # what its own last guess was made of
+
+    def see(self, position: int, hidden: np.ndarray) -> None:
+        """Tells it what logits were made of, float32 (n_tokens, n_embd), for a text's tokens from this position on."""
+        if position > self._end or not self._end:  # others have evaluated those before
+            self._sequence.keep(0)
+            self._n_same, self._seen, self._start, self._end = 0, [], position, position
+        new = hidden[self._end - position :]
+        if len(new):
+            self._seen.append(new.copy())
+            self._end += len(new)
+
+    def _catch_up(self, ids: Sequence[int]) -> list[int]:
+        if self._rests(ids) or self._end != len(ids) - 1:
+            return []
+        self._sequence.keep(self._n_same)  # without what it made of its own guesses
+        self._guesses, self._guessed_for = [], len(ids)
+        return list(ids[self._start + self._n_same + 1 :])
+
+    @staticmethod
+    def _extend(drafters: "Sequence[DraftModel]", ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        runner, own = drafters[0]._runner, [d for d in drafters if isinstance(d, NextTokens)]
+        hidden = np.concatenate([d._take(len(more)) for d, more in zip(own, ids, strict=True)])
+        spans = [d._sequence.span(more, 1) for d, more in zip(own, ids, strict=True)]
+        logits, made = runner.run_both(spans, hidden)
+        for drafter, more, rows in zip(own, ids, made, strict=True):
+            drafter._sequence.advance(more)
+            drafter._latest = rows[-1:].copy()
+        return [rows[0] for rows in logits]
+
+    def _take(self, n: int) -> np.ndarray:
+        """What the model made of the next n tokens; where it hasn't any, what the layer made of its last."""
+        if not self._seen:
+            return self._latest
+        rows = np.concatenate(self._seen)
+        self._seen = [rows[n:]] if len(rows) > n else []
+        self._n_same += n
+        return rows[:n]
+
+
 def propose(asked: Sequence[tuple[Drafter, list[int], int]], n_vocab: int) -> "list[list[int] | Exception]":
     """What several generations' drafters propose, or what each failed with.
 
@@ -237,7 +304,8 @@ def propose(asked: Sequence[tuple[Drafter, list[int], int]], n_vocab: int) -> "l
             results[i] = error
     for places in models.values():
         try:
-            together = DraftModel.propose_together([asked[i] for i in places])  # type: ignore[misc]
+            kind = type(asked[places[0]][0])
+            together = kind.propose_together([asked[i] for i in places])  # type: ignore[attr-defined]
             for i, proposal in zip(places, together, strict=True):
                 results[i] = proposal
         except Exception as error:

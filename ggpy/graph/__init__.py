@@ -1,7 +1,7 @@
 """Compute graphs: building, planning, running. See `tensor`, `ops`, `batch`, `pages`, `plan`, `program`, `reference`."""
 
 from ..cpus import default_threads
-from .batch import Batch, Span, pack
+from .batch import Batch, Span, pack, tokens_of
 from .pages import Pages, pages_of
 from .plan import Plan
 from .program import Hook, Program
@@ -26,4 +26,5 @@ __all__ = [
     "pack",
     "pages_of",
     "slot_bytes",
+    "tokens_of",
 ]

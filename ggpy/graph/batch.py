@@ -66,6 +66,21 @@ class Batch(NamedTuple):
             yield slice(first, first + n), n_past, self.pages[page:end]
 
 
+def _order(spans: Sequence[Span]) -> Sequence[int]:
+    """The spans of one token first."""
+    n = len(spans)
+    return range(n) if n == 1 else sorted(range(n), key=lambda i: len(spans[i].ids) > 1)
+
+
+def tokens_of(spans: Sequence[Span]) -> list[slice]:
+    """Which tokens of the run that `pack` makes of spans are each one's."""
+    places, first = [slice(0)] * len(spans), 0
+    for i in _order(spans):
+        places[i] = slice(first, first + len(spans[i].ids))
+        first = places[i].stop
+    return places
+
+
 def pack(spans: Sequence[Span]) -> tuple[Batch, list[slice]]:
     """Puts spans together.
 
@@ -81,11 +96,10 @@ def pack(spans: Sequence[Span]) -> tuple[Batch, list[slice]]:
         A span without tokens, after less than none, or with fewer pages than its tokens take.
     """
     n_spans = len(spans)
-    order = range(n_spans) if n_spans == 1 else sorted(range(n_spans), key=lambda i: len(spans[i].ids) > 1)
     rows = [slice(0)] * n_spans
     table, ids, positions, places, pages, outputs = [], [], [], [], [], []
     n_tokens = n_pages = n_outputs = 0
-    for i in order:
+    for i in _order(spans):
         span = spans[i]
         n, n_past = len(span.ids), span.n_past
         used = pages_of(n_past + n)

@@ -7,13 +7,14 @@ import numpy as np
 
 from ..errors import GraphError, UnsupportedError
 from .adapters import ThinPair, added_up
-from .decoder import Style
+from .decoder import Decoder, Style
 from .deepseek2 import DeepSeek2
 from .encoder import EncoderStyle
 from .gemma4 import Gemma4
 from .hparams import Hparams, Options
 from .lfm2 import Lfm2
 from .mamba2 import Hybrid, Mamba2, Parallel, Single, granite_style
+from .nextn import NextN
 from .qwen35 import Qwen35
 from .rope import Rope
 from .weights import DerivedWeight, Weights
@@ -122,7 +123,7 @@ ARCHITECTURES: dict[str, Reader] = {
 
 
 #: what a graph can end with; see `build_graph`
-Output = Literal["logits", "embeddings", "states", "x"]
+Output = Literal["logits", "embeddings", "both", "states", "x"]
 #: forms of latent attention
 MLA_FORMS = ("absorbed", "naive")
 
@@ -147,12 +148,32 @@ def read_architecture(
     UnsupportedError
         An architecture or form that ggpy doesn't have; lists those it has.
     """
+    return _reader(file, mla)(Hparams(file), Options(n_expert_used, mla, n_ctx))
+
+
+def read_nextn(file: "GGUFFile", n_expert_used: int | None = None, mla: str = "absorbed", n_ctx: int = 0) -> NextN:
+    """The layer of a file that predicts the token after the next; parameters as those of `read_architecture`.
+
+    Raises
+    ------
+    UnsupportedError
+        The file has none.
+    """
+    hp = Hparams(file, whole=True)
+    i = hp.n_layer() - hp.count("nextn_predict_layers")
+    whole = _reader(file, mla)(hp, Options(n_expert_used, mla, n_ctx))
+    if f"blk.{i}.nextn.eh_proj.weight" not in file.tensors or not isinstance(whole, Decoder):
+        raise UnsupportedError(f"{file.path}: no layer that predicts further tokens (MTP)")
+    return NextN(whole, i)
+
+
+def _reader(file: "GGUFFile", mla: str) -> Reader:
     if mla not in MLA_FORMS:
         raise UnsupportedError(f"form of latent attention {mla!r}; there are {', '.join(MLA_FORMS)}")
     name = file.get("general.architecture", str)
     if name not in ARCHITECTURES:
         raise UnsupportedError(f"{file.path}: architecture {name!r}; there are {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[name](Hparams(file), Options(n_expert_used, mla, n_ctx))
+    return ARCHITECTURES[name]
 
 
 def build_graph(
@@ -181,10 +202,11 @@ def build_graph(
         Which layers; all by default.
     embed : bool
         Whether it begins with token ids (input "ids"), or else with activations (input "x", (n_tokens, n_embd)).
-    output : {"logits", "embeddings", "states", "x"}
+    output : {"logits", "embeddings", "both", "states", "x"}
         What it ends with, mostly the output's name, too: logits (n_outputs, n_vocab); what they are made of, the last
-        layer's activations after the final norm (n_outputs, n_embd); activations as they are (n_tokens, n_embd). "states"
-        are outputs "0", "1", …: what each layer takes, and at last what logits are made of, all (n_tokens, n_embd).
+        layer's activations after the final norm (n_outputs, n_embd); activations as they are (n_tokens, n_embd). "both"
+        are outputs "logits" and "embeddings", the latter of all tokens. "states" are outputs "0", "1", …: what each layer
+        takes, and at last what logits are made of, all (n_tokens, n_embd).
     derived : dict of str to DerivedWeight, optional
         Weights made at loading; graphs of a model that are given the same dict share them.
     adapters : mapping of str to ThinPair, optional
@@ -206,7 +228,7 @@ def build_graph(
     try:
         layers = range(arch.n_layer) if layers is None else layers
         graph = _build(g, w, arch, n_tokens, layers, embed, output)
-        w.refuse_ignored_adapters(layers, output == "logits")
+        w.refuse_ignored_adapters(layers, output in ("logits", "both"))
         return graph
     except GraphError as error:
         raise GraphError(f"{file.path}: {error}") from None
@@ -220,15 +242,19 @@ def _build(
         if output == "states":
             g.output(x, str(i))
         x = arch.layer(g, w, x, i)
-    w.refuse_others(layers)
-    if output == "states":
-        g.output(arch.norm(g, w, x), str(layers.stop))
-        return g
-    if output != "x":
+    if output in ("states", "both"):
+        x = arch.norm(g, w, x)
+        g.output(x, "embeddings" if output == "both" else str(layers.stop))
+    if output != "x" and output != "states":
         if n_tokens > 1:
             x = g.op("ROWS", x, g.input("outputs", (), "I32", per="output"), name="rows")
-        x = arch.norm(g, w, x)
-    g.output(arch.logits(g, w, x) if output == "logits" else x, output)
+        if output != "both":
+            x = arch.norm(g, w, x)
+    if output in ("logits", "both"):
+        g.output(arch.logits(g, w, x), "logits")
+    elif output != "states":
+        g.output(x, output)
+    w.refuse_others()
     return g
 
 
@@ -244,6 +270,7 @@ def run_inputs(arch: Architecture, batch: "Batch") -> dict[str, np.ndarray]:
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
+    "NextN",
     "Output",
     "Rope",
     "ThinPair",
@@ -251,5 +278,6 @@ __all__ = [
     "added_up",
     "build_graph",
     "read_architecture",
+    "read_nextn",
     "run_inputs",
 ]

@@ -40,10 +40,12 @@ class Hparams:
     file : GGUFFile
     arch : str
         `general.architecture`.
+    whole : bool
+        Whether the layers at the end that predict further tokens count as layers.
     """
 
-    def __init__(self, file: "GGUFFile"):
-        self.file, self.arch = file, file.get("general.architecture", str)
+    def __init__(self, file: "GGUFFile", whole: bool = False):
+        self.file, self.arch, self.whole = file, file.get("general.architecture", str), whole
 
     def error(self, message: str) -> GGUFError:
         """An error that names the file."""
@@ -94,8 +96,11 @@ class Hparams:
         return self.file.get(f"{self.arch}.{key}", str, default=default)
 
     def n_layer(self) -> int:
-        """Layers that tokens go through: without those at the end that predict further tokens."""
-        n = self.size("block_count") - self.count("nextn_predict_layers")
+        """Layers that tokens go through: without those at the end that predict further tokens, unless `whole`."""
+        n_all = self.size("block_count")
+        n = n_all - self.count("nextn_predict_layers")
+        if n > 0 and self.whole:
+            n = n_all
         if n <= 0:
             raise self.error(f"key {self.arch}.nextn_predict_layers: no layer is left")
         if n > len(self.file.tensors):  # so that tables of layers are no larger than the file

@@ -55,7 +55,8 @@ class Qwen35(Decoder):
             recurrent = tuple(bool(x) for x in flags[:n_layer])
         else:
             every = hp.size("full_attention_interval", 4)
-            recurrent = tuple((i + 1) % every != 0 for i in range(n_layer))
+            n_own = n_layer - hp.count("nextn_predict_layers") * hp.whole
+            recurrent = tuple(i < n_own and (i + 1) % every != 0 for i in range(n_layer))
         n_head, n_head_k, inner = hp.size("ssm.time_step_rank"), hp.size("ssm.group_count"), hp.size("ssm.inner_size")
         if n_head % n_head_k or inner % n_head:
             raise hp.error(f"{inner} values can't be shared by {n_head} heads, or these can't share {n_head_k} keys")

@@ -235,14 +235,15 @@ class Weights:
     def _thin(self, name: str, values: np.ndarray) -> "Tensor":
         return self.derived(name, lambda: DerivedWeight(name, "F32", values.shape, values.view(np.uint8)))
 
-    def refuse_others(self, layers: range) -> None:
-        """Refuses tensors of these layers that nobody asked for: they would be ignored.
+    def refuse_others(self) -> None:
+        """Refuses tensors that nobody asked for, of layers of which others were: they would be ignored.
 
         Raises
         ------
         GGUFError
             Names the first.
         """
+        layers = {_layer(name) for name in self._asked if name.startswith("blk.")}
         for name in self._file.tensors:
             if _layer(name) in layers and name not in self._asked:
                 arch = self._file.get("general.architecture", str)
