@@ -329,7 +329,7 @@ class Tokenizer:
         spaces.append(normalizers.Replace(" ", SPACE))
         if self._kind == "t5":
             if fields.flag("remove_extra_whitespaces", False):
-                spaces = [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip(), *spaces]
+                spaces = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), *spaces]
             charsmap = fields.data("precompiled_charsmap")
             try:
                 first = [normalizers.Precompiled(charsmap)] if charsmap else []

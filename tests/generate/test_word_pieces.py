@@ -15,7 +15,7 @@ from ggpy.errors import TokenizerError
 from ggpy.generate.tokenizer import Tokenizer
 
 from .test_tokenizer import CONTROL, NORMAL, UNKNOWN, LlamaCpp, assert_same_ids, write_vocabulary
-from .texts import mixed_lines
+from .texts import mixed_lines, odd_lines
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ODD = ["", " ", "a" * 101, "[CLS] x [MASK]y [SEP]", "e\u0301\u0301 \u200b\x00\x07 İstanbul ǅ ﬁ", "\U00040000", "##ing #"]
@@ -129,6 +129,22 @@ def test_unigrams_equal_sentencepiece(prefix):
     assert_same_ids(lambda line: ours.encode(line, special=False, bos=False), model.encode, lines)
     assert ours.encode("fox") == [*model.encode("fox"), model.eos_id()]
     assert ours.encode("<s>fox</s>", bos=False) == [1, *model.encode("fox"), 2]
+
+
+@pytest.mark.parametrize(("prefix", "extra"), [(True, True), (True, False), (False, False)])
+def test_unigrams_equal_tokenizers_on_odd_texts(prefix, extra):
+    """Where Hugging Face's package departs from sentencepiece, in marks behind spaces and line ends, it is followed."""
+    model, data = trained_unigrams(add_dummy_prefix=prefix, remove_extra_whitespaces=extra)
+    metadata = unigram_metadata(model, data, add_space_prefix=prefix, remove_extra_whitespaces=extra)
+    pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
+    theirs = tokenizers.Tokenizer(models.Unigram(pieces, model.unk_id(), False))
+    theirs.normalizer = normalizers.Precompiled(bytes(metadata["tokenizer.ggml.precompiled_charsmap"]))
+    spaces = pre_tokenizers.Metaspace(prepend_scheme="always" if prefix else "never", split=extra)
+    theirs.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), spaces]) if extra else spaces
+    ours = Tokenizer.from_metadata(metadata)
+    # Only sentencepiece puts a space before a text that begins with one.
+    lines = [line if extra else f"x{line}" for line in odd_lines(500)]
+    assert_same_ids(lambda line: ours.encode(line, special=False, bos=False), lambda line: theirs.encode(line).ids, lines)
 
 
 def test_unigrams_equal_llama_cpp(tmp_path):
