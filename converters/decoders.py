@@ -380,6 +380,16 @@ def _gather_granite_moe(tensors: Mapping[str, Rows], config: Config) -> dict[str
     return gather_experts(renamed, config)
 
 
+# --- MiniCPM: Granite's factors by other names ---
+
+
+def _write_minicpm(writer: gguf.GGUFWriter, config: Config) -> None:
+    writer.add_embedding_scale(config.number("scale_emb"))
+    writer.add_residual_scale(config.number("scale_depth") / math.sqrt(config.integer("num_hidden_layers")))
+    writer.add_logit_scale(config.integer("hidden_size") / config.number("dim_model_base", least=1e-30))
+    config.get("mup_denominator")  # a number of training
+
+
 # --- GLM ---
 
 
@@ -517,6 +527,43 @@ def _hunyuan_experts(config: Config, i: int) -> Shapes:
     return expert_shapes(config, n_ff) | ffn_shapes(n_embd, n_ff, "_shexp")
 
 
+# --- Arcee's Trinity ---
+
+
+def _write_afmoe(writer: gguf.GGUFWriter, config: Config) -> None:
+    config.only("mup_enabled", True)
+    config.get("global_attn_every_n_layers")  # what layer_types is made of
+    kinds = config.get("layer_types", ["sliding_attention"])
+    if "sliding_attention" not in kinds:
+        raise UnsupportedError(f"{config.path}: layer_types {shown(kinds)}; known: sliding_attention in some")
+    for key, value in (("score_func", "sigmoid"), ("route_norm", True)):
+        config.only(key, value)
+    for key in ("n_group", "topk_group", "num_expert_groups", "num_limited_groups"):
+        config.only(key, 1)
+    config.get("load_balance_coeff"), config.get("use_grouped_mm")
+    write_expert_hparams(writer, config)
+    writer.add_expert_feed_forward_length(config.integer("moe_intermediate_size"))
+    writer.add_expert_shared_count(config.integer("num_shared_experts"))
+    writer.add_leading_dense_block_count(config.integer("num_dense_layers", least=0))
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_weights_scale(config.number("route_scale", 1.0))
+    writer.add_expert_weights_norm(True)
+
+
+def _afmoe_experts(config: Config, i: int) -> Shapes:
+    n_embd, n_ff = config.integer("hidden_size"), config.integer("moe_intermediate_size")
+    gate: Shapes = {"attn_gate.weight": (config.integer("num_attention_heads") * head_dim(config), n_embd)}
+    if i < config.integer("num_dense_layers", least=0):
+        return gate | ffn_shapes(n_embd, config.integer("intermediate_size"))
+    shared = ffn_shapes(n_embd, config.integer("num_shared_experts") * n_ff, "_shexp")
+    return {**gate, **expert_shapes(config, n_ff), **shared, "exp_probs_b.bias": (n_experts(config),)}
+
+
+def _gather_afmoe(tensors: Mapping[str, Rows], config: Config) -> dict[str, Rows]:
+    named = {f"{name}.bias" if name.endswith(".expert_bias") else name: rows for name, rows in tensors.items()}
+    return gather_experts(named, config)
+
+
 # --- Mellum ---
 
 
@@ -652,6 +699,25 @@ FAMILIES: tuple[Family, ...] = (
         rms_norm_eps=1e-5,
     ),
     decoder(
+        ("AfmoeForCausalLM",),
+        MODEL.AFMOE,
+        Traits(
+            norms=_SANDWICH,
+            qk_norm=lambda config: "head",
+            biases=_if("attention_bias", *ATTENTION),
+            windows="types 4",
+            experts=_afmoe_experts,
+            write=_write_afmoe,
+        ),
+        _gather_afmoe,
+        mup_enabled=False,
+        head_dim=128,
+        num_dense_layers=1,
+        num_shared_experts=2,
+        sliding_window=1024,
+        rms_norm_eps=1e-5,
+    ),
+    decoder(
         ("MellumForCausalLM",),
         MODEL.QWEN3MOE,
         Traits(
@@ -748,6 +814,12 @@ FAMILIES: tuple[Family, ...] = (
             write=_write_granite_moe,
         ),
         _gather_granite_moe,
+    ),
+    decoder(
+        ("MiniCPMForCausalLM",),
+        MODEL.MINICPM,
+        Traits(interleaved=True, biases=_if("attention_bias", *ATTENTION), rope=("longrope",), write=_write_minicpm),
+        tie_word_embeddings=True,
     ),
     decoder(
         ("SmolLM3ForCausalLM",),

@@ -55,6 +55,13 @@ def _read_granite(hp: Hparams, options: Options) -> Architecture:
     return granite_style(hp).read(hp, options)
 
 
+def _read_minicpm(hp: Hparams, options: Options) -> Architecture:
+    """Old files have no factors, which is no reason to do without."""
+    for key in ("embedding_scale", "residual_scale", "logit_scale"):
+        hp.positive(key)
+    return Style(rope="norm", divide_logits=True).read(hp, options)
+
+
 def _read_stablelm(hp: Hparams, options: Options) -> Architecture:
     """Layers without a norm before the feed-forward part have it beside attention, whatever old files' keys say."""
     in_turn = "blk.0.ffn_norm.weight" in hp.file.tensors
@@ -80,6 +87,7 @@ ARCHITECTURES: dict[str, Reader] = {
     "mistral3": Style(rope="norm", normalize=True).read,
     "phi3": Style(normalize=True).read,
     "granite": _read_granite,
+    "minicpm": _read_minicpm,
     "granite_swa": _read_granite,  # with windows and sinks
     "granitemoe": _read_granite,
     "smollm3": Style(rope="norm", no_rope_every=4).read,
@@ -88,6 +96,9 @@ ARCHITECTURES: dict[str, Reader] = {
     "exaone4": Style(**_AFTER, window_every=4, no_rope_unless_window=True).read,
     "hunyuan-dense": Style(norm_rotated=True).read,
     "hunyuan-moe": Style(norm_rotated=True, normalize=True).read,
+    "afmoe": Style(
+        norm_after=True, embd_root=True, window_every=4, no_rope_unless_window=True, gating="sigmoid", normalize=True
+    ).read,
     "mellum": Style(window_every=4, window_base=0.0, normalize=True).read,
     "ernie4_5": Style(rope="norm").read,
     "glm4": Style(rope="norm", norm_after=True).read,

@@ -299,6 +299,8 @@ class Decoder:
         how = {"scale": self.scale, "window": self.windows[i], "cap": self.cap, "causal": self.causal}
         y = g.op("ATTENTION", q, k, v, cache, *([] if sinks is None else [sinks]), name=f"{p}.attn", **how)
         y = g.op("RESHAPE", y, shape=(n_head * head_dim,), name=f"{p}.attn_rows")
+        if w.has(f"{p}.attn_gate.weight"):
+            y = g.op("GATED", y, w.linear(f"{p}.attn_gate", n_head * head_dim, x), name=f"{p}.attn_gated")
         return w.linear(f"{p}.attn_output", self.n_embd, y)
 
     def feed_forward(self, g: "Graph", w: "Weights", x: "Tensor", i: int) -> "Tensor":

@@ -1,11 +1,14 @@
 """Every architecture against transformers: tiny random models of odd sizes, converted. One is a row of MODELS."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 import transformers
 
 import ggpy
+from converters import convert
 from tests.converters.test_families import llama_cpp_logprobs
 
 from .checkpoints import converted, random_model, transformers_logits
@@ -63,6 +66,15 @@ HUNYUAN = {
     "use_qk_norm": True,
     "org_vocab_size": 500,
     "im_start_id": 4,
+}
+AFMOE = {
+    "head_dim": 24,  # of all heads together, values fill vectors: gates take nothing else
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "num_shared_experts": 2,
+    "moe_intermediate_size": 28,
+    "route_scale": 1.5,
+    "mup_enabled": True,
 }
 MELLUM = {
     "num_experts": 5,
@@ -153,6 +165,7 @@ MODELS = {
         "HunYuanMoEV1",
         {**HEADS, **TIED, "num_experts": 5, "moe_topk": 2, "rope_parameters": ALPHA},
     ),
+    "afmoe": ("Afmoe", "Afmoe", {**WINDOW, **UNTIED, **AFMOE}),
     "mellum": ("Mellum", "Mellum", {**HEADS, **UNTIED, **WINDOW, **MELLUM}),
     "mellum, one base": (
         "Mellum",
@@ -220,6 +233,32 @@ def made(name):
     return model
 
 
+def test_minicpm_is_granite_by_other_names(tmp_path):
+    """transformers doesn't have it, but Granite with its factors."""
+    factors = {"embedding_multiplier": 3.0, "logits_scaling": 60 / 25, "residual_multiplier": 1.4 / 4**0.5}
+    config = transformers.GraniteConfig(**{**SIZES, **factors, "attention_multiplier": 10**-0.5})
+    model, tokens = random_model(transformers.GraniteForCausalLM, config), tokens_of(N_TOKENS, 0)
+    converted(tmp_path, model)
+    path = tmp_path / "checkpoint" / "config.json"
+    values = json.loads(path.read_text())
+    for key in (*factors, "attention_multiplier", "mlp_bias"):
+        del values[key]
+    values |= {"architectures": ["MiniCPMForCausalLM"], "scale_emb": 3, "scale_depth": 1.4, "dim_model_base": 25}
+    path.write_text(json.dumps(values))
+    convert(path.parent, tmp_path / "minicpm.gguf", "f32")
+    with ggpy.load(tmp_path / "minicpm.gguf", n_ctx=N_CTX, kv_type="f32", n_threads=2) as ours:
+        logits = ours.logits(tokens)
+    assert np.abs(logits - transformers_logits(model, tokens)).max() <= 2e-3
+    theirs = llama_cpp_logprobs(tmp_path / "minicpm.gguf", path.parent, [tokens], n_ctx=256, n_vocab=N_VOCAB)[0]
+    assert np.ptp(logits) > 1
+    assert (np.exp(theirs) * (theirs - log_softmax(logits[-1]))).sum() <= 1e-3
+
+
+def log_softmax(logits):
+    x = logits.astype(np.float64)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_transformers(tmp_path, name):
     model, tokens = made(name), tokens_of(N_TOKENS, 0)
@@ -245,6 +284,7 @@ IN_LLAMA_CPP = (
     *("hunyuan-dense", "glm4", "command-r", "stablelm", "gptneox", "gpt2", "phi2"),
     *("granite_swa", "granite_swa, experts", "command-r, norms of each head", "stablelm, parallel, norms of each head"),
     *("falcon", "falcon, newer", "falcon, newer, one norm", "gemma", "exaone", "mellum, one base"),
+    "afmoe",
     *("hunyuan-dense, another base", "hunyuan-moe"),
     *("gemma4, keys are values", "gemma4, experts", "granitemoe", "glm4moe"),
 )
@@ -257,8 +297,8 @@ def test_llama_cpp_computes_the_same_from_the_file(tmp_path, name):
     prompts = [tokens[:n] for n in lengths]
     theirs = llama_cpp_logprobs(path, tmp_path / "checkpoint", prompts, n_ctx=256, n_vocab=N_VOCAB)
     with ggpy.load(path, n_ctx=N_CTX, kv_type="f32", n_threads=2) as model:
-        logits = model.logits(tokens)[[n - 1 for n in lengths]].astype(np.float64)
-    ours = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        logits = model.logits(tokens)[[n - 1 for n in lengths]]
+    ours = log_softmax(logits)
     assert (np.exp(theirs) * (theirs - ours)).sum(-1).max() <= 1e-3
 
 
