@@ -49,6 +49,7 @@ from .family import ROPE_OF_SOME, Family, refuse_unread, rope_parameters
 from .lora import merge
 from .pooling import write_pooling
 from .quantized import BlockRows
+from .text_part import take_text_part
 from .vocabulary import check_vocabulary, read_encoder, write_vocabulary
 
 FAMILIES: tuple[Family, ...] = (
@@ -192,6 +193,8 @@ def convert(
     type = file_type(type, copy=False)
     folder, hub_id = find_source(source)
     checkpoint = Checkpoint(folder)
+    if not any(checkpoint.architecture in family.checkpoints for family in FAMILIES):
+        take_text_part(checkpoint)
     family = find_family(checkpoint)
     family = family.special(checkpoint, family)
     checkpoint.config.defaults = family.defaults.get(checkpoint.architecture, {})
