@@ -1,0 +1,173 @@
+"""The page to talk to: what it may not do, and, where Chromium and playwright are, what it does."""
+
+import json
+import re
+import shutil
+from importlib.resources import files
+
+import pytest
+
+from ggpy.server.models import Served
+
+from .conftest import serving
+
+PAGE = (files("ggpy.server") / "page.html").read_text("utf-8")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+#: what a model could say to get its own markup or script into the page
+ATTACKS = """<img src=x onerror="window.broken = 1"> <script>window.broken = 1</script>
+[a](javascript:window.broken=1) [b](data:text/html,<script>1</script>) ![c](https://example.org/leak.png)
+`<svg onload=window.broken=1>` **<iframe srcdoc="<script>parent.broken=1</script>">**
+
+```html"><script>window.broken=1</script>
+<script>window.broken = 1</script>
+```
+
+| <b>a</b> | b |
+|---|---|
+| <img src=x onerror=window.broken=1> | `c` |
+"""
+
+
+def test_the_page_makes_no_markup_of_text_and_takes_nothing_from_elsewhere():
+    script = PAGE.split("<script>")[1]
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|srcdoc", script)
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:,)""", PAGE)
+    assert not re.search(r"@import|url\(", PAGE)
+    assert set(re.findall(r'fetch\("([^"]*)"', script)) == {"v1/chat/completions", "experts?model=", "v1/models"}
+
+
+@pytest.fixture(scope="module")
+def served(demo):
+    with serving([Served("demo", demo, {"n_ctx": 1024})]) as client:
+        yield client
+
+
+def test_the_page_may_run_its_own_script_alone(served):
+    answer = served.get("/")
+    assert answer.text == PAGE
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium")
+    options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--no-first-run"]
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=[(1200, 800), (390, 760)], ids=["desktop", "phone"])
+def page(browser, served, request):
+    width, height = request.param
+    page = browser.new_page(viewport={"width": width, "height": height})
+    page.wrong = []
+    page.on("pageerror", lambda error: page.wrong.append(str(error)))
+    page.on("console", lambda message: page.wrong.append(message.text) if message.type == "error" else None)
+    page.goto(str(served.base_url))
+    page.wait_for_selector("option", state="attached")
+    yield page
+    assert page.wrong == []
+    # Nothing is wider than the screen.
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.close()
+
+
+def ended(page):
+    page.wait_for_function("document.querySelector('#send').textContent === 'Send'")
+
+
+def say(page, text):
+    page.fill("#say", text)
+    page.press("#say", "Enter")
+
+
+def setting(page, **values):
+    page.click("#settings")
+    for name, value in values.items():
+        if isinstance(value, bool):
+            page.set_checked(f"[data-set={name}]", value)
+        else:
+            page.fill(f"[data-set={name}]", str(value))
+    page.click("#panel .close")
+
+
+def test_it_streams_stops_retries_and_edits(page):
+    setting(page, temperature=0, max_tokens=12)
+    say(page, "What is the capital of France?")
+    ended(page)
+    first = page.inner_text(".turn.assistant .body")
+    assert first and "12 tokens" in page.inner_text(".turn.assistant .foot")
+    page.click("text=Retry")
+    ended(page)
+    assert page.inner_text(".turn.assistant .body") == first
+    page.reload()
+    assert page.inner_text(".turn.assistant .body") == first  # it is kept
+    page.press("#say", "ArrowUp")
+    page.fill(".edit", "Another question")
+    page.press(".edit", "Enter")
+    ended(page)
+    assert page.locator(".turn").count() == 2 and page.inner_text(".turn.user .body") == "Another question"
+    setting(page, max_tokens=900, temperature=1)
+    say(page, "And now at length")
+    page.wait_for_function("document.querySelectorAll('.turn.assistant')[1].innerText.length > 20")
+    page.keyboard.press("Escape")
+    ended(page)
+    assert "stopped" in page.locator(".turn.assistant .foot").nth(1).inner_text()
+
+
+def test_tokens_show_what_else_they_could_have_been(page):
+    setting(page, temperature=0, max_tokens=8, tokens=True)
+    say(page, "Once upon a time")
+    ended(page)
+    assert page.locator(".tokens span").count() == 8
+    page.locator(".tokens span").nth(2).click()
+    rows = page.locator("#choices tr")
+    assert rows.count() == 8 and page.locator("#choices .chosen").count() == 1
+    assert sum(float(text.split()[-2]) for text in rows.all_inner_texts()) <= 100.1
+    page.keyboard.press("Escape")
+    assert page.locator("#choices").is_hidden()
+
+
+def test_the_experts_at_work_are_drawn(page):
+    page.click("#experts")
+    if page.viewport_size["width"] < 700:
+        pytest.skip("the map covers the conversation there")
+    setting_tokens = "localStorage.setItem('ggpy settings', JSON.stringify({max_tokens: 200}))"
+    page.evaluate(setting_tokens)
+    say(page, "Tell me more")
+    page.wait_for_function("document.querySelector('#heat-words').textContent.includes('chosen each time')")
+    ended(page)
+    page.hover("#map")
+    assert page.inner_text("#heat-point").startswith("Layer ")
+
+
+def test_text_stays_text(page):
+    page.evaluate(
+        "text => { turns = [{role: 'user', content: text}, {role: 'assistant', content: text}]; show(); }", ATTACKS
+    )
+    page.wait_for_timeout(100)
+    assert page.evaluate("window.broken") is None
+    assert page.locator("#talk :is(script, img, svg, iframe)").count() == 0
+    links = page.eval_on_selector_all("#talk a", "all => all.map(a => a.href)")
+    assert all(link.startswith("https://") for link in links)
+    assert page.locator("#talk .block code").inner_text().strip() == "<script>window.broken = 1</script>"
+
+
+def test_a_tools_result_goes_back(page):
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    turns = [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    page.evaluate("given => { turns = given; show(); }", turns)
+    assert '"city": "Oslo"' in page.inner_text(".call")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        page.fill(".call input", "rain")
+        page.press(".call input", "Enter")
+    messages = json.loads(sent.value.post_data)["messages"]
+    assert messages[-1] == {"role": "tool", "content": "rain", "tool_call_id": "call_1"}
+    assert messages[-2]["tool_calls"] == [call]
+    ended(page)
