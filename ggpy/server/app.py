@@ -11,7 +11,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
@@ -21,7 +20,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -38,6 +37,7 @@ from .errors import APIError, failed, invalid, refused
 from .metrics import Metrics
 from .models import Models, Served
 from .native import NativeWriter
+from .page import page
 from .writer import Writer
 
 _log = logging.getLogger("ggpy.server")
@@ -46,14 +46,6 @@ T = TypeVar("T")
 _BODY_SECONDS = 60.0  # in which a body must have come
 _KEEP_ALIVE = 10.0  # seconds without an event, after which a comment is sent
 _PUBLIC = ("/", "/health", "/v1/health")  # what needs no key
-_PAGE = files("ggpy.server") / "page.html"
-#: what the page may do: nothing from elsewhere, and it is in nobody's frame
-_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
 
 
 @dataclass(frozen=True)
@@ -564,7 +556,7 @@ class Server:
 
     async def page(self, request: Request) -> Response:
         """GET /"""
-        return HTMLResponse(_PAGE.read_text("utf-8"), headers=_PAGE_HEADERS)
+        return page()
 
     async def health(self, request: Request) -> Response:
         """GET /health"""

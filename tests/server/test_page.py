@@ -12,6 +12,10 @@ from ggpy.server.models import Served
 from .conftest import serving
 
 PAGE = (files("ggpy.server") / "page.html").read_text("utf-8")
+try:
+    from playwright.sync_api import expect, sync_playwright
+except ImportError:
+    sync_playwright = None
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 #: what a model could say to get its own markup or script into the page
@@ -52,11 +56,10 @@ def test_the_page_may_run_its_own_script_alone(served):
 
 @pytest.fixture(scope="module")
 def browser():
-    api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium")
+    if sync_playwright is None or CHROMIUM is None:
+        pytest.skip("needs playwright and Chromium")
     options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--no-first-run"]
-    with api.sync_playwright() as playwright:
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
         yield browser
         browser.close()
@@ -79,7 +82,7 @@ def page(browser, served, request):
 
 
 def ended(page):
-    page.wait_for_function("document.querySelector('#send').textContent === 'Send'")
+    expect(page.locator("#send")).to_have_text("Send", timeout=60000)
 
 
 def say(page, text):
@@ -115,7 +118,7 @@ def test_it_streams_stops_retries_and_edits(page):
     assert page.locator(".turn").count() == 2 and page.inner_text(".turn.user .body") == "Another question"
     setting(page, max_tokens=900, temperature=1)
     say(page, "And now at length")
-    page.wait_for_function("document.querySelectorAll('.turn.assistant')[1].innerText.length > 20")
+    expect(page.locator(".turn.assistant .body").nth(1)).to_have_text(re.compile(".{20}", re.DOTALL), timeout=60000)
     page.keyboard.press("Escape")
     ended(page)
     assert "stopped" in page.locator(".turn.assistant .foot").nth(1).inner_text()
@@ -141,7 +144,7 @@ def test_the_experts_at_work_are_drawn(page):
     setting_tokens = "localStorage.setItem('ggpy settings', JSON.stringify({max_tokens: 200}))"
     page.evaluate(setting_tokens)
     say(page, "Tell me more")
-    page.wait_for_function("document.querySelector('#heat-words').textContent.includes('chosen each time')")
+    expect(page.locator("#heat-words")).to_contain_text("chosen each time", timeout=60000)
     ended(page)
     page.hover("#map")
     assert page.inner_text("#heat-point").startswith("Layer ")
