@@ -46,7 +46,8 @@ class RemotePages(Pages):
 
 
 def split_layers(file: "GGUFFile", n_layer: int, n: int) -> list[range]:
-    """The layers of n stages, of about as many bytes each; what comes before and after the layers counts, too.
+    """The layers of n stages, of about as many bytes each, what logits are made with among them. Embeddings don't count: of
+    their table a few rows are read.
 
     Raises
     ------
@@ -58,8 +59,10 @@ def split_layers(file: "GGUFFile", n_layer: int, n: int) -> list[range]:
     sizes = [0] * n_layer
     for name, tensor in file.tensors.items():
         part = name.split(".")
+        if part[0] == "token_embd" and "output.weight" in file.tensors:
+            continue
         is_layer = part[0] == "blk" and part[1].isdecimal() and int(part[1]) < n_layer
-        sizes[int(part[1]) if is_layer else 0 if name.startswith("token_embd") else n_layer - 1] += tensor.n_bytes
+        sizes[int(part[1]) if is_layer else n_layer - 1] += tensor.n_bytes
     ranges, first, done, total = [], 0, 0, sum(sizes)
     for i in range(n):
         stop, left = first + 1, n - 1 - i  # each of those that are left has a layer at least
