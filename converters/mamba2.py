@@ -13,8 +13,8 @@ from ggpy.errors import UnsupportedError
 from .checkpoint import ChangedRows, Config, PickedRows, ReshapedRows, Rows, shown
 from .family import Family, Shapes, model_shapes
 
-# Limits of a step that are none; transformers writes infinity as an object.
-UNLIMITED = ([0.0, math.inf], [0.0, {"__float__": "Infinity"}])
+# No upper limit of a step; transformers writes infinity as an object.
+INFINITE = (math.inf, {"__float__": "Infinity"})
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,6 @@ class Scan:
         Tokens that its convolution sees.
     has_bias : bool
         Whether the convolution has one.
-    least_step : float
-        Steps are no smaller.
     """
 
     n_head: int
@@ -42,7 +40,6 @@ class Scan:
     n_state: int
     width: int
     has_bias: bool
-    least_step: float = 0.0
 
     @property
     def n_conv(self) -> int:
@@ -50,11 +47,12 @@ class Scan:
         return self.n + 2 * self.n_group * self.n_state
 
     def write_hparams(self, writer: gguf.GGUFWriter, config: Config) -> None:
-        limits = config.get("time_step_limit", UNLIMITED[0])
-        if limits not in UNLIMITED:
-            raise UnsupportedError(f"{config.path}: time_step_limit {shown(limits)}; known: from 0 on")
-        if self.least_step:  # a key of ggpy's own
-            writer.add_float32(f"{writer.arch}.ssm.time_step_min", self.least_step)
+        limits = config.get("time_step_limit", [0.0, math.inf])
+        least, most = limits if isinstance(limits, list) and len(limits) == 2 else (None, None)
+        if not isinstance(least, int | float) or not 0 <= least <= 1 or most not in INFINITE:
+            raise UnsupportedError(f"{config.path}: time_step_limit {shown(limits)}; known: from 0 to 1 on, without end")
+        if least:  # a key of ggpy's own
+            writer.add_float32(f"{writer.arch}.ssm.time_step_min", least)
         writer.add_ssm_conv_kernel(self.width)
         writer.add_ssm_state_size(self.n_state)
         writer.add_ssm_group_count(self.n_group)

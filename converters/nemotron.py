@@ -18,10 +18,12 @@ KINDS = {"M": "scan", "*": "attention", "-": "mlp", "E": "experts"}
 NAMES = {"mamba": "scan", "linear_attention": "scan", "attention": "attention", "full_attention": "attention", "mlp": "mlp"}
 NAMES |= {"moe": "experts"}
 
-# What training or a program did, how states are kept, and what only says something of layers with experts.
+# What training or a program did, how states are kept, and what only says something of layers with experts. transformers
+# takes time_step_min, which is for the weights' initialization, as a limit of steps: the code that models were published
+# with does not (transformers' pull request 48989), and they are worse with it.
 _IGNORED_NAMES = (
     "chunk_size expand mamba_ssm_cache_dtype num_logits_to_keep rescale_prenorm_residual residual_in_fp32 time_step_floor "
-    "time_step_max use_mamba_kernels moe_intermediate_size moe_latent_size moe_shared_expert_overlap "
+    "time_step_max time_step_min use_mamba_kernels moe_intermediate_size moe_latent_size moe_shared_expert_overlap "
     "moe_shared_expert_intermediate_size mtp_layers_block_type mtp_hybrid_override_pattern n_group n_routed_experts "
     "n_shared_experts norm_topk_prob num_experts_per_tok routed_scaling_factor topk_group num_hidden_layers "
     "intermediate_size"
@@ -47,7 +49,6 @@ def scan(config: Config) -> Scan:
         n_state=config.integer("ssm_state_size"),
         width=config.integer("conv_kernel", least=2),
         has_bias=bool(config.get("use_conv_bias", True)),
-        least_step=config.number("time_step_min", 0.001, least=0),
     )
 
 
