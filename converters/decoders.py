@@ -13,8 +13,8 @@ import numpy as np
 
 from ggpy.errors import UnsupportedError
 
-from .checkpoint import ChangedRows, Config, PickedRows, Rows, StackedRows, StridedRows, TransposedRows, shown
-from .experts import expert_shapes, gather_experts, n_experts, write_expert_hparams
+from .checkpoint import ChangedRows, Config, PickedRows, ReshapedRows, Rows, StackedRows, StridedRows, TransposedRows, shown
+from .experts import expert_shapes, gather_experts, leading_dense, n_experts, write_expert_hparams
 from .family import (
     ROPE_OF_SOME,
     Family,
@@ -216,9 +216,15 @@ def _attention_and_ffn(config: Config) -> tuple[str, ...]:
 
 def without_further_layers(tensors: Mapping[str, Rows], config: Config) -> dict[str, Rows]:
     """Drops the layers after the last, which predict further tokens (MTP), and stacks the experts."""
-    prefixes = tuple(f"model.layers.{config.integer('num_hidden_layers') + i}." for i in range(8))
-    kept = {name: rows for name, rows in tensors.items() if not name.startswith(prefixes)}
-    renamed = {name.replace("e_score_correction_bias", "e_score_correction.bias"): rows for name, rows in kept.items()}
+    prefixes = (*(f"model.layers.{config.integer('num_hidden_layers') + i}." for i in range(8)), "mtp.", "model.mtp_")
+    renamed: dict[str, Rows] = {}
+    for name, rows in tensors.items():
+        if name.startswith(prefixes):
+            continue
+        if name.endswith("e_score_correction_bias"):
+            name = name.replace("e_score_correction_bias", "e_score_correction.bias")
+            rows = ReshapedRows(rows, rows.shape[-1:]) if rows.shape[:-1] == (1,) else rows
+        renamed[name] = rows
     return gather_experts(renamed, config)
 
 
@@ -390,27 +396,134 @@ def _write_minicpm(writer: gguf.GGUFWriter, config: Config) -> None:
     config.get("mup_denominator")  # a number of training
 
 
-# --- GLM ---
+# --- mixtures with shared experts ---
 
 
-def _write_glm_moe(writer: gguf.GGUFWriter, config: Config) -> None:
-    write_expert_hparams(writer, config)
-    writer.add_expert_feed_forward_length(config.integer("moe_intermediate_size"))
-    writer.add_expert_shared_count(config.integer("n_shared_experts"))
-    writer.add_leading_dense_block_count(config.integer("first_k_dense_replace", least=0))
-    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
-    writer.add_expert_weights_scale(config.number("routed_scaling_factor", 1.0))
-    writer.add_expert_weights_norm(bool(config.get("norm_topk_prob", True)))
-    writer.add_expert_group_count(config.integer("n_group", 1))
-    writer.add_expert_group_used_count(config.integer("topk_group", 1))
+def write_mixture(gating: str, *also: str) -> Callable[[gguf.GGUFWriter, Config], None]:
+    """Writes a mixture's metadata; `gating`: what makes scores of a router's outputs, by some called one of `also`."""
+
+    def write(writer: gguf.GGUFWriter, config: Config) -> None:
+        for key in ("scoring_func", "score_function"):
+            config.choice(key, (gating, *also), gating)
+        config.only("topk_method", "noaux_tc" if gating == "sigmoid" else "greedy")
+        write_expert_hparams(writer, config)
+        n_ff, n_shared = config.integer("moe_intermediate_size"), config.integer("n_shared_experts", 0, least=0)
+        writer.add_expert_feed_forward_length(n_ff)
+        if n_shared:
+            writer.add_expert_shared_count(n_shared)
+            writer.add_expert_shared_feed_forward_length(n_shared * n_ff)
+        writer.add_leading_dense_block_count(leading_dense(config))
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType[gating.upper()])
+        writer.add_expert_weights_scale(config.number("routed_scaling_factor", 1.0))
+        writer.add_expert_weights_norm(bool(config.get("norm_topk_prob", True)))
+        writer.add_expert_group_count(config.integer("n_group", 1))
+        writer.add_expert_group_used_count(config.integer("topk_group", 1))
+
+    return write
 
 
-def _glm_experts(config: Config, i: int) -> Shapes | None:
-    if i < config.integer("first_k_dense_replace", least=0):
-        return None
-    n_embd, n_ff = config.integer("hidden_size"), config.integer("moe_intermediate_size")
-    shared = ffn_shapes(n_embd, config.integer("n_shared_experts") * n_ff, "_shexp")
-    return {**expert_shapes(config, n_ff), **shared, "exp_probs_b.bias": (n_experts(config),)}
+def mixture(bias: bool = True) -> Callable[[Config, int], Shapes | None]:
+    """A layer's mixture, unless it is one of the first, which are dense. `bias`: whether some is added to scores."""
+
+    def shapes(config: Config, i: int) -> Shapes | None:
+        if i < leading_dense(config) or (i + 1) % config.integer("moe_layer_interval", 1):
+            return None
+        n_embd, n_ff = config.integer("hidden_size"), config.integer("moe_intermediate_size")
+        block, n_shared = expert_shapes(config, n_ff), config.integer("n_shared_experts", 0, least=0)
+        if n_shared:
+            block |= ffn_shapes(n_embd, n_shared * n_ff, "_shexp")
+        return block | ({"exp_probs_b.bias": (n_experts(config),)} if bias else {})
+
+    return shapes
+
+
+def _write_deepseek(writer: gguf.GGUFWriter, config: Config) -> None:
+    config.only("moe_layer_freq", 1)
+    config.only("norm_topk_prob", False)  # files don't say it
+    write_mixture("softmax")(writer, config)
+
+
+def _write_ernie_moe(writer: gguf.GGUFWriter, config: Config) -> None:
+    write_mixture("softmax")(writer, config)
+    writer.add_interleave_moe_layer_step(config.integer("moe_layer_interval", 1))
+    n_layer = config.integer("num_hidden_layers")
+    if config.get("moe_layer_end_index", -1) not in (-1, n_layer - 1):
+        config.only("moe_layer_end_index", n_layer - 1)
+    config.only("moe_gate", "topk")
+    config.only("use_bias", False)
+    config.get("moe_capacity")  # bounds training
+
+
+def _usual_ernie_moe(config: Config) -> dict[str, Any]:
+    config.number("moe_norm_min", 1e-12, least=0)  # of sums that are never as small
+    return {
+        "num_experts": config.integer("moe_num_experts", 64),
+        "num_experts_per_tok": config.integer("moe_k", 6),
+        "n_shared_experts": config.integer("moe_num_shared_experts", 2, least=0),
+        "first_k_dense_replace": config.integer("moe_layer_start_index", 1, least=0),
+        "moe_intermediate_size": config.integer("moe_intermediate_size", 1536),
+    }
+
+
+def _usual_dots(config: Config) -> dict[str, Any]:
+    """Windows begin with layer `max_window_layers`."""
+    n_layer = config.integer("num_hidden_layers")
+    return {"sliding_window": None} if config.integer("max_window_layers", n_layer, least=0) >= n_layer else {}
+
+
+def _usual_exaone_moe(config: Config) -> dict[str, Any]:
+    kinds = config.get("is_moe_layer")
+    named = {} if kinds is None else {"mlp_layer_types": ["sparse" if kind else "dense" for kind in kinds]}
+    return {"n_shared_experts": config.integer("num_shared_experts", 1, least=0), **named}
+
+
+def _usual_bailing(config: Config) -> dict[str, Any]:
+    n_ff, n_shared = config.integer("moe_intermediate_size"), config.integer("num_shared_experts", 0, least=0)
+    for key, known in _BAILING.items():
+        config.only(key, known)
+    if n_shared:
+        config.only("moe_shared_expert_intermediate_size", n_ff)
+    return {"n_shared_experts": n_shared}
+
+
+_BAILING: dict[str, Any] = {
+    "use_qk_norm": True,
+    "moe_router_enable_expert_bias": True,
+    "use_rmsnorm": True,
+    "use_bias": False,
+    "use_qkv_bias": False,
+    "norm_head": False,
+    "norm_softmax": False,
+    "router_dtype": "fp32",
+    "output_dropout": 0.0,
+}
+
+
+def _gather_bailing(tensors: Mapping[str, Rows], config: Config) -> dict[str, Rows]:
+    end = ".expert_bias"
+    named = {f"{name}.bias" if name.endswith(end) else name: rows for name, rows in tensors.items()}
+    return without_further_layers(named, config)
+
+
+def _usual_minimax(config: Config) -> dict[str, Any]:
+    for key, known in _MINIMAX.items():
+        config.only(key, known)
+    values: dict[str, Any] = {"moe_intermediate_size": config.integer("intermediate_size")}
+    kinds = config.get("attn_type_list")
+    if kinds is not None and set(kinds) != {1}:
+        raise UnsupportedError(f"{config.path}: attn_type_list {shown(kinds)}; known: all 1")
+    if config.get("rotary_dim") is not None:
+        values["partial_rotary_factor"] = config.integer("rotary_dim") / head_dim(config)
+    return values
+
+
+_MINIMAX: dict[str, Any] = {
+    "use_qk_norm": True,
+    "qk_norm_type": "per_layer",
+    "use_routing_bias": True,
+    "shared_intermediate_size": 0,
+    "shared_moe_mode": "sigmoid",
+}
 
 
 # --- others ---
@@ -860,6 +973,74 @@ FAMILIES: tuple[Family, ...] = (
         head_dim=128,
     ),
     decoder(
+        ("Ernie4_5_MoeForCausalLM",),
+        MODEL.ERNIE4_5_MOE,
+        Traits(experts=mixture(), write=_write_ernie_moe),
+        without_further_layers,
+        _usual_ernie_moe,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+    ),
+    decoder(
+        ("Dots1ForCausalLM",),
+        MODEL.DOTS1,
+        Traits(
+            qk_norm=lambda config: "head",
+            biases=_if("attention_bias", *ATTENTION),
+            experts=mixture(),
+            write=write_mixture("sigmoid", "noaux_tc"),
+        ),
+        without_further_layers,
+        _usual_dots,
+        norm_topk_prob=False,
+        sliding_window=4096,
+        max_window_layers=62,
+    ),
+    decoder(
+        ("ExaoneMoEForCausalLM", "ExaoneMoeForCausalLM"),
+        MODEL.EXAONE_MOE,
+        Traits(qk_norm=lambda config: "head", windows="types 4", experts=mixture(), write=write_mixture("sigmoid")),
+        without_further_layers,
+        _usual_exaone_moe,
+        first_k_dense_replace=1,
+        rms_norm_eps=1e-5,
+        routed_scaling_factor=2.5,
+        sliding_window=4096,
+    ),
+    decoder(
+        ("BailingMoeV2ForCausalLM",),
+        MODEL.BAILINGMOE2,
+        Traits(
+            qk_norm=lambda config: "head",
+            fused=("qkv",),
+            rope=_PARTIAL,
+            experts=mixture(),
+            write=write_mixture("sigmoid"),
+        ),
+        _gather_bailing,
+        _usual_bailing,
+    ),
+    decoder(
+        ("MiniMaxM2ForCausalLM",),
+        MODEL.MINIMAXM2,
+        Traits(qk_norm=lambda config: "all", rope=_PARTIAL, experts=mixture(), write=write_mixture("sigmoid")),
+        without_further_layers,
+        _usual_minimax,
+        head_dim=128,
+        rope_theta=5000000.0,
+    ),
+    decoder(
+        ("DeepseekForCausalLM",),
+        MODEL.DEEPSEEK,
+        Traits(
+            interleaved=True,
+            experts=mixture(bias=False),
+            write=_write_deepseek,
+        ),
+        norm_topk_prob=False,
+    ),
+    decoder(
         ("Glm4ForCausalLM",),
         MODEL.GLM4,
         Traits(norms=_SANDWICH, fused=("gate_up",), biases=_if("attention_bias", *QKV), rope=_PARTIAL),
@@ -875,10 +1056,12 @@ FAMILIES: tuple[Family, ...] = (
             qk_norm=lambda config: "head" if config.get("use_qk_norm") else "",
             biases=_if("attention_bias", *QKV),
             rope=_PARTIAL,
-            experts=_glm_experts,
-            write=_write_glm_moe,
+            experts=mixture(),
+            write=write_mixture("sigmoid"),
         ),
         without_further_layers,
+        first_k_dense_replace=1,
+        n_shared_experts=1,
         head_dim=128,
     ),
     decoder(

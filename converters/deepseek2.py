@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3: attention over compressed keys and values (MLA), shared experts, leading dense layers.
+"""DeepSeek V2 and V3, GLM-4.7-Flash: attention over compressed keys and values (MLA), shared experts, leading dense layers.
 
 GGUF has the form of attention in which keys and values stay compressed: one head of kv_lora_rank + qk_rope_head_dim
 values that all query heads share. The matrix ``kv_b_proj`` that expands them is kept as two, ``attn_k_b`` (transposed:
@@ -18,7 +18,7 @@ from gguf import ExpertGatingFuncType
 from ggpy.errors import ConversionError, UnsupportedError
 
 from .checkpoint import Config, PickedRows, Rows, TransposedRows
-from .experts import expert_shapes, gather_experts, write_expert_hparams
+from .experts import expert_shapes, gather_experts, leading_dense, write_expert_hparams
 from .family import (
     Family,
     Shapes,
@@ -50,7 +50,11 @@ class Routing:
     choice: str
 
 
-ROUTINGS = {"DeepseekV2ForCausalLM": Routing("softmax", "greedy"), "DeepseekV3ForCausalLM": Routing("sigmoid", "noaux_tc")}
+ROUTINGS = {
+    "DeepseekV2ForCausalLM": Routing("softmax", "greedy"),
+    "DeepseekV3ForCausalLM": Routing("sigmoid", "noaux_tc"),
+    "Glm4MoeLiteForCausalLM": Routing("sigmoid", "noaux_tc"),
+}
 GATINGS = {"softmax": ExpertGatingFuncType.SOFTMAX, "sigmoid": ExpertGatingFuncType.SIGMOID}
 CHOICES = ("greedy", "group_limited_greedy", "noaux_tc")
 
@@ -70,7 +74,7 @@ def write_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
     rope = rope_parameters(config)
     write_decoder_hparams(writer, _without_mscale(config, rope).replaced(num_key_value_heads=1, head_dim=None))
     writer.add_rope_dimension_count(n_rope)
-    writer.add_leading_dense_block_count(config.integer("first_k_dense_replace", 0, least=0))
+    writer.add_leading_dense_block_count(leading_dense(config))
     # llama.cpp's converter leaves it out for none, but its reader wants it of all but models of 26 and 27 layers.
     writer.add_q_lora_rank(config.integer("q_lora_rank", 0, least=0))
     writer.add_kv_lora_rank(rank)
@@ -155,7 +159,7 @@ def shapes(config: Config) -> Shapes:
     if routing(config).choice == "noaux_tc":
         experts["exp_probs_b.bias"] = experts["ffn_gate_inp.weight"][:1]
     dense = ffn_shapes(n_embd, config.integer("intermediate_size"))
-    n_dense = config.integer("first_k_dense_replace", 0, least=0)
+    n_dense = leading_dense(config)
     return model_shapes(config, lambda i: attention | (dense if i < n_dense else experts))
 
 
@@ -206,6 +210,16 @@ FAMILY = Family(
             "q_lora_rank": 1536,
             "routed_scaling_factor": 2.5,
             "topk_group": 4,
+        },
+        "Glm4MoeLiteForCausalLM": {
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "n_shared_experts": 1,
+            "norm_topk_prob": True,
+            "q_lora_rank": 768,
+            "rms_norm_eps": 1e-5,
+            "routed_scaling_factor": 1.8,
+            "topk_group": 1,
         },
     },
     arch=gguf.MODEL_ARCH.DEEPSEEK2,

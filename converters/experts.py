@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import gguf
 import numpy as np
 
-from ggpy.errors import ConversionError
+from ggpy.errors import ConversionError, UnsupportedError
 
-from .checkpoint import Config, PickedRows, Rows, StackedRows
+from .checkpoint import Config, PickedRows, Rows, StackedRows, shown
 from .family import Shapes, ffn_shapes
 
 EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
@@ -21,8 +21,26 @@ MATRICES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 def n_experts(config: Config) -> int:
     """How many experts a layer has that a router chooses from."""
-    keys = ("num_local_experts", "num_experts", "n_routed_experts")
+    keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     return config.integer(next((key for key in keys if config.get(key) is not None), keys[0]))
+
+
+def leading_dense(config: Config) -> int:
+    """How many layers, the first ones, have no experts.
+
+    Raises
+    ------
+    UnsupportedError
+        Other layers have none, either.
+    """
+    kinds, n_layer = config.get("mlp_layer_types"), config.integer("num_hidden_layers")
+    n = config.integer("first_k_dense_replace", 0, least=0)
+    if kinds is None:
+        return n
+    n = kinds.index("sparse") if isinstance(kinds, list) and "sparse" in kinds else n_layer
+    if kinds != ["dense"] * n + ["sparse"] * (n_layer - n):
+        raise UnsupportedError(f"{config.path}: mlp_layer_types {shown(kinds)}; known: dense ones, then sparse ones")
+    return n
 
 
 def write_expert_hparams(writer: gguf.GGUFWriter, config: Config) -> None:

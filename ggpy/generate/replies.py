@@ -459,6 +459,9 @@ _DSML = _tagged(
     "</｜DSML｜ ?parameter>",
     "</｜DSML｜ ?invoke>",
 )
+_MINIMAX = _tagged(
+    r'(?P<name>[^"]+)"(?P<empty>/)?>', r'<parameter name="(?P<key>[^"]+)">', "</parameter>", "</invoke>", True
+)
 _K3 = _tagged(
     r'(?P<name>[^"]+)"[^<]*<\|sep\|>',
     r'<\|open\|>argument key="(?P<key>[^"]*)"(?: type="(?P<type>\w+)")?<\|sep\|>',
@@ -514,6 +517,11 @@ FAMILIES: dict[str, Family] = {
             ("<｜tool▁call▁begin｜>", _headed(r"\s*(?P<name>[^\n<]+)<｜tool▁sep｜>\s*", "<｜tool▁call▁end｜>")),
         ),
         (("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),),
+    ),
+    "minimax": Family(
+        ("<minimax:tool_call>",),
+        (('<invoke name="', _MINIMAX),),
+        (("<minimax:tool_call>", "</minimax:tool_call>"),),
     ),
     "mistral": Family(
         ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),

@@ -93,6 +93,7 @@ ARCHITECTURES: dict[str, Reader] = {
     "smollm3": Style(rope="norm", no_rope_every=4).read,
     "olmo2": Style(**_AFTER, window_every=4, window_base=0.0).read,  # OLMo 2 and 3
     "exaone": Style().read,
+    "exaone-moe": Style(gating="sigmoid", window=128, window_every=4, no_rope_unless_window=True).read,
     "exaone4": Style(**_AFTER, window_every=4, no_rope_unless_window=True).read,
     "hunyuan-dense": Style(norm_rotated=True).read,
     "hunyuan-moe": Style(norm_rotated=True, normalize=True).read,
@@ -101,8 +102,13 @@ ARCHITECTURES: dict[str, Reader] = {
     ).read,
     "mellum": Style(window_every=4, window_base=0.0, normalize=True).read,
     "ernie4_5": Style(rope="norm").read,
+    "ernie4_5-moe": Style(rope="norm", normalize=True).read,
     "glm4": Style(rope="norm", norm_after=True).read,
     "glm4moe": Style(ffn_norm="post_attention_norm", gating="sigmoid").read,
+    "dots1": Style(gating="sigmoid").read,
+    "bailingmoe2": Style(gating="sigmoid").read,  # Ling 2
+    "minimax-m2": Style(gating="sigmoid", normalize=True).read,
+    "deepseek": Style(rope="norm").read,  # DeepSeek's first mixture
     "seed_oss": Style(ffn_norm="post_attention_norm").read,
     "arcee": Style(rope="norm", act="relu_squared").read,
     "nemotron": Style(layer_norm=True, act="relu_squared").read,
@@ -115,6 +121,7 @@ ARCHITECTURES: dict[str, Reader] = {
     "phi2": Style(**_PARALLEL, act="gelu").read,
     "falcon": Style(**_PARALLEL, act="gelu_erf").read,
     "deepseek2": DeepSeek2.read,
+    "deepseek32": DeepSeek2.read_indexed,
     "lfm2": Lfm2.read,
     "lfm2moe": Lfm2.read,
     "qwen35": Qwen35.read,

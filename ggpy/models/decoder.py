@@ -151,6 +151,7 @@ class Style:
             parallel=hp.flag("use_parallel_residual", True) if self.parallel is None else self.parallel,
             experts=experts,
             n_dense=hp.count("leading_dense_block_count"),
+            experts_every=hp.size("interleave_moe_layer_step", 1),
         )
 
     def _windows(self, hp: Hparams, n_layer: int) -> tuple[int, ...]:
@@ -237,6 +238,7 @@ class Decoder:
     parallel: bool
     experts: Experts | None
     n_dense: int
+    experts_every: int
 
     def embed(self, g: "Graph", w: "Weights", ids: "Tensor") -> "Tensor":
         """Token ids (n_tokens,) to (n_tokens, n_embd)."""
@@ -305,7 +307,7 @@ class Decoder:
 
     def feed_forward(self, g: "Graph", w: "Weights", x: "Tensor", i: int) -> "Tensor":
         """Layer i's feed-forward part, normalized (n_tokens, n_embd) to the same."""
-        if self.experts is None or i < self.n_dense:
+        if self.experts is None or i < self.n_dense or (i + 1) % self.experts_every:
             return w.feed_forward(f"blk.{i}", self.n_ff[i], x, self.style.act)
         return self.experts.build(g, w, x, f"blk.{i}")
 

@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3 (DeepSeek-AI 2024): latent attention (MLA) and a mixture of experts with shared ones.
+"""DeepSeek-V2 and V3 (DeepSeek-AI 2024), GLM-4.7-Flash: latent attention (MLA) and a mixture of experts with shared ones.
 
 Keys and values of a token are one latent vector and one rotated key, shared by all heads. In the *absorbed* form queries
 are brought into the latent space (by attn_k_b, head by head) and attend there; what comes out is brought back (by
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..errors import UnsupportedError
 from ..quant import block_type
 from .hparams import Hparams, Options
 from .moe import Experts
@@ -45,6 +46,26 @@ class DeepSeek2:
     experts: Experts
     rope: Rope
     mla: str = "absorbed"
+    indexed: bool = False
+
+    @classmethod
+    def read_indexed(cls, hp: Hparams, options: Options) -> "DeepSeek2":
+        """The same for DeepSeek-V3.2, where an indexer chooses the keys that a token attends to: all, in contexts no longer
+        than their number.
+
+        Raises
+        ------
+        UnsupportedError
+            A longer context.
+        """
+        n = hp.size("attention.indexer.top_k")
+        if options.n_ctx > n:
+            raise UnsupportedError(
+                f"{hp.file.path}: a context of {options.n_ctx}; beyond {n} tokens this model attends to chosen ones alone, "
+                f"which isn't supported: n_ctx={n} is the most"
+            )
+        found = cls.read(hp, options)
+        return replace(found, indexed=True, n_ctx_train=min(found.n_ctx_train, n))
 
     @classmethod
     def read(cls, hp: Hparams, options: Options) -> "DeepSeek2":
@@ -57,7 +78,9 @@ class DeepSeek2:
         if n_nope <= 0 or n_rot % 2:
             raise hp.error(f"{n_rot} of {head_dim_k} values of a key are rotated")
         n_ff = size("feed_forward_length")
-        experts = Experts.read(hp, n_ff, options.n_expert_used)
+        # Early files of GLM-4.7-Flash don't say how its routers score; no other model has this vocabulary.
+        gating = "sigmoid" if hp.n_vocab() == 154880 else "softmax"
+        experts = Experts.read(hp, n_ff, options.n_expert_used, gating=gating)
         if experts is None:
             raise hp.error(f"key {hp.arch}.expert_count is missing")
         rope, scale = _read_scaling(hp, n_rot, head_dim_k)
@@ -109,6 +132,8 @@ class DeepSeek2:
 
     def _attention(self, g: "Graph", w: "Weights", x: "Tensor", p: str) -> "Tensor":
         n_rot, n_latent, n_head = self.rope.n_rot, self.n_latent, self.n_head
+        if self.indexed:
+            w.leave_aside(f"{p}.indexer.")
         table = g.input("rope", (n_rot,))
         q = x
         if self.n_q_lora:

@@ -264,6 +264,10 @@ class Weights:
                     f"{pair.path}: {name} can't be adapted while running; merge it at conversion (--lora)"
                 )
 
+    def leave_aside(self, prefix: str) -> None:
+        """Says that nobody will ask for the tensors whose names begin so."""
+        self._asked.update(name for name in self._file.tensors if name.startswith(prefix))
+
     def optional_row(self, name: str, n: int) -> "Tensor | None":
         """A weight of n values, as a matrix of one row; None if the file has no such tensor."""
         if name not in self._file.tensors:

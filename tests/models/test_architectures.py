@@ -44,6 +44,7 @@ MINISTRAL = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta
 FALCON = {"num_key_value_heads": None, "intermediate_size": None, "num_kv_heads": 2, "ffn_hidden_size": 70}
 EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 2}
 GLM = {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "n_shared_experts": 1}
+MANY = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 28}
 GEMMA4 = {
     **WINDOW,
     "num_hidden_layers": 6,
@@ -178,6 +179,54 @@ MODELS = {
     "ernie4_5": ("Ernie4_5", "Ernie4_5", {**HEADS, **TIED, "use_bias": True}),
     "glm4": ("Glm4", "Glm4", {**HEADS}),
     "glm4moe": ("Glm4Moe", "Glm4Moe", {**HEADS, **GLM, "use_qk_norm": True, "routed_scaling_factor": 1.5}),
+    "ernie4_5-moe": (
+        "Ernie4_5_Moe",
+        "Ernie4_5_Moe",
+        {
+            "moe_num_experts": 6,
+            "moe_k": 2,
+            "moe_intermediate_size": 28,
+            "moe_num_shared_experts": 2,
+            "moe_layer_interval": 2,
+            "head_dim": 20,
+        },
+    ),
+    "ernie4_5-moe, untied": (
+        "Ernie4_5_Moe",
+        "Ernie4_5_Moe",
+        {**UNTIED, "moe_num_experts": 6, "moe_k": 3, "moe_intermediate_size": 28, "moe_layer_start_index": 2},
+    ),
+    "dots1": (
+        "Dots1",
+        "Dots1",
+        {**GLM, **TIED, "first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.5, "head_dim": 20},
+    ),
+    "dots1, no groups": ("Dots1", "Dots1", {**GLM, **UNTIED, "num_key_value_heads": 6, "n_group": 3, "topk_group": 2}),
+    "exaone-moe": ("ExaoneMoe", "ExaoneMoe", {**HEADS, **WINDOW, **MANY, "num_shared_experts": 2}),
+    "exaone-moe, groups": (
+        "ExaoneMoe",
+        "ExaoneMoe",
+        {**HEADS, **MANY, **TIED, "sliding_window": 30, "n_group": 3, "topk_group": 2, "norm_topk_prob": False},
+    ),
+    "minimax-m2": (
+        "MiniMaxM2",
+        "MiniMaxM2",
+        {**HEADS, **EXPERTS, "rope_parameters": {**DEFAULT, "partial_rotary_factor": 0.4}},
+    ),
+    "deepseek2, GLM-4.7-Flash": (
+        "Glm4MoeLite",
+        "Glm4MoeLite",
+        {
+            **GLM,
+            **NO_GROUPS,
+            "num_key_value_heads": 6,
+            "kv_lora_rank": 48,
+            "q_lora_rank": 44,
+            "qk_nope_head_dim": 20,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 28,
+        },
+    ),
     "seed_oss": ("SeedOss", "SeedOss", {**HEADS}),
     "arcee": ("Arcee", "Arcee", {**HEADS}),
     "nemotron": ("Nemotron", "Nemotron", {**HEADS}),
@@ -286,7 +335,8 @@ IN_LLAMA_CPP = (
     *("falcon", "falcon, newer", "falcon, newer, one norm", "gemma", "exaone", "mellum, one base"),
     "afmoe",
     *("hunyuan-dense, another base", "hunyuan-moe"),
-    *("gemma4, keys are values", "gemma4, experts", "granitemoe", "glm4moe"),
+    *("gemma4, keys are values", "gemma4, experts", "granitemoe", "glm4moe", "ernie4_5-moe, untied"),
+    *("dots1, no groups", "exaone-moe", "minimax-m2", "deepseek2, GLM-4.7-Flash"),
 )
 
 
