@@ -166,7 +166,8 @@ def _steps(part: Any, parts: str) -> list[dict[str, Any]]:
 
 
 def _pre(checkpoint: Checkpoint, tokenizer: dict[str, Any]) -> str:
-    """GGUF's name for how a tokenizer.json cuts texts: the first row of ggpy's table that cuts `CHECK_TEXTS` alike."""
+    """GGUF's name for how a tokenizer.json cuts texts: the first row of ggpy's table that cuts `CHECK_TEXTS` alike, one
+    that begins texts alike if there is such."""
     from tokenizers import Tokenizer
 
     # Only here: what reads GGUF's tokenizers stands to the right of what converts.
@@ -183,7 +184,9 @@ def _pre(checkpoint: Checkpoint, tokenizer: dict[str, Any]) -> str:
     added = {token["content"] for token in tokenizer.get("added_tokens") or []}
     matters = any(len(text) > 1 and text not in made and text not in added for text in model["vocab"])
     wanted = [_cut(own.normalizer, own.pre_tokenizer, text) for text in CHECK_TEXTS]
-    for names, row in sorted(ROWS.items(), key=lambda item: item[1].ignore_merges != ignore_merges):
+    adds_bos = _adds_first(tokenizer)
+    differs = {names: (row.ignore_merges != ignore_merges, row.add_bos != adds_bos) for names, row in ROWS.items()}
+    for names, row in sorted(ROWS.items(), key=lambda item: differs[item[0]]):
         if not row.byte_level or (matters and row.ignore_merges != ignore_merges):
             continue
         normalizer, splitter = row.normalizer(), row.splitter()

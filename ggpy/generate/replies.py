@@ -539,6 +539,7 @@ FAMILIES: dict[str, Family] = {
         dropped=("</tool_call>",),
         in_thoughts=True,
     ),
+    "hunyuan": Family(("<tool_calls>",), (("<tool_calls>", _json("</tool_calls>")),)),
     "hermes": Family(("<tool_call>",), (("<tool_call>", _json("</tool_call>")),)),
     "llama": Family(
         ("<|python_tag|>", '"parameters": ', "<|python_start|>", "<|python_end|>"),

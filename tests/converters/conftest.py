@@ -53,6 +53,7 @@ SPLITTINGS = {
     "olmo": GPT2_WORDS,
     "smollm": pre_tokenizers.Sequence([DIGITS, GPT2_WORDS]),
     "llama-bpe": patterns(LLAMA3_PATTERN),
+    "glm4": patterns(LLAMA3_PATTERN),
     "qwen2": patterns(LLAMA3_PATTERN.replace("{1,3}", "")),
     "deepseek-llm": patterns(
         "[\r\n]",
@@ -68,7 +69,7 @@ SPLITTINGS = {
 
 def train_tokenizer(pre):
     """A byte-level BPE tokenizer; that of "llama-bpe" puts <|endoftext|> first and ignores merges, as Llama 3's does."""
-    tokenizer = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
+    tokenizer = Tokenizer(models.BPE(ignore_merges=pre in ("llama-bpe", "glm4")))
     tokenizer.pre_tokenizer = SPLITTINGS[pre]
     if pre in ("olmo", "qwen2"):
         tokenizer.normalizer = normalizers.NFC()

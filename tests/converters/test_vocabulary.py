@@ -170,6 +170,17 @@ def test_splitting_is_recognised(pre, damaged_folder):
     check_vocabulary(metadata, read_encoder(Checkpoint(damaged_folder)))
 
 
+def test_all_tokens_that_end_glms_turns_are_written(damaged_folder):
+    tokenizer = train_tokenizer("glm4")
+    tokenizer.add_special_tokens(["[gMASK]", "<|user|>", "<|observation|>"])
+    tokenizer.save(str(damaged_folder / "tokenizer.json"))
+    ids = [tokenizer.token_to_id(text) for text in ("<|endoftext|>", "<|user|>", "<|observation|>")]
+    edit_json(damaged_folder / "tokenizer_config.json", eos_token="<|endoftext|>", bos_token=None)
+    edit_json(damaged_folder / "generation_config.json", eos_token_id=ids)
+    metadata = metadata_of(damaged_folder)
+    assert [metadata[f"tokenizer.ggml.{kind}_token_id"] for kind in ("eos", "eot", "eom")] == ids
+
+
 def test_unknown_splitting_is_refused_with_those_known(damaged_folder):
     tokenizer = train_tokenizer("gpt-2")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -45,6 +45,7 @@ def streamed(chunks, family, tools=TOOLS, prompt=""):
         ("qwen_xml", "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"),
         ("glm", "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>"),
         ("lfm2", "<|tool_call_start|>[add(a=1)]<|tool_call_end|>"),
+        ("hunyuan", '<tool_calls>[{"name": "add", "arguments": {"a": 1}}]</tool_calls>'),
         (
             "minimax",
             '<minimax:tool_call>\n<invoke name="add">\n<parameter name="a">1</parameter>\n</invoke>\n</minimax:tool_call>',
@@ -117,6 +118,7 @@ def test_what_only_looks_like_a_bare_call_is_text(text):
     [
         ("{{'<tool_call>'}}<arg_key>", "glm"),
         ("<tool_call><function=", "qwen_xml"),
+        ("<tool_calls>[", "hunyuan"),
         ('<minimax:tool_call><invoke name="f"><parameter name="x">', "minimax"),
         ("<think><tool_call>", "hermes"),
         ("<|tool_call_start|>x<|tool_call_end|>", "lfm2"),
