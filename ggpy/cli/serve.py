@@ -40,6 +40,11 @@ def serve(
     memory: Annotated[
         str | None, typer.Option("--memory", help="Memory for all loaded models; default: four fifths of the machine's.")
     ] = None,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option("--cache-dir", help="Folder that keeps what was computed for the next start."),
+    ] = None,
+    cache_size: Annotated[str, typer.Option("--cache-size", help="What its files may take.")] = "4G",
     max_queue: Annotated[int, typer.Option("--max-queue", min=0, help="Answers that may wait for their turn.")] = 64,
     timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds that an answer may take.")] = 3600.0,
     allowed_host: Annotated[
@@ -55,6 +60,7 @@ def serve(
         import uvicorn
 
         from ..server.app import Limits, application
+        from ..server.cache import Cache
         from ..server.models import Served
     except ImportError as error:
         raise Error(f"serving needs more packages ({error}): pip install 'ggpy[serve]'") from None
@@ -74,7 +80,15 @@ def serve(
     most = byte_count(memory) if memory is not None else _memory() * 4 // 5
     _log_as_json()
     with kernel_progress() as progress:
-        served = [Served(name, find_model(model), {**how, "progress": progress}) for name, model in named]
+        served = [
+            Served(
+                name,
+                find_model(model),
+                {**how, "progress": progress},
+                None if cache_dir is None else Cache(cache_dir, byte_count(cache_size)),
+            )
+            for name, model in named
+        ]
         app = application(served, most, limits, sampling_values(given))
         config = uvicorn.Config(app, host, port, access_log=False, log_config=None, server_header=False)
         server = uvicorn.Server(config)

@@ -29,6 +29,7 @@ from ..errors import Error
 from ..generate.generation import Generation
 from . import fields, messages, responses
 from .answers import Answer, new_id, usage_of
+from .cache import Cache
 from .chat import ChatWriter, conversation_of, format_options
 from .completions import CompletionWriter, continuations, gap_ids, prompts_of
 from .conversation import Conversation, Plain, Prompt, replies
@@ -220,6 +221,8 @@ class Server:
                 raise refused(error) from None
             writer, answers = written(generations)
             stream = Stream(served.engine, generations, self.limits.seconds)
+            if served.cache is not None:
+                stack.callback(_remember, served.cache, generations)
             stack.callback(stream.close)
             stack.callback(lambda: self.metrics.answered(usage_of(answers, n_prompts), answers))
             request.state.usage = lambda: usage_of(answers, n_prompts)
@@ -569,6 +572,13 @@ def _reply(
     constrained = any(options.get(name) is not None for name in ("json_schema", "regex", "grammar"))
     prompt = Prompt(served.model, conversation, constrained)
     return prompt, replies(served.model, prompt, options, n)
+
+
+def _remember(cache: Cache, generations: Sequence[Generation]) -> None:
+    """What was evaluated of answers: all but the last token."""
+    for generation in generations:
+        if generation.ids:
+            cache.remember([*generation.prompt_ids, *generation.ids[:-1]])
 
 
 def _with_usage(values: Mapping[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..generate.model import Model
+from .cache import Cache
 from .engine import Engine
 from .errors import APIError
 
@@ -23,14 +24,16 @@ class Served:
         The file's time, in seconds since 1970.
     model, engine
         While it is loaded.
+    cache : Cache or None
+        Keeps what it has computed while it isn't.
     n_used : int
         Requests that use it now.
     n_answers : int
         Answers that they want.
     """
 
-    def __init__(self, name: str, path: Path, how: Mapping[str, Any]):
-        self.name, self.path, self._how = name, path, dict(how)
+    def __init__(self, name: str, path: Path, how: Mapping[str, Any], cache: Cache | None = None):
+        self.name, self.path, self._how, self.cache = name, path, dict(how), cache
         self.created = int(path.stat().st_mtime)
         self._model: Model | None = None
         self._engine: Engine | None = None
@@ -61,13 +64,18 @@ class Served:
 
     async def load(self) -> None:
         """Opens the file."""
-        self._model = await asyncio.to_thread(lambda: Model(self.path, **self._how))
+        model = await asyncio.to_thread(lambda: Model(self.path, **self._how))
+        if self.cache is not None:
+            await asyncio.to_thread(self.cache.load, model)
+        self._model = model
         self._engine = Engine(asyncio.get_running_loop(), f"ggpy {self.name}")
 
     async def unload(self) -> None:
         """Closes the file; nobody uses it."""
         model, engine, self._model, self._engine = self.model, self.engine, None, None
         await asyncio.to_thread(engine.close)
+        if self.cache is not None:
+            await asyncio.to_thread(self.cache.save, model)
         await asyncio.to_thread(model.close)
 
 
