@@ -577,6 +577,12 @@ def _usual_gemma(config: Config) -> dict[str, Any]:
     return {"hidden_act": "gelu_pytorch_tanh"} if config.get("hidden_act") == "gelu" else {}
 
 
+def _usual_internlm3(config: Config) -> dict[str, Any]:
+    """Names settings as other families do."""
+    names = {"qkv_bias": "attention_bias", "bias": "mlp_bias"}
+    return {new: config.get(old) for old, new in names.items() if config.get(old) is not None}
+
+
 def _usual_exaone(config: Config) -> dict[str, Any]:
     """Names settings as other families do."""
     names = {"num_layers": "num_hidden_layers", "layer_norm_epsilon": "rms_norm_eps", "activation_function": "hidden_act"}
@@ -1083,6 +1089,24 @@ FAMILIES: tuple[Family, ...] = (
         MODEL.ARCEE,
         Traits(act="relu2", gated=False, interleaved=True, biases=_attention_and_ffn),
         hidden_act="relu2",
+    ),
+    decoder(
+        ("InternLM3ForCausalLM",),
+        MODEL.LLAMA,
+        Traits(interleaved=True, biases=_attention_and_ffn),
+        usual=_usual_internlm3,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        head_dim=128,
+    ),
+    decoder(
+        ("Jais2ForCausalLM",),
+        MODEL.JAIS2,
+        Traits(**_PLAIN, act="relu2", eps="layer_norm_eps", biases=_attention_and_ffn),
+        hidden_act="relu2",
+        attention_bias=True,
+        mlp_bias=True,
+        layer_norm_eps=1e-5,
     ),
     decoder(
         ("NemotronForCausalLM",),

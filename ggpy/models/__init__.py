@@ -112,6 +112,7 @@ ARCHITECTURES: dict[str, Reader] = {
     "seed_oss": Style(ffn_norm="post_attention_norm").read,
     "arcee": Style(rope="norm", act="relu_squared").read,
     "nemotron": Style(layer_norm=True, act="relu_squared").read,
+    "jais2": Style(layer_norm=True, act="relu_squared").read,
     "starcoder2": Style(layer_norm=True, act="gelu").read,
     "command-r": Style(**_PARALLEL, rope="norm").read,
     "cohere2": Style(**_PARALLEL, rope="norm", window_every=4, no_rope_unless_window=True).read,

@@ -86,10 +86,10 @@ MELLUM = {
 }
 
 
-class ExaoneForCausalLM(transformers.LlamaForCausalLM):
-    """As transformers has it, under the name that checkpoints have."""
-
-    config_class = transformers.ExaoneConfig
+def like_llama(name):
+    """A class that transformers has under Llama's name, under the name that checkpoints have."""
+    config = getattr(transformers, f"{name}Config")
+    return type(f"{name}ForCausalLM", (transformers.LlamaForCausalLM,), {"config_class": config})
 
 
 #: GGUF's name and what is special: class without ForCausalLM, its configuration without Config, sizes
@@ -173,7 +173,7 @@ MODELS = {
         "Mellum",
         {**HEADS, **UNTIED, **WINDOW, **MELLUM, "rope_parameters": {"sliding_attention": DEFAULT, "full_attention": YARN}},
     ),
-    "exaone": (ExaoneForCausalLM, "Exaone", {**TIED, "rope_parameters": {**BASE, "rope_type": "linear", "factor": 4.0}}),
+    "exaone": (like_llama("Exaone"), "Exaone", {**TIED, "rope_parameters": {**BASE, "rope_type": "linear", "factor": 4.0}}),
     "gemma": ("Gemma", "Gemma", {**HEADS}),
     "hunyuan-dense": ("HunYuanDenseV1", "HunYuanDenseV1", {**HEADS, **TIED}),
     "ernie4_5": ("Ernie4_5", "Ernie4_5", {**HEADS, **TIED, "use_bias": True}),
@@ -230,6 +230,8 @@ MODELS = {
     "seed_oss": ("SeedOss", "SeedOss", {**HEADS}),
     "arcee": ("Arcee", "Arcee", {**HEADS}),
     "nemotron": ("Nemotron", "Nemotron", {**HEADS}),
+    "llama, InternLM 3": (like_llama("InternLM3"), "InternLM3", {**HEADS, "attention_bias": True, "mlp_bias": True}),
+    "jais2": ("Jais2", "Jais2", {**HEADS}),
     "starcoder2": ("Starcoder2", "Starcoder2", {**TIED, **WINDOW}),
     "command-r": ("Cohere", "Cohere", {"logit_scale": 0.3}),
     # llama.cpp looks for such norms in models of 64 layers
@@ -333,7 +335,7 @@ IN_LLAMA_CPP = (
     *("hunyuan-dense", "glm4", "command-r", "stablelm", "gptneox", "gpt2", "phi2"),
     *("granite_swa", "granite_swa, experts", "command-r, norms of each head", "stablelm, parallel, norms of each head"),
     *("falcon", "falcon, newer", "falcon, newer, one norm", "gemma", "exaone", "mellum, one base"),
-    "afmoe",
+    *("afmoe", "llama, InternLM 3", "jais2"),
     *("hunyuan-dense, another base", "hunyuan-moe"),
     *("gemma4, keys are values", "gemma4, experts", "granitemoe", "glm4moe", "ernie4_5-moe, untied"),
     *("dots1, no groups", "exaone-moe", "minimax-m2", "deepseek2, GLM-4.7-Flash"),
