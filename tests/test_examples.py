@@ -47,3 +47,12 @@ def test_every_example_is_known_and_named_in_the_readme():
 def test_the_api_page_is_current():
     make_api = loaded(ROOT / "docs" / "make_api.py")
     assert make_api.OUT.read_text("utf-8") == make_api.page(), "run: python docs/make_api.py"
+
+
+def test_the_page_of_architectures_has_them_all():
+    from ggpy.models import ARCHITECTURES
+
+    page = (ROOT / "docs" / "architectures.md").read_text("utf-8")
+    rows = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("| `")]
+    assert {name.strip(" `") for name, _ in rows} == set(ARCHITECTURES), "run: python docs/make_architectures.py"
+    assert not [name for name, evidence in rows if evidence.strip() == "nothing yet"]

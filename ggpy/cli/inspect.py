@@ -2,6 +2,7 @@
 
 import json as json_format
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,8 +22,13 @@ _SHOWN = 6  # items of an array
 def inspect(
     model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    lint: Annotated[
+        bool, typer.Option("--lint", help="Print what looks wrong or dangerous instead; exit code 1 if there are errors.")
+    ] = False,
 ) -> None:
-    """Print the metadata and tensors of a GGUF file."""
+    """Print the metadata and tensors of a GGUF file, and what it takes to run it."""
+    if lint:
+        raise typer.Exit(_lint(find_model(model), json))
     from ..file import GGUFFile
 
     with GGUFFile(find_model(model)) as file:
@@ -36,6 +42,21 @@ def inspect(
             if use is not None:
                 more = use.with_context(use.n_ctx + 1024).cache - use.cache
                 print(f"{memory_line(use)}; each 1,024 tokens more {size_text(more)}")
+
+
+def _lint(path: Path, json: bool) -> int:
+    """Prints what is found; the exit code."""
+    from ..generate.lint import lint
+
+    found = lint(path)
+    if json:
+        print(json_format.dumps([vars(finding) for finding in found], indent=1))
+    else:
+        for finding in found:
+            print(finding)
+        counts = ", ".join(f"{sum(f.level == level for f in found)} {level}s" for level in ("error", "warning"))
+        print(f"{path}: {counts}")
+    return int(any(finding.level == "error" for finding in found))
 
 
 def _memory(file: "GGUFFile") -> "MemoryUse | None":
