@@ -128,10 +128,18 @@ def _fetch_blob(reference: Reference, commit: str, file: HubFile) -> None:
             url = hf_hub_url(reference.repo, file.name, revision=commit)
             headers = {**build_hf_headers(library_name="ggpy"), "Accept-Encoding": "identity"}
             name = file.name.rpartition("/")[2]
-            if file.size:
-                http_get(url, out, resume_size=done, headers=headers, expected_size=file.size, displayed_filename=name)
+            while done < file.size:
+                before = done
+                try:
+                    http_get(url, out, resume_size=done, headers=headers, expected_size=file.size, displayed_filename=name)
+                except Exception:  # what HTTP libraries raise has no common base
+                    done = out.seek(0, os.SEEK_END)
+                    if done <= before:
+                        raise
+                else:
+                    break
         try:
-            _compare(part, file.digest, f"{reference.repo}: {file.name}")
+            _compare(part, file.digest, f"{reference.repo}: {file.name}", "nothing of it was kept; fetch it again")
         except Error:
             part.unlink()
             raise
@@ -157,12 +165,12 @@ def verify(path: Path, digest: str | None = None) -> None:
     digest = digest or blob.name
     if is_stamped(blob) or not _DIGEST.fullmatch(digest):
         return
-    _compare(blob, digest, str(path))
+    _compare(blob, digest, str(path), "remove it ('ggpy rm') and fetch it again")
     stamp(blob)
 
 
-def _compare(path: Path, digest: str, what: str) -> None:
-    """Raises Error if a file's content hasn't the digest."""
+def _compare(path: Path, digest: str, what: str, remedy: str) -> None:
+    """Raises Error if a file's content hasn't the digest, with what to do then."""
     size = path.stat().st_size
     if size > 1 << 30:
         _log.info("%s: comparing %.1f GB with their digest", what, size / 1e9)
@@ -171,10 +179,7 @@ def _compare(path: Path, digest: str, what: str) -> None:
         while chunk := file.read(_CHUNK):
             found.update(chunk)
     if found.hexdigest() != digest:
-        raise Error(
-            f"{what}: damaged: its digest is {found.hexdigest()[:12]}…, the hub says {digest[:12]}…; "
-            "remove it ('ggpy rm') and fetch it again"
-        )
+        raise Error(f"{what}: damaged: its digest is {found.hexdigest()[:12]}…, the hub says {digest[:12]}…; {remedy}")
 
 
 @contextmanager

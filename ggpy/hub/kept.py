@@ -127,7 +127,7 @@ def _of_repo(storage: Path) -> Iterator[Kept]:
             n_bytes = sum(path.stat().st_size for path in paths)
             name = str(Reference(repo, revision, file, type))
             yield Kept(name, "hub", model.type, n_bytes, max(map(last_use, paths)), paths)
-    left = tuple(sorted((storage / "blobs").glob("*.incomplete")))
+    left = tuple(path for path in sorted((storage / "blobs").glob("*.incomplete")) if path.stat().st_size)
     if left:
         n_bytes = sum(path.stat().st_size for path in left)
         yield Kept(f"{repo}:unfinished", "unfinished", "", n_bytes, max(p.stat().st_mtime for p in left), left)
