@@ -28,6 +28,9 @@ from .checkpoint import FLOAT8, FLOAT_TYPES, OTHER_TYPES, Config, Rows, ScaledRo
 FP4 = np.array((0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6), np.float32)
 # Where AWQ has put the columns of eight: the first's bits are in place 0, the second's in place 4.
 AWQ_ORDER = np.array((0, 4, 1, 5, 2, 6, 3, 7))
+# What modules have for rounding activations, and keys and values in a cache: nothing is rounded by that here.
+OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "activation_scale", "output_scale")
+OF_CACHES = (".k_scale", ".v_scale", ".k_zero_point", ".v_zero_point")
 
 
 @dataclass(frozen=True)
@@ -123,12 +126,15 @@ class GroupedRows:
 
 @dataclass(frozen=True)
 class MappedRows:
-    """A matrix of places in a table of 16 values; `size` values, one after the other, share a scale (implements `Rows`)."""
+    """A matrix of places in a table of 16 values; `size` values, one after the other, share a scale (implements `Rows`).
+
+    ``scales(start, stop)`` gives some of the scales.
+    """
 
     packed: StoredRows
     shape: tuple[int, ...]
     table: np.ndarray
-    scales: np.ndarray
+    scales: Callable[[int, int], np.ndarray]
     size: int
 
     @property
@@ -139,7 +145,9 @@ class MappedRows:
         low, high = start * self.shape[-1], stop * self.shape[-1]
         packed = replace(self.packed, shape=(self.packed.n_bytes, 1)).raw(low // 2, -(-high // 2))
         places = np.stack((packed >> 4, packed & 15), axis=-1).reshape(-1)[low % 2 :][: high - low]
-        values = self.table[places] * self.scales[np.arange(low, high) // self.size]
+        first = low // self.size
+        scales = self.scales(first, -(-high // self.size))
+        values = self.table[places] * scales[np.arange(low, high) // self.size - first]
         return values.reshape(stop - start, self.shape[-1])
 
 
@@ -380,8 +388,6 @@ def _fp4(parts: _Parts, stem: str) -> GroupedRows | BlockRows:
     whole = parts.need(f"{stem}.weight_global_scale" if packed else f"{stem}.weight_scale_2", *_FLOATS)
     factor = _all(whole)[0]
     factor = 1 / factor if packed else factor
-    for name in ("input_global_scale", "input_scale"):  # of activations, which aren't rounded here
-        parts.get(f"{stem}.{name}", *_FLOATS)
     return GroupedRows(
         (quants.name, scales.name, whole.name),
         (n_rows, n_columns),
@@ -424,17 +430,22 @@ def _bnb_4(parts: _Parts, stem: str) -> MappedRows:
     except (ValueError, TypeError, KeyError) as error:
         raise ConversionError(f"{state.path}: tensor {state.name} isn't a sound description: {error}") from None
     size, n = read.integer("blocksize"), math.prod(shape)
-    found = _all(scales)
-    if scales.dtype == "U8":
-        inner = _all(parts.need(f"{name}.nested_absmax", "F32"))
-        outer = _all(parts.need(f"{name}.nested_quant_map", "F32"))
-        n_inner = read.integer("nested_blocksize")
-        if len(outer) != 256 or len(inner) != -(-len(found) // n_inner):
-            raise ConversionError(f"{scales.path}: tensor {scales.name}: its own scales don't fit")
-        found = outer[found] * np.repeat(inner, n_inner)[: len(found)] + np.float32(read.number("nested_offset"))
-    if len(table) != 16 or len(found) != -(-n // size) or quants.n_bytes != -(-n // 2) or len(shape) != 2:
+    n_scales = math.prod(scales.shape)
+    column = replace(scales, shape=(n_scales, 1))
+    if len(table) != 16 or n_scales != -(-n // size) or quants.n_bytes != -(-n // 2) or len(shape) != 2:
         raise ConversionError(f"{quants.path}: tensor {name}: its parts don't fit a matrix of {shape}")
-    return MappedRows(quants, shape, table, found, size)
+    if scales.dtype != "U8":
+        return MappedRows(quants, shape, table, lambda start, stop: column.read(start, stop)[:, 0], size)
+    inner = _all(parts.need(f"{name}.nested_absmax", "F32"))
+    outer = _all(parts.need(f"{name}.nested_quant_map", "F32"))
+    n_inner, offset = read.integer("nested_blocksize"), np.float32(read.number("nested_offset"))
+    if len(outer) != 256 or len(inner) != -(-n_scales // n_inner):
+        raise ConversionError(f"{scales.path}: tensor {scales.name}: its own scales don't fit")
+
+    def dequantized_scales(start: int, stop: int) -> np.ndarray:
+        return outer[column.raw(start, stop)[:, 0]] * inner[np.arange(start, stop) // n_inner] + offset
+
+    return MappedRows(quants, shape, table, dequantized_scales, size)
 
 
 def _float8(parts: _Parts, stem: str) -> Rows:
@@ -444,8 +455,6 @@ def _float8(parts: _Parts, stem: str) -> Rows:
     if scale is None:
         raise UnsupportedError(f"{rows.path}: tensor {rows.name} is {rows.dtype} without {rows.name}_scale_inv")
     parts.taken |= {rows.name, scale}
-    # What it says of activations: they aren't rounded here.
-    parts.taken |= {f"{rows.name.removesuffix('.weight')}.{part}_scale" for part in ("input", "activation")}
     size = parts.settings.get("weight_block_size")
     sizes = (weights.get("block_structure") for weights in _weights_settings(parts.settings))
     return _with_scales(rows, parts.tensors[scale], size or next((s for s in sizes if s), None))
@@ -566,4 +575,7 @@ def dequantized(
             if fits and name not in parts.taken:
                 result[stem + method.becomes] = method.read(parts, stem)
                 found[method.name] = found.get(method.name, 0) + 1
+                parts.taken |= {f"{stem.removesuffix('.weight')}.{part}" for part in OF_ACTIVATIONS}
+    if found:
+        parts.taken |= {name for name in tensors if name.endswith(OF_CACHES)}
     return {name: rows for name, rows in tensors.items() if name not in parts.taken} | result, found

@@ -148,6 +148,17 @@ def test_quantized_weights_are_what_their_own_package_makes_of_them(path):
         np.testing.assert_array_equal(rows.read(start, stop), rows.read(0, rows.shape[0])[start:stop])
 
 
+@pytest.mark.parametrize("name", ["ct-int-8", "ct-float-8", "ct-nvfp4"])
+def test_scales_of_activations_and_caches_are_left_aside(name):
+    path = FILES[0].with_name(f"{name}.safetensors")
+    tensors, settings, expected = golden(path)
+    scale = next(rows for rows in tensors.values() if rows.dtype == "F32")
+    also = {f"m.{part}": scale for part in ("input_scale", "output_scale")} | {"attn.k_scale": scale, "m.v_scale": scale}
+    result, _ = dequantized(also | tensors, settings, path)
+    assert result.keys() == {"m.weight"}
+    assert result["m.weight"].shape == expected.shape
+
+
 def test_zero_points_of_gptq_are_one_less_unless_it_is_version_2(tmp_path):
     """The first version stores words of zero points less 0x11111111: a zero point of 0 borrows from the next one."""
     tensors, settings, _ = golden(FILES[0].with_name("gptq-4.safetensors"))
