@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import gguf
@@ -32,6 +33,7 @@ from .family import (
     write_windows,
 )
 from .llama import transform as interleave
+from .pooling import with_projections
 from .quantized import BlockRows
 
 MODEL = gguf.MODEL_ARCH
@@ -231,9 +233,10 @@ def without_further_layers(tensors: Mapping[str, Rows], config: Config) -> dict[
 # --- Gemma ---
 
 
-def _write_gemma(writer: gguf.GGUFWriter, config: Config) -> None:
+def _write_gemma(writer: gguf.GGUFWriter, config: Config, bidirectional: bool = False) -> None:
     config.only("attention_bias", False)
-    config.only("use_bidirectional_attention", False)
+    if bool(config.get("use_bidirectional_attention")) != bidirectional:
+        config.only("use_bidirectional_attention", bidirectional)
     scale = config.number("query_pre_attn_scalar", 256.0, least=1e-30)
     if scale != head_dim(config):
         writer.add_attention_scale(1 / math.sqrt(scale))
@@ -245,8 +248,8 @@ def _write_gemma(writer: gguf.GGUFWriter, config: Config) -> None:
             add(config.number(key, least=1e-30))
 
 
-def _write_gemma3(writer: gguf.GGUFWriter, config: Config) -> None:
-    _write_gemma(writer, config)
+def _write_gemma3(writer: gguf.GGUFWriter, config: Config, bidirectional: bool = False) -> None:
+    _write_gemma(writer, config, bidirectional)
     nested = (config.get("rope_parameters") or {}).get("sliding_attention")
     if nested is None:
         writer.add_rope_freq_base_swa(config.number("rope_local_base_freq", 10000.0))
@@ -269,6 +272,7 @@ _GEMMA: dict[str, Any] = {
     "norms": _SANDWICH,
     "norm_shift": 1.0,
 }
+_GEMMA3: dict[str, Any] = _GEMMA | {"qk_norm": lambda config: "head", "windows": "types 6", "rope": _BY_KIND}
 
 # --- gpt-oss: experts' gates and ups take turns, and their matrices are transposed ---
 
@@ -868,8 +872,17 @@ FAMILIES: tuple[Family, ...] = (
     decoder(
         ("Gemma3ForCausalLM",),
         MODEL.GEMMA3,
-        Traits(**_GEMMA, qk_norm=lambda config: "head", windows="types 6", rope=_BY_KIND, write=_write_gemma3),
+        Traits(**_GEMMA3, write=_write_gemma3),
         **GEMMA,
+    ),
+    replace(
+        decoder(
+            ("Gemma3TextModel",),
+            MODEL.GEMMA_EMBEDDING,
+            Traits(**_GEMMA3, write=partial(_write_gemma3, bidirectional=True)),
+            **GEMMA,
+        ),
+        special=with_projections,
     ),
     decoder(
         ("GptOssForCausalLM",),

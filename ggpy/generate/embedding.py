@@ -35,6 +35,25 @@ def pooling_of(file: "GGUFFile", is_encoder: bool) -> str:
     return _STORED[kind] or ("mean" if is_encoder else "last")
 
 
+def projections_of(file: "GGUFFile", n_embd: int) -> list[np.ndarray]:
+    """The matrices, float64, that a file has for pooled vectors of n_embd values, such as EmbeddingGemma's.
+
+    Raises
+    ------
+    GGUFError
+        They don't fit.
+    """
+    found = []
+    for name in ("dense_2.weight", "dense_3.weight"):
+        tensor = file.tensors.get(name)
+        if tensor is not None:
+            if len(tensor.shape) != 2 or tensor.shape[1] != n_embd:
+                raise GGUFError(f"{file.path}: tensor {name} has shape {tensor.shape}, expected (…, {n_embd})")
+            n_embd = tensor.shape[0]
+            found.append(tensor.dequantize().astype(np.float64))
+    return found
+
+
 class _Text:
     """A text under way.
 
@@ -47,9 +66,17 @@ class _Text:
         What has been evaluated of it.
     """
 
-    def __init__(self, index: int, ids: list[int], sequence: TokenSequence, pooling: str, normalize: bool):
+    def __init__(
+        self,
+        index: int,
+        ids: list[int],
+        sequence: TokenSequence,
+        pooling: str,
+        normalize: bool,
+        projections: Sequence[np.ndarray],
+    ):
         self.index, self.ids, self.sequence = index, ids, sequence
-        self._pooling, self._normalize = pooling, normalize
+        self._pooling, self._normalize, self._projections = pooling, normalize, projections
         self._total: np.ndarray | None = None
         self._rows: list[np.ndarray] = []
 
@@ -78,6 +105,11 @@ class _Text:
     def vectors(self) -> np.ndarray:
         """What becomes of them: (1, n_embd), or (n_tokens, n_embd) if they aren't pooled."""
         x = np.concatenate(self._rows) if self._total is None else self._total / np.float32(len(self.ids))
+        if self._projections and self._pooling != "none":
+            y = x[0].astype(np.float64)
+            for matrix in self._projections:
+                y = matrix @ y
+            x = y[None].astype(np.float32)
         if self._normalize:
             norms = np.sqrt(np.square(x, dtype=np.float64).sum(-1, keepdims=True))
             x = (x / np.maximum(norms, np.finfo(np.float32).tiny)).astype(np.float32)
@@ -90,6 +122,7 @@ def embed(
     texts: Sequence[list[int]],
     pooling: str,
     normalize: bool,
+    projections: Sequence[np.ndarray] = (),
     what: str = "texts",
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The vectors of texts, as they are done, with their places; see `Model.embed`.
@@ -102,6 +135,8 @@ def embed(
     texts : sequence of list of int
         Token ids of each, checked.
     pooling, normalize
+    projections : sequence of array
+        What pooled vectors are multiplied by.
     what : str
         What errors call them.
 
@@ -128,7 +163,7 @@ def embed(
                 if begun:
                     text = begun.pop()
                 elif (following := next(todo, None)) is not None:
-                    text = _Text(*following, TokenSequence(runner), pooling, normalize)
+                    text = _Text(*following, TokenSequence(runner), pooling, normalize, projections)
                 else:
                     break
                 n = len(text.rest) if runner.is_encoder else min(len(text.rest), room)

@@ -19,7 +19,7 @@ from ..models import added_up, read_architecture, read_nextn
 from ..pipeline import Processes, RemotePages, Stages, split_layers
 from ..pipeline.stage import How
 from .chat import ChatTemplate
-from .embedding import POOLINGS, embed, hidden_states, pooling_of
+from .embedding import POOLINGS, embed, hidden_states, pooling_of, projections_of
 from .generation import Generation
 from .memory import MemoryUse, memory_use
 from .options import ChatOptions, Drafter, GenerationOptions, JSONSchema, Processor, Sampler, checked_option, with_options
@@ -365,11 +365,16 @@ class Model:
         ids = [self.tokenizer.encode(t) if isinstance(t, str) else _token_ids(t) for t in texts]
         for tokens in ids:
             self._runner.check_ids(tokens)
-        vectors = dict(embed(self._runner, self._scheduler, ids, kind, normalize))
+        vectors = dict(embed(self._runner, self._scheduler, ids, kind, normalize, self._projections))
         found = [vectors[i] for i in range(len(ids))]
         if kind == "none":
             return found
-        return np.concatenate([np.empty((0, self.architecture.n_embd), np.float32), *found])
+        n_embd = len(self._projections[-1]) if self._projections else self.architecture.n_embd
+        return np.concatenate([np.empty((0, n_embd), np.float32), *found])
+
+    @cached_property
+    def _projections(self) -> list[np.ndarray]:
+        return projections_of(self.file, self.architecture.n_embd)
 
     def rerank(self, query: str, documents: Iterable[str]) -> np.ndarray:
         """How well documents answer a query, by a model made for that, which reads both together.

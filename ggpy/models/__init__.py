@@ -80,6 +80,7 @@ ARCHITECTURES: dict[str, Reader] = {
     "gemma": Style(act="geglu", embd_root=True).read,
     "gemma2": Style(**_GEMMA, window=4096, window_every=2, shared_scale_at=46).read,
     "gemma3": Style(**_GEMMA, window_every=6, window_base=10000.0, shared_scale_at=62).read,
+    "gemma-embedding": Style(**_GEMMA, window_every=6, window_base=10000.0, causal=False).read,
     "gemma4": Gemma4.read,
     "gpt-oss": Style(
         ffn_norm="post_attention_norm", act="swiglu_clamped", window_every=2, normalize=True, whole_yarn=False

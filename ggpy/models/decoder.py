@@ -66,6 +66,8 @@ class Style:
         Whether the parts of YaRN's frequencies begin and end at whole dimensions.
     mixed : bool
         Whether layers may have no heads of keys, or no feed-forward part: they have something else.
+    causal : bool
+        Whether tokens see only those before them, where the file doesn't say.
     sections : bool
         Whether rotary embeddings may have sections: text has the same position in all.
     """
@@ -91,6 +93,7 @@ class Style:
     whole_yarn: bool = True
     mixed: bool = False
     sections: bool = False
+    causal: bool = True
 
     def read(self, hp: Hparams, options: Options) -> "Decoder":
         """The decoder of a file.
@@ -141,7 +144,7 @@ class Style:
             ropes=ropes,
             rope_of=rope_of,
             windows=windows,
-            causal=hp.flag("attention.causal", True),
+            causal=hp.flag("attention.causal", self.causal),
             scale=hp.number("attention.scale", 0.0) or length**-0.5,
             cap=hp.number("attn_logit_softcapping", 0.0),
             logit_cap=hp.number("final_logit_softcapping", 0.0),

@@ -14,6 +14,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    Gemma3TextConfig,
+    Gemma3TextModel,
     ModernBertConfig,
     ModernBertForMaskedLM,
     ModernBertModel,
@@ -370,6 +372,50 @@ def test_llama_cpp_gives_the_same_vectors_of_newer_ones(tmp_path, name):
     with ggpy.load(tmp_path / "model.gguf") as model:
         ours = model.embed(texts)
     assert (ours * llama_cpp_embeddings(tmp_path / "model.gguf", texts, "MEAN")).sum(1).min() > 0.999
+
+
+def embedding_gemma(folder):
+    """A folder like EmbeddingGemma's, and what it gives for token ids: (n_embd,)."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 24}
+    kinds = ["sliding_attention", "full_attention"] * 2
+    how = {"use_bidirectional_attention": True, "sliding_window": 20, "layer_types": kinds, "query_pre_attn_scalar": 24}
+    config = Gemma3TextConfig(vocab_size=512, **sizes, **how, intermediate_size=96, max_position_embeddings=300)
+    model = random_model(Gemma3TextModel, config)
+    model.save_pretrained(folder)
+    tokenizer = processed(train_tokenizer("gpt-2"), "<|im_start|>", "<|im_end|>")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}))
+    matrices = [0.2 * torch.randn(96, 64), 0.2 * torch.randn(64, 96)]
+    write_modules(folder, {"pooling_mode_mean_tokens": True}, ("Dense", "2_Dense"), ("Dense", "3_Dense"))
+    for name, matrix in zip(("2_Dense", "3_Dense"), matrices, strict=True):
+        (folder / name).mkdir()
+        settings = {"bias": False, "activation_function": "torch.nn.modules.linear.Identity"}
+        (folder / name / "config.json").write_text(json.dumps(settings))
+        save_file({"linear.weight": matrix}, folder / name / "model.safetensors")
+
+    def expected(ids):
+        with torch.no_grad():
+            mean = model(torch.tensor([ids])).last_hidden_state[0].mean(0)
+            return (matrices[1] @ (matrices[0] @ mean)).numpy()
+
+    return expected
+
+
+def test_embedding_gemma(tmp_path):
+    expected = embedding_gemma(tmp_path)
+    convert(tmp_path, tmp_path / "model.gguf", "f32")
+    texts = [list(range(5, 5 + n)) for n in (1, 3, 70, 250)]
+    wanted = np.stack([expected(text) for text in texts])
+    with ggpy.load(tmp_path / "model.gguf", kv_type="f32") as model:
+        got = model.embed(texts, normalize=False)
+        assert np.abs(got - wanted).max() <= 2e-3 and np.ptp(wanted) > 0.5
+        np.testing.assert_array_equal(model.embed(texts[2:3], normalize=False), got[2:3])
+        texts = ["the quick brown fox", "isn't it?", "1234 " * 40]
+        ours = model.embed(texts)
+    assert (ours * llama_cpp_embeddings(tmp_path / "model.gguf", texts, "MEAN")).sum(1).min() > 0.999
+    (tmp_path / "3_Dense/config.json").write_text(json.dumps({"activation_function": "torch.nn.modules.activation.Tanh"}))
+    with pytest.raises(ggpy.UnsupportedError, match=r"3_Dense.config\.json: .*Tanh"):
+        convert(tmp_path, tmp_path / "bad.gguf", "f32")
 
 
 MINILM = find_spec("all_minilm_l6_v2")
