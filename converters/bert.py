@@ -1,4 +1,4 @@
-"""Encoders: BERT, RoBERTa and XLM-RoBERTa. What predicts masked words is left out, and what pools by itself
+"""Encoders: BERT, DistilBERT, RoBERTa and XLM-RoBERTa. What predicts masked words is left out, and what pools by itself
 unless a head that tells classes apart, or scores, reads it.
 """
 
@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import gguf
 import numpy as np
@@ -21,7 +22,7 @@ _OTHERS = (
     *("tie_word_embeddings", "directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers"),
     *("pooler_size_per_head", "pooler_type"),
 )
-_LEFT_OUT = ("pooler.", "cls.predictions.", "cls.seq_relationship.", "lm_head.")
+_LEFT_OUT = ("pooler.", "cls.predictions.", "cls.seq_relationship.", "lm_head.", "vocab_")
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 
 
@@ -49,7 +50,7 @@ def write_hparams(writer: gguf.GGUFWriter, config: Config, offset: bool = False,
     writer.add_layer_norm_eps(config.number("layer_norm_eps", 1e-12, least=0))
     writer.add_causal_attention(False)
     writer.add_vocab_size(config.integer("vocab_size"))
-    writer.add_token_type_count(config.integer("type_vocab_size", 2))
+    writer.add_token_type_count(config.integer("type_vocab_size", 2, least=0) or 1)
 
 
 def shapes_of(config: Config, blocks: Callable[[int], Shapes], positions: int) -> Shapes:
@@ -59,7 +60,8 @@ def shapes_of(config: Config, blocks: Callable[[int], Shapes], positions: int) -
     tensors: Shapes = {"token_embd.weight": (config.integer("vocab_size"), n_embd)}
     if positions:
         tensors["position_embd.weight"] = (positions, n_embd)
-    tensors["token_types.weight"] = (config.integer("type_vocab_size", 2), n_embd)
+    if config.get("type_vocab_size", 2):
+        tensors["token_types.weight"] = (config.integer("type_vocab_size", 2), n_embd)
     norms = {
         f"{name}.{part}": (n_embd,) for name in ("attn_output_norm", "layer_output_norm") for part in ("weight", "bias")
     }
@@ -78,6 +80,16 @@ def shapes(config: Config, offset: bool = False) -> Shapes:
     return shapes_of(config, lambda i: block, _positions(config, offset)[1])
 
 
+def _usual_distilbert(config: Config) -> dict[str, Any]:
+    """DistilBERT's settings under BERT's names; tokens have no types."""
+    config.only("sinusoidal_pos_embds", False)
+    for key in ("qa_dropout", "seq_classif_dropout", "tie_weights_"):
+        config.get(key)
+    names = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
+    names |= {"hidden_dim": "intermediate_size", "activation": "hidden_act"}
+    return {"type_vocab_size": 0} | {name: config.get(theirs) for theirs, name in names.items()}
+
+
 def gather(tensors: Mapping[str, Rows], config: Config, offset: bool = False, head: bool = False) -> dict[str, Rows]:
     """Names without the prefix that models with a head have, and as they are since layer norms have weights and biases.
 
@@ -85,7 +97,7 @@ def gather(tensors: Mapping[str, Rows], config: Config, offset: bool = False, he
     """
     found: dict[str, Rows] = {}
     for name, rows in tensors.items():
-        for prefix in ("bert.", "roberta.", "nomic_bert."):
+        for prefix in ("bert.", "roberta.", "nomic_bert.", "distilbert."):
             name = name.removeprefix(prefix)
         name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
         if head:
@@ -133,5 +145,13 @@ FAMILIES = (
     _FAMILY,
     _with_head(_FAMILY, partial(gather, head=True)),
     _ROBERTA_FAMILY,
+    Family(
+        ("DistilBertModel", "DistilBertForMaskedLM"),
+        gguf.MODEL_ARCH.BERT,
+        write_hparams,
+        shapes,
+        gather,
+        usual=_usual_distilbert,
+    ),
     _with_head(_ROBERTA_FAMILY, partial(gather, offset=True, head=True)),
 )

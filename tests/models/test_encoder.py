@@ -14,6 +14,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
     Gemma3TextConfig,
     Gemma3TextModel,
     ModernBertConfig,
@@ -84,10 +86,12 @@ MODERN = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
     },
 }
+DISTIL = {"max_position_embeddings": N_CTX, "dim": 60, "n_layers": 3, "n_heads": 3, "hidden_dim": 90}
 MODELS = {
     "bert": (BertModel, BertConfig, {"max_position_embeddings": N_CTX}, word_pieces),
     "bert with a head": (BertForMaskedLM, BertConfig, {"max_position_embeddings": N_CTX}, word_pieces),
     "one type": (BertModel, BertConfig, {"max_position_embeddings": N_CTX, "type_vocab_size": 1}, word_pieces),
+    "distilbert": (DistilBertForMaskedLM, DistilBertConfig, DISTIL, word_pieces),
     "roberta": (RobertaModel, RobertaConfig, {**ROBERTA, "type_vocab_size": 1}, byte_pairs),
     "xlm-roberta": (XLMRobertaModel, XLMRobertaConfig, {**ROBERTA, "type_vocab_size": 1}, unigrams),
     "modern": (ModernBertModel, ModernBertConfig, MODERN, byte_pairs),
