@@ -58,6 +58,7 @@ FAMILIES: tuple[Family, ...] = (
     *qwen.FAMILIES,
     olmoe.FAMILY,
     deepseek2.FAMILY,
+    deepseek2.INDEXED,
     *decoders.FAMILIES,
     gemma4.FAMILY,
     *qwen35.FAMILIES,

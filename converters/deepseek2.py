@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3, GLM-4.7-Flash: attention over compressed keys and values (MLA), shared experts, leading dense layers.
+"""DeepSeek V2, V3 and V3.2, GLM-4.7-Flash: attention over compressed keys and values (MLA), shared experts.
 
 GGUF has the form of attention in which keys and values stay compressed: one head of kv_lora_rank + qk_rope_head_dim
 values that all query heads share. The matrix ``kv_b_proj`` that expands them is kept as two, ``attn_k_b`` (transposed:
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import gguf
 import numpy as np
@@ -53,6 +54,7 @@ class Routing:
 ROUTINGS = {
     "DeepseekV2ForCausalLM": Routing("softmax", "greedy"),
     "DeepseekV3ForCausalLM": Routing("sigmoid", "noaux_tc"),
+    "DeepseekV32ForCausalLM": Routing("sigmoid", "noaux_tc"),
     "Glm4MoeLiteForCausalLM": Routing("sigmoid", "noaux_tc"),
 }
 GATINGS = {"softmax": ExpertGatingFuncType.SOFTMAX, "sigmoid": ExpertGatingFuncType.SIGMOID}
@@ -198,19 +200,57 @@ def split_kv_b(name: str, rows: Rows, config: Config) -> tuple[Rows, Rows]:
     return TransposedRows(keys), values
 
 
+def write_indexed_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
+    """With an indexer, which chooses the keys that a token attends to."""
+    write_hparams(writer, config)
+    writer.add_indexer_head_count(config.integer("index_n_heads"))
+    writer.add_indexer_key_length(config.integer("index_head_dim"))
+    writer.add_indexer_top_k(config.integer("index_topk"))
+
+
+def indexed_shapes(config: Config) -> Shapes:
+    n_embd, q_rank = config.integer("hidden_size"), config.integer("q_lora_rank")
+    n_head, n = config.integer("index_n_heads"), config.integer("index_head_dim")
+    indexer: Shapes = {
+        "indexer.attn_q_b.weight": (n_head * n, q_rank),
+        "indexer.attn_k.weight": (n, n_embd),
+        "indexer.k_norm.weight": (n,),
+        "indexer.k_norm.bias": (n,),
+        "indexer.proj.weight": (n_head, n_embd),
+    }
+    layers = range(config.integer("num_hidden_layers"))
+    return shapes(config) | {f"blk.{i}.{name}": shape for i in layers for name, shape in indexer.items()}
+
+
+def _usual_indexed(config: Config) -> dict[str, Any]:
+    kinds = config.get("layer_types")
+    return {"layer_types": None} if isinstance(kinds, list) and set(kinds) == {"indexed_attention"} else {}
+
+
+_V3 = {
+    "first_k_dense_replace": 3,
+    "n_group": 8,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "q_lora_rank": 1536,
+    "routed_scaling_factor": 2.5,
+    "topk_group": 4,
+}
+INDEXED = Family(
+    checkpoints=("DeepseekV32ForCausalLM",),
+    defaults={"DeepseekV32ForCausalLM": {**_V3, "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}},
+    arch=gguf.MODEL_ARCH.GLM_DSA,
+    arch_name="deepseek32",
+    write_hparams=write_indexed_hparams,
+    shapes=indexed_shapes,
+    gather=gather,
+    usual=_usual_indexed,
+)
 FAMILY = Family(
-    checkpoints=tuple(ROUTINGS),
+    checkpoints=tuple(name for name in ROUTINGS if name not in INDEXED.checkpoints),
     defaults={
         "DeepseekV2ForCausalLM": {"n_shared_experts": 2, "q_lora_rank": 1536, "routed_scaling_factor": 1.0},
-        "DeepseekV3ForCausalLM": {
-            "first_k_dense_replace": 3,
-            "n_group": 8,
-            "n_shared_experts": 1,
-            "norm_topk_prob": True,
-            "q_lora_rank": 1536,
-            "routed_scaling_factor": 2.5,
-            "topk_group": 4,
-        },
+        "DeepseekV3ForCausalLM": _V3,
         "Glm4MoeLiteForCausalLM": {
             "first_k_dense_replace": 1,
             "n_group": 1,

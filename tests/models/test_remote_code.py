@@ -1,4 +1,4 @@
-"""Mixtures whose code isn't in transformers, put together from parts of it, and one that our converter doesn't write."""
+"""Mixtures whose code isn't in transformers, put together from parts of it; DeepSeek-V3.2 as far as it goes."""
 
 import json
 
@@ -13,7 +13,6 @@ import ggpy
 from converters import convert
 from tests.converters.conftest import save_tokenizer
 from tests.converters.test_families import llama_cpp_logprobs
-from tests.file.edit import Edited, Stored
 
 from .checkpoints import converted, random_model, transformers_logits
 from .test_architectures import GLM, N_CTX, N_TOKENS, N_VOCAB, SIZES, tokens_of
@@ -104,27 +103,7 @@ def indexed(tmp_path_factory):
     config = transformers.DeepseekV32Config(**{**SIZES, **GLM, **latent, **index})
     config._attn_implementation = "eager"
     model = random_model(transformers.DeepseekV32ForCausalLM, config)
-    expected = transformers_logits(model, tokens_of(100, 0))
-    # Our converter leaves the indexer out, as that of a V3.
-    tensors = model.state_dict()
-    config.architectures = ["DeepseekV3ForCausalLM"]
-    v3 = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**{**SIZES, **GLM, **latent}))
-    v3.load_state_dict({name: x for name, x in tensors.items() if ".indexer." not in name})
-    file = Edited.read(converted(folder, v3).read_bytes())
-    for key in list(file.keys):
-        if key.startswith("deepseek2."):
-            old, new = key.encode(), key.replace("deepseek2", "deepseek32").encode()
-            value = file.keys.pop(key)[8 + len(old) :]
-            file.keys[new.decode()] = len(new).to_bytes(8, "little") + new + value
-    file.set("general.architecture", "string", "deepseek32")
-    file.set("deepseek32.attention.indexer.top_k", "uint32", 64)
-    for i in range(config.num_hidden_layers):
-        for theirs, name in (("wq_b", "attn_q_b"), ("wk", "attn_k"), ("k_norm", "k_norm"), ("weights_proj", "proj")):
-            x = tensors[f"model.layers.{i}.self_attn.indexer.{theirs}.weight"]
-            file.tensors[f"blk.{i}.indexer.{name}.weight"] = Stored([*x.shape][::-1], 0, x.numpy().tobytes())
-    path = folder / "v32.gguf"
-    path.write_bytes(file.bytes())
-    return path, expected
+    return converted(folder, model), transformers_logits(model, tokens_of(100, 0))
 
 
 def test_an_indexer_chooses_all_tokens_of_a_short_context(indexed):
