@@ -112,7 +112,7 @@ class Runner:
         self.lock = threading.RLock()
         self.batch: Batch | None = None
         self.closed = False
-        self.sequences: WeakSet[TokenSequence] = WeakSet()
+        self._sequences: WeakSet[TokenSequence] = WeakSet()
         self._stages: Stages | None = None
         self._pid, self._thread = os.getpid(), 0
         self._dropped: list[int] = []
@@ -247,9 +247,15 @@ class Runner:
             self.check()
             return stages.run(spans, output, self._known)
 
+    def note(self, sequence: "TokenSequence") -> None:
+        """Is told of each new sequence, whose keys and values a stage may lose."""
+        if self._stages is not None:
+            with self.lock:
+                self._sequences.add(sequence)
+
     def _known(self) -> list[Span]:
         """Spans of all tokens whose keys and values are in use, for who has lost them."""
-        found = [(s.ids, s.pages) for s in self.sequences] + list(self.prefixes.paths())
+        found = [(s.ids, s.pages) for s in self._sequences] + list(self.prefixes.paths())
         n = self.n_batch
         return [Span(ids[i : i + n], i, pages) for ids, pages in found for i in range(0, len(ids), n)]
 

@@ -45,7 +45,7 @@ class TokenSequence:
         self._mark: Snapshot | None = None
         self._mark_is_own = False
         runner.check()
-        runner.sequences.add(self)
+        runner.note(self)
 
     @property
     def n_ctx(self) -> int:

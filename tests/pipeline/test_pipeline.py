@@ -73,6 +73,24 @@ def test_stages_that_die_are_started_again(both):
             assert np.array_equal(a.extend([i]), b.extend([i]))
 
 
+def test_an_interrupt_leaves_no_answer_to_another_run(both, monkeypatch):
+    one, many = both
+    links = many._runner._stages._links
+    first = one.logits([1, 2, 3])
+    with many.new_sequence() as sequence:
+        sequence.extend([5, 6])
+
+        def interrupted(stages):
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(links, "receive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            many.logits([7] * 90)
+        assert np.array_equal(many.logits([1, 2, 3]), first)
+        assert np.array_equal(sequence.extend([7]), one.logits([5, 6, 7])[-1])
+
+
 def test_experts_and_other_layers(tmp_path):
     path = converted(tmp_path, made("qwen2moe"), "q8_0")
     with ggpy.load(path, **HOW) as one, ggpy.load(path, **HOW, stages=2, kv_type="f16") as many:
