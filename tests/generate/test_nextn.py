@@ -8,7 +8,7 @@ from ggpy.generate.speculation import NextTokens
 from tests.models.checkpoints import ids
 from tests.models.test_nextn import with_mtp
 
-from .test_speculation import GREEDY, PENALIZED, PROMPT, SAMPLED, Sometimes, pieces
+from .test_speculation import GREEDY, PENALIZED, PROMPT, SAMPLED, Sometimes, pieces, run_through_interrupts
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,17 @@ def test_a_known_beginning_is_not_seen_again(tiny, eager):
         plain = model.generate(prompt, max_tokens=40, **SAMPLED).run()
         generation = model.generate(prompt, max_tokens=40, draft="mtp", **SAMPLED).run()
         assert generation.n_reused > 100 and generation.ids == plain.ids and generation.n_drafted > 10
+
+
+def test_interrupts(tiny, eager):
+    with ggpy.load(tiny[2], n_ctx=512, n_threads=1) as model:
+        plain = model.generate(PROMPT, max_tokens=40, **SAMPLED).run().ids
+        generation = model.generate(PROMPT, max_tokens=40, draft="mtp", **SAMPLED)
+        run_through_interrupts(model._runner, generation, "run_both")
+        assert generation.ids == plain and generation.n_drafted
+        generation = model.generate(PROMPT, max_tokens=40, draft="mtp", **SAMPLED)
+        run_through_interrupts(model._nextn, generation, "run_both")
+        assert generation.ids == plain and generation.n_drafted
 
 
 def test_models_without_such_a_layer_say_so(tmp_path):

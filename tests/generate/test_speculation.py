@@ -1,6 +1,7 @@
 """Speculation changes how many runs a text takes, and nothing of the text."""
 
 import threading
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -276,6 +277,36 @@ def test_snapshots_are_left_in_spite_of_guesses(with_states, monkeypatch):
         model.generate(PROMPT, max_tokens=150, draft=Sometimes(whole), **SAMPLED).run()
         again = model.generate([*whole[:200], 7], max_tokens=1, **SAMPLED).run()
         assert again.n_reused == 192
+
+
+def run_through_interrupts(runner, generation, name):
+    """Runs a generation to its end; every third run is interrupted when its work is done."""
+    calls, run = [], getattr(runner, name)
+
+    def interrupted(*given):
+        results = run(*given)
+        calls.append(1)
+        if len(calls) % 3 == 0:
+            raise KeyboardInterrupt
+        return results
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, name, interrupted)
+        while generation.finish_reason is None:
+            with suppress(KeyboardInterrupt):
+                generation.run()
+    return len(calls)
+
+
+def test_interrupts_of_runs_with_guesses(with_states):
+    with ggpy.load(with_states, n_ctx=512, n_threads=1) as model:
+        plain = model.generate(PROMPT, max_tokens=60, **SAMPLED).run().ids
+        generation = model.generate(PROMPT, max_tokens=60, draft=Sometimes(PROMPT + plain), **SAMPLED)
+        assert run_through_interrupts(model._runner, generation, "run") > 9
+        assert generation.ids == plain and generation.n_accepted
+        again = model.generate([*PROMPT, *plain, 7], max_tokens=5, **SAMPLED).run()
+        model._runner.prefixes.clear()
+        assert again.ids == model.generate([*PROMPT, *plain, 7], max_tokens=5, **SAMPLED).run().ids
 
 
 @pytest.mark.parametrize("n_slots", [4, 8])
