@@ -141,7 +141,7 @@ def test_the_experts_at_work_are_drawn(page):
     page.click("#experts")
     if page.viewport_size["width"] < 700:
         pytest.skip("the map covers the conversation there")
-    setting_tokens = "localStorage.setItem('ggpy settings', JSON.stringify({max_tokens: 200}))"
+    setting_tokens = "localStorage.setItem('ggpy settings', JSON.stringify({max_tokens: 60}))"
     page.evaluate(setting_tokens)
     say(page, "Tell me more")
     expect(page.locator("#heat-words")).to_contain_text("chosen each time", timeout=60000)
