@@ -77,6 +77,14 @@ class Limits:
 # Answers
 
 
+class JSON(JSONResponse):
+    """A body in JSON, escaped: texts may have halves of characters."""
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        return json.dumps(content, separators=(",", ":")).encode()
+
+
 class Events(StreamingResponse):
     """Events as they come, and comments while none do. What ends it early ends the answers."""
 
@@ -228,7 +236,7 @@ class Server:
             request.state.usage = lambda: usage_of(answers, n_prompts)
             if values.get("stream"):
                 return Events(_events(stream, writer, answers, n_prompts), stack.pop_all())
-            return JSONResponse(await _connected(request, _whole(stream, writer, answers, n_prompts)))
+            return JSON(await _connected(request, _whole(stream, writer, answers, n_prompts)))
         raise AssertionError  # the stack hides no errors
 
     def _admit(self, served: Served, n: int, stack: AsyncExitStack) -> None:
@@ -340,7 +348,7 @@ class Server:
             prompt = Prompt(served.model, conversation, False)
             return len(served.model.tokenizer.encode_prompt(prompt.text))
 
-        return JSONResponse({"input_tokens": await self.computed(request, values, count)})
+        return JSON({"input_tokens": await self.computed(request, values, count)})
 
     async def _answer_to(
         self,
@@ -430,7 +438,7 @@ class Server:
                 "usage": {"prompt_tokens": n, "total_tokens": n},
             }
 
-        return JSONResponse(await _connected(request, self.computed(request, values, embed)))
+        return JSON(await _connected(request, self.computed(request, values, embed)))
 
     async def rerank(self, request: Request) -> Response:
         """POST /v1/rerank"""
@@ -458,21 +466,21 @@ class Server:
             usage = {"prompt_tokens": n, "total_tokens": n}
             return {"object": "list", "model": served.name, "results": results, "usage": usage}
 
-        return JSONResponse(await _connected(request, self.computed(request, values, rank)))
+        return JSON(await _connected(request, self.computed(request, values, rank)))
 
     # What is there
 
     async def list_models(self, request: Request) -> Response:
         """GET /v1/models"""
         data = [self._model_facts(served) for served in self.models.served.values()]
-        return JSONResponse({"object": "list", "data": data, "models": [{**d, "name": d["id"]} for d in data]})
+        return JSON({"object": "list", "data": data, "models": [{**d, "name": d["id"]} for d in data]})
 
     async def one_model(self, request: Request) -> Response:
         """GET /v1/models/NAME"""
         name = request.path_params["name"]
         if name not in self.models.served:
             raise APIError(404, f"no model {name!r}", param="model", code="model_not_found")
-        return JSONResponse(self._model_facts(self.models.served[name]))
+        return JSON(self._model_facts(self.models.served[name]))
 
     def _model_facts(self, served: Served) -> dict[str, Any]:
         facts: dict[str, Any] = {"id": served.name, "object": "model", "created": served.created, "owned_by": "ggpy"}
@@ -511,7 +519,7 @@ class Server:
                 facts["tokens"] = [{"id": i, "piece": _text_or_bytes(d)} for i, d in zip(ids, data, strict=True)]
             return facts
 
-        return JSONResponse(await self.computed(request, values, tokens))
+        return JSON(await self.computed(request, values, tokens))
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize"""
@@ -520,14 +528,14 @@ class Server:
         if ids is None:
             raise invalid("tokens is required", "tokens")
         text = await self.computed(request, values, lambda served: served.model.detokenize(ids))
-        return JSONResponse({"content": text, "prompt": text})
+        return JSON({"content": text, "prompt": text})
 
     async def apply_template(self, request: Request) -> Response:
         """POST /apply-template"""
         values = await self.read(request, fields.CHAT)
         conversation = conversation_of(values)
         text = await self.computed(request, values, lambda served: Prompt(served.model, conversation, False).text)
-        return JSONResponse({"prompt": text})
+        return JSON({"prompt": text})
 
     async def computed(self, request: Request, values: Mapping[str, Any], work: Callable[[Served], T]) -> T:
         """What a function gives for the request's model, in another thread."""
@@ -550,7 +558,7 @@ class Server:
                 "counts": watch.counts.tolist(),
             }
 
-        return JSONResponse(await self.computed(request, {"model": name}, watched))
+        return JSON(await self.computed(request, {"model": name}, watched))
 
     async def metrics_text(self, request: Request) -> Response:
         """GET /metrics"""
@@ -563,7 +571,7 @@ class Server:
 
     async def health(self, request: Request) -> Response:
         """GET /health"""
-        return JSONResponse({"status": "ok"})
+        return JSON({"status": "ok"})
 
 
 def _reply(
@@ -715,7 +723,7 @@ def _is_own(host: str, allowed: Sequence[str]) -> bool:
 
 def _error_response(path: str, error: APIError) -> Response:
     body = error.anthropic() if path.startswith("/v1/messages") else error.openai()
-    return JSONResponse(body, error.status, error.headers)
+    return JSON(body, error.status, error.headers)
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
@@ -808,7 +816,7 @@ def application(served: Sequence[Served], memory: int, limits: Limits, defaults:
         await server.models.close()
 
     async def description(request: Request) -> Response:
-        return JSONResponse(openapi())
+        return JSON(openapi())
 
     routes = [Route(e.path, getattr(server, e.name), methods=[e.method]) for e in ENDPOINTS]
     routes.append(Route("/openapi.json", description, methods=["GET"]))

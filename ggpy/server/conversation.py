@@ -27,6 +27,8 @@ To call one, answer with a JSON object within tags, and nothing else:
 </tool_call>"""
 
 
+#: what templates are given anyway
+_OWN = {"self", "messages", "tools", "add_generation_prompt"}
 # Between the parts of a required call stands one space at most.
 _WRITTEN = {"whitespace_pattern": " ?", "item_separator": ",", "key_separator": ":"}
 
@@ -193,6 +195,8 @@ class Prompt:
         self.forced = None
         template = model.chat_template
         messages = list(conversation.messages)
+        if taken := sorted(_OWN & conversation.template_kwargs.keys()):
+            raise invalid(f"chat_template_kwargs can't have {taken[0]}", "chat_template_kwargs")
         knows_tools = template is not None and (template.tool_use is not None or "tools" in template.source)
         for_template = self._tools if knows_tools else None
         if self._tools and not knows_tools:

@@ -30,10 +30,11 @@ def conversation_of(values: Mapping[str, Any]) -> Conversation:
         messages += _messages_of(message, f"messages[{i}]")
     tools = functions_of([_tool(t) for t in values.get("tools", ()) if t.get("type", "custom") in ("custom", "function")])
     choice = values.get("tool_choice", {"type": "auto"})
-    if choice.get("type") == "tool":
+    kind = choice.get("type")
+    if kind == "tool":
         named = choice_of({"name": choice.get("name")}, tools)
-    elif choice.get("type") in _CHOICES:
-        named = choice_of(_CHOICES[choice["type"]], tools)
+    elif isinstance(kind, str) and kind in _CHOICES:
+        named = choice_of(_CHOICES[kind], tools)
     else:
         raise invalid("tool_choice.type must be one of auto, any, tool, none", "tool_choice")
     kwargs = dict(values.get("chat_template_kwargs", {}))

@@ -42,6 +42,8 @@ def conversation_of(values: Mapping[str, Any]) -> Conversation:
             messages.append(message)
         elif kind == "reasoning":
             parts = item.get("content") or item.get("summary") or []
+            if not isinstance(parts, list):
+                raise invalid(f"{where}.content must be a list of parts", where)
             thoughts = "".join(str(p.get("text", "")) for p in parts if isinstance(p, dict))
         elif kind == "function_call":
             function = {"name": item.get("name"), "arguments": item.get("arguments")}

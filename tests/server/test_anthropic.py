@@ -86,6 +86,7 @@ def test_stop_sequences_are_named(api, model):
         {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}], "max_tokens": 1},
         {"messages": [{"role": "user", "content": [1]}], "max_tokens": 1},
         {"messages": HELLO, "max_tokens": 1, "tool_choice": {"type": "tool", "name": "x"}},
+        {"messages": HELLO, "max_tokens": 1, "tool_choice": {"type": []}},
         {"messages": HELLO, "max_tokens": 1, "tools": [{"input_schema": {}}]},
     ],
 )

@@ -51,6 +51,11 @@ USER = {"role": "user", "content": "Hello"}
         (COMPLETION, {"prompt": {"x": 1}}, "prompt"),
         (COMPLETION, {"prompt": "a \ud800 b"}, None),
         (COMPLETION, {"prompt": "a", "suffix": "b"}, "suffix"),
+        (CHAT, {**HELLO, "chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs"),
+        (CHAT, {**HELLO, "chat_template_kwargs": {"self": 1}}, "chat_template_kwargs"),
+        (COMPLETION, {"prompt": "a", "stop": 10**400}, "stop"),
+        ("/v1/responses", {"model": "x", "input": [{"type": "reasoning", "content": 3}]}, "input[0]"),
+        ("/v1/responses", {"model": "x", "input": [{"role": "user", "content": [[]]}]}, None),
         ("/tokenize", {}, "content"),
         ("/detokenize", {"tokens": [99999999]}, None),
     ],
@@ -73,6 +78,12 @@ def test_what_is_no_json_object_is_refused(client, body):
 def test_unknown_fields_are_ignored(client):
     body = {**HELLO, "store": True, "service_tier": "auto", "whatever": {"a": 1}, "user": None, "temperature": None}
     assert client.post(CHAT, json=body).status_code == 200
+
+
+def test_halves_of_characters_may_be_anywhere(client):
+    body = json.dumps({"prompt": "a", "n_predict": 1, "stop": "\ud800"})
+    assert client.post("/completion", content=body).json()["generation_settings"]["stop"] == "\ud800"
+    assert client.post("/v1/chat/completions", content='{"model": "\\udfff", "messages": 3}').status_code == 400
 
 
 def test_a_prompt_that_is_too_long_says_by_how_much(client):
