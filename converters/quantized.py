@@ -342,7 +342,10 @@ def _integers(parts: _Parts, stem: str) -> GroupedRows:
         raise UnsupportedError(f"{quants.path}: tensor {quants.name} is {quants.shape}; known: matrices")
     n_rows, n_columns, n_bits = *quants.shape, 8
     if packed:
-        n_columns = int(_all_raw(parts.need(f"{stem}.weight_shape", "I64", "I32"))[-1])
+        given = _all_raw(parts.need(f"{stem}.weight_shape", "I64", "I32")).tolist()
+        if len(given) != 2 or given[0] != n_rows or given[1] < 1:
+            raise ConversionError(f"{quants.path}: tensor {quants.name} has {n_rows} rows, weight_shape says {given}")
+        n_columns = given[1]
         known = {weights.get("num_bits") for weights in _weights_settings(settings)}
         bits = [n for n in range(1, 9) if n in known and -(-n_columns * n // 32) == quants.shape[1]]
         if len(bits) != 1:
@@ -362,8 +365,8 @@ def _integers(parts: _Parts, stem: str) -> GroupedRows:
         points = lambda start, stop: values[start:stop]  # noqa: E731
     elif zeros is not None:
         shape = (1, 1) if math.prod(zeros.shape) == 1 else (n_rows, n_groups)
-        given = np.broadcast_to(_all_raw(zeros).reshape(shape), (n_rows, n_groups))
-        points = lambda start, stop: given[start:stop]  # noqa: E731
+        all_points = np.broadcast_to(_all_raw(zeros).reshape(shape), (n_rows, n_groups))
+        points = lambda start, stop: all_points[start:stop]  # noqa: E731
 
     def numbers(start: int, stop: int) -> np.ndarray:
         stored = quants.raw(start, stop)
@@ -573,7 +576,10 @@ def dequantized(
             stem = name.removesuffix(method.end)
             fits = name.endswith(method.end) and rows.dtype in method.dtypes and stem + method.beside in tensors
             if fits and name not in parts.taken:
-                result[stem + method.becomes] = method.read(parts, stem)
+                try:
+                    result[stem + method.becomes] = method.read(parts, stem)
+                except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:  # shapes of any kind
+                    raise ConversionError(f"{rows.path}: what belongs to {name} doesn't fit together: {error}") from None
                 found[method.name] = found.get(method.name, 0) + 1
                 parts.taken |= {f"{stem.removesuffix('.weight')}.{part}" for part in OF_ACTIVATIONS}
     if found:

@@ -1,7 +1,9 @@
 """Weights that are quantized already, against what others make of the same tensors."""
 
 import json
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from tests.models.checkpoints import ids, random_model, transformers_logits
 
 from .conftest import N_VOCAB, save_tokenizer
 from .test_conversion import edit_config, edit_tensors, written_floats, written_tensors
+from .test_families import llama_cpp_logprobs
 
 N_EXPERT, N_EMBD, N_FF = 5, 256, 96
 
@@ -42,6 +45,7 @@ def gpt_oss(tmp_path_factory):
         num_experts_per_tok=2,
         max_position_embeddings=256,
         sliding_window=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         eos_token_id=2,
         pad_token_id=None,
     )
@@ -213,6 +217,23 @@ def test_missing_parts_are_named(missing):
         dequantized(tensors, settings, path)
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_parts_of_any_shape_are_read_or_refused(path):
+    tensors, settings, _ = golden(path)
+    for name, rows in tensors.items():
+        n = math.prod(rows.shape)
+        shapes = {(), (0,), (1,), (n,), (n, 1), (1, n), rows.shape[::-1], (0, *rows.shape[1:]), (1, *rows.shape)}
+        for shape in shapes - {rows.shape}:
+            try:
+                result, _ = dequantized(tensors | {name: replace(rows, shape=shape)}, settings, path)
+            except Error:
+                continue
+            for found in result.values():
+                if "m.weight" in found.sources or len(found.sources) > 1:
+                    n_rows = math.prod(found.shape[:-1])
+                    assert found.read(0, n_rows).shape == (n_rows, found.shape[-1])
+
+
 def test_a_checkpoint_of_8_bit_integers_is_written_with_its_scales(damaged_folder, tmp_path):
     def quantize(tensors):
         for name in [name for name in tensors if name.endswith("_proj.weight")]:
@@ -238,3 +259,14 @@ def test_a_method_without_code_is_refused(damaged_folder):
     edit_config(damaged_folder, quantization_config={"quant_method": "hqq"})
     with pytest.raises(UnsupportedError, match=r"down_proj.W_q is U8: the weights are quantized already \(hqq\)"):
         convert(damaged_folder, damaged_folder / "model.gguf", "f16")
+
+
+def test_llama_cpp_runs_the_kept_blocks_alike(gpt_oss, tmp_path):
+    tokens, path = ids(40), tmp_path / "model.gguf"
+    convert(gpt_oss, path, "bf16")
+    theirs = llama_cpp_logprobs(path, gpt_oss, [tokens[:5], tokens[:14]], n_ctx=256)
+    with ggpy.load(path, kv_type="f32", n_threads=2) as ours:
+        logits = torch.tensor(ours.logits(tokens)[[4, 13]])
+    difference = torch.log_softmax(logits, -1).numpy() - theirs
+    assert (np.exp(theirs) * -difference).sum(-1).max() <= 5e-3
+    assert theirs.std() > 0.5
