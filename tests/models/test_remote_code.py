@@ -99,7 +99,7 @@ def indexed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("v32")
     latent = {"num_key_value_heads": 6, "kv_lora_rank": 48, "q_lora_rank": 44, "qk_nope_head_dim": 20}
     latent |= {"qk_rope_head_dim": 16, "v_head_dim": 28, "first_k_dense_replace": 1, "n_group": 3, "topk_group": 2}
-    index = {"index_topk": 64, "index_n_heads": 2, "index_head_dim": 24}
+    index = {"index_topk": 64, "index_n_heads": 2, "index_head_dim": 64}
     config = transformers.DeepseekV32Config(**{**SIZES, **GLM, **latent, **index})
     config._attn_implementation = "eager"
     model = random_model(transformers.DeepseekV32ForCausalLM, config)
@@ -110,6 +110,11 @@ def test_an_indexer_chooses_all_tokens_of_a_short_context(indexed):
     path, expected = indexed
     with ggpy.load(path, n_ctx=64, kv_type="f32", n_threads=2) as model:
         assert np.abs(model.logits(tokens_of(100, 0)[:64]) - expected[:64]).max() <= 2e-3
+    # llama.cpp asks the indexer.
+    prompts = [tokens_of(100, 0)[:n] for n in (5, 64)]
+    theirs = llama_cpp_logprobs(path, path.parent / "checkpoint", prompts, 256, N_VOCAB)
+    truth = torch.log_softmax(torch.tensor(expected[[4, 63]]), -1).numpy()
+    assert (np.exp(truth) * (truth - theirs)).sum(-1).max() <= 1e-3
 
 
 def test_a_context_that_an_indexer_would_choose_from_is_refused(indexed):
