@@ -10,6 +10,7 @@ import ggpy
 from converters import convert
 from ggpy.errors import Error, GGUFError, UnsupportedError
 from ggpy.models.adapters import path_and_scale
+from tests.cli.test_cli import call
 from tests.converters.conftest import N_VOCAB, save_tokenizer
 from tests.converters.test_families import llama_cpp_logprobs
 from tests.converters.test_lora import LINEAR, adapted
@@ -203,3 +204,15 @@ def test_paths_and_scales(tmp_path):
 def test_several_stages_take_no_adapters(llama):
     with pytest.raises(UnsupportedError, match="adapters aren't shared by several stages"):
         ggpy.load(llama[0] / "model.gguf", lora=[llama[0] / "adapter"], stages=2)
+
+
+def test_the_command_line_takes_adapters(llama, tmp_path, capsys):
+    """While running and at conversion: the same text."""
+    folder, adapter, merged = llama[0], str(llama[0] / "adapter"), str(tmp_path / "merged.gguf")
+    _, _, err = call(capsys, "convert", folder / "base", "-o", merged, "--type", "f32", "--lora", adapter)
+    assert "merged, times 1" in err
+    how = ("-p", "the", "-n", 12, "--temp", 0, "--kv-type", "f32")
+    given = ([merged], [folder / "model.gguf", "--lora", adapter], [folder / "model.gguf"])
+    results = [call(capsys, "run", *arguments, *how) for arguments in given]
+    assert [code for code, _, _ in results] == [0, 0, 0]
+    assert results[0][1] == results[1][1] != results[2][1]
