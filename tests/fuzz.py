@@ -272,7 +272,7 @@ def make_seeds(folder):
     from tests.models.test_moe import made
 
     models = dict.fromkeys(("V3", "V2", "V2-Lite, yarn", "mixtral", "qwen2moe", "qwen2"), made)
-    models |= dict.fromkeys(("gemma2", "gpt-oss", "phi3, long", "glm4moe", "cohere2", "gpt2"), decoder)
+    models |= dict.fromkeys(("gemma2", "gemma4, experts", "gpt-oss", "phi3, long", "glm4moe", "cohere2", "gpt2"), decoder)
     for name, make in models.items():
         place = folder / name.split(",")[0]
         place.mkdir()

@@ -123,7 +123,7 @@ def test_every_step_writes_what_is_its_own(tmp_path, simd_form, name):
             assert run(path, kv_type=kv_type).tobytes() == plain.tobytes()
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt-oss", "gpt2", "cohere2"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma4, experts", "gpt-oss", "gpt2", "cohere2"])
 def test_every_step_of_other_decoders_writes_what_is_its_own(tmp_path, name):
     path = converted(tmp_path, decoder(name))
     plain = run(path, kv_type="f16")
