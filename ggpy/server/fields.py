@@ -78,6 +78,15 @@ def fault(value: object, schema: Schema) -> str:
     return ""
 
 
+def _settled(value: Any, schema: Schema) -> Any:
+    """A value of that form, with whole numbers as such: JSON doesn't tell 1.0 from 1."""
+    if "anyOf" in schema:
+        schema = next(one for one in schema["anyOf"] if not fault(value, one))
+    if schema.get("type") == "integer":
+        return int(value)
+    return [_settled(item, schema["items"]) for item in value] if schema.get("type") == "array" else value
+
+
 class Field(NamedTuple):
     """A field of a request: its form, and the option of a generation that it is, if it is one."""
 
@@ -225,7 +234,7 @@ def read(body: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, Any]
     for name, value in known.items():
         if words := fault(value, fields[name].schema):
             raise invalid(f"{name} must be {words}", name)
-    return known
+    return {name: _settled(value, fields[name].schema) for name, value in known.items()}
 
 
 def options_of(values: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, Any]:
@@ -261,7 +270,5 @@ def _bias(value: Any) -> dict[int, float]:
 #: what options are called otherwise than ggpy has them: no number as seed is a random one, no list of stop texts is one
 _READERS: dict[str, Any] = {
     "logit_bias": _bias,
-    "seed": lambda x: None if x < 0 else int(x),
-    "max_tokens": int,
-    **{name: int for name, (kind, _) in option_table().items() if kind is int},
+    "seed": lambda x: None if x < 0 else x,
 }

@@ -80,6 +80,13 @@ def test_unknown_fields_are_ignored(client):
     assert client.post(CHAT, json=body).status_code == 200
 
 
+def test_whole_numbers_may_have_a_point(client):
+    assert client.post("/detokenize", content='{"tokens": [65.0]}').status_code == 200
+    assert client.post("/v1/embeddings", content='{"input": [[65.0]], "dimensions": 8.0}').status_code == 200
+    body = '{"prompt": [65.0, 66], "max_tokens": 2.0, "top_k": 1e300, "seed": 1e300, "repeat_last_n": 1e300, "n": 1.0}'
+    assert client.post(COMPLETION, content=body).status_code == 200
+
+
 def test_halves_of_characters_may_be_anywhere(client):
     body = json.dumps({"prompt": "a", "n_predict": 1, "stop": "\ud800"})
     assert client.post("/completion", content=body).json()["generation_settings"]["stop"] == "\ud800"
