@@ -158,7 +158,8 @@ def test_a_client_that_leaves_ends_its_answer(demo):
     with serving([served]) as client:
         body = {"prompt": "Once", "max_tokens": 1000, "ignore_eos": True, "stream": True}
         with client.stream("POST", COMPLETION, json=body) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()  # which closes the response when it is forgotten
+            next(lines)
             (stream,) = served.engine._streams
         generation = stream.generations[0]
         for _ in range(200):
