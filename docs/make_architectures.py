@@ -1,8 +1,9 @@
-"""Writes docs/architectures.md from what the tests find: python docs/make_architectures.py
+"""Writes docs/architectures.md from what the tests find: python docs/make_architectures.py [pytest's arguments]
 
 It runs the tests that compare architectures with other implementations, takes from each that passes which architecture it
 loaded, which class of transformers it compared it with and how far apart the values were, and whether llama.cpp ran the
-same file. So an architecture is in the table as its tests are. Takes some minutes.
+same file. So an architecture is in the table as its tests are. Takes some minutes. With arguments, such as -k NAME, rows
+that nothing is found for stay as they are.
 """
 
 import re
@@ -167,35 +168,38 @@ def _noted(function: Callable[..., Any], note: Callable[..., Any]) -> Callable[.
     return called
 
 
-def page(found: dict[str, Evidence]) -> str:
-    """The text of docs/architectures.md."""
+def row(name: str, evidence: Evidence) -> str:
+    """An architecture's row of the table."""
+    classes = ", ".join(sorted(evidence.classes)) or ("code of the tests" if evidence.tests else "nothing yet")
+    difference = f"{max(evidence.differences):.1e}" if evidence.differences else ""
+    cells = (f"`{name}`", classes, difference, "yes" if evidence.llama_cpp else "", ", ".join(sorted(evidence.real)))
+    return f"| {' | '.join(cells)} |"
+
+
+def page(found: dict[str, Evidence], old: str = "") -> str:
+    """The text of docs/architectures.md; rows that nothing was found for are those of an old one, if it is given."""
     from ggpy.models import ARCHITECTURES
 
-    lines = [HEAD, "| architecture | compared with | difference | llama.cpp | real model |", "|---|---|--:|---|---|"]
-    for name in sorted(ARCHITECTURES):
-        evidence = found.get(name, Evidence())
-        classes = ", ".join(sorted(evidence.classes)) or ("code of the tests" if evidence.tests else "nothing yet")
-        difference = f"{max(evidence.differences):.1e}" if evidence.differences else ""
-        row = (f"`{name}`", classes, difference, "yes" if evidence.llama_cpp else "", ", ".join(sorted(evidence.real)))
-        lines.append(f"| {' | '.join(row)} |")
-    with_class = sum(bool(found.get(name, Evidence()).classes) for name in ARCHITECTURES)
-    with_llama_cpp = sum(found.get(name, Evidence()).llama_cpp for name in ARCHITECTURES)
-    lines += [
-        "",
-        f"{len(ARCHITECTURES)} architectures; {with_class} compared with transformers, {with_llama_cpp} with llama.cpp.",
+    kept = {line.split("`")[1]: line for line in old.splitlines() if line.startswith("| `")}
+    rows = [
+        kept[name] if name in kept and name not in found else row(name, found.get(name, Evidence()))
+        for name in sorted(ARCHITECTURES)
     ]
-    return "\n".join(lines) + "\n"
+    table = ["| architecture | compared with | difference | llama.cpp | real model |", "|---|---|--:|---|---|", *rows]
+    with_llama_cpp = sum("| yes |" in line for line in rows)
+    return "\n".join([HEAD, *table, "", f"{len(rows)} architectures, {with_llama_cpp} of them with llama.cpp, too.", ""])
 
 
 def main() -> None:
     """Runs the tests and writes the page."""
     sys.path.insert(0, str(ROOT))
-    recorder = Recorder()
+    recorder, more = Recorder(), sys.argv[1:]
     with watched(recorder):
-        pytest.main([*TESTS, "--rootdir", str(ROOT), "-q", "-p", "no:cacheprovider", *sys.argv[1:]], plugins=[recorder])
+        pytest.main([*TESTS, "--rootdir", str(ROOT), "-q", "-p", "no:cacheprovider", *more], plugins=[recorder])
     for nodeid in recorder.failed:
         print(f"failed, and not counted: {nodeid}", file=sys.stderr)
-    OUT.write_text(page(recorder.found), "utf-8")
+    old = OUT.read_text("utf-8") if more and OUT.exists() else ""
+    OUT.write_text(page(recorder.found, old), "utf-8")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from ..file import StringArray
 from ..graph import Pages, Plan, pages_of, slot_bytes
 from ..models import build_graph
 from ..simd.target import target
+from .snapshots import SNAPSHOT_TOKENS
 
 if TYPE_CHECKING:
     from ..file import GGUFFile
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 _PROCESS = 98 << 20
 #: bytes that a tokenizer takes for each token of its vocabulary
 _PER_TOKEN = 560
-#: slots of states of a sequence: the one at work, and how it was at some earlier places
-_SLOTS = 4
+#: slots of states that a sequence has, beside one every SNAPSHOT_TOKENS of a prompt: the one at work, and the last page's
+_SLOTS = 2
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def memory_use(
         weights=sum(t.n_bytes for name, t in file.tensors.items() if name not in by_rows),
         made=plan.padded_bytes + sum(weight.data.nbytes for weight in derived.values() if _is_own(weight.data)),
         cache=pages_of(n_ctx) * Pages(0, kv_type.upper()).page_bytes(single),
-        states=_SLOTS * slot_bytes(single),
+        states=(_SLOTS + n_ctx // SNAPSHOT_TOKENS) * slot_bytes(single),
         computing=plan.arena_bytes,
         process=_PROCESS + _PER_TOKEN * _n_tokens(file),
     )
