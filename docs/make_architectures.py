@@ -2,8 +2,8 @@
 
 It runs the tests that compare architectures with other implementations, takes from each that passes which architecture it
 loaded, which class of transformers it compared it with and how far apart the values were, and whether llama.cpp ran the
-same file. So an architecture is in the table as its tests are. Takes some minutes. With arguments, such as -k NAME, rows
-that nothing is found for stay as they are.
+same file. So an architecture is in the table as its tests are. Takes some minutes. With arguments, such as -k NAME, what is
+found is added to the page.
 """
 
 import re
@@ -23,7 +23,7 @@ OUT = ROOT / "docs" / "architectures.md"
 #: what is run: tests that compare with transformers, llama.cpp or real models
 TESTS = (
     *("tests/models", "tests/generate/test_embedding.py", "tests/converters/test_families.py"),
-    *("-k", "equal_transformers or equals_transformers or llama_cpp or smollm2 or minilm or experts or indexer"),
+    *("-k", "equal_transformers or equals_transformers or llama_cpp or smollm2 or minilm or experts or indexer or minicpm or embedding"),
 )
 #: parts of tests' names -> the real model that they run
 REAL = {"smollm2": "SmolLM2-135M-Instruct", "minilm": "all-MiniLM-L6-v2", "gemma_3_270m": "Gemma 3 270M"}
@@ -176,15 +176,25 @@ def row(name: str, evidence: Evidence) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def page(found: dict[str, Evidence], old: str = "") -> str:
-    """The text of docs/architectures.md; rows that nothing was found for are those of an old one, if it is given."""
+def read_rows(text: str) -> dict[str, Evidence]:
+    """What a page says."""
+    found = {}
+    for line in text.splitlines():
+        if line.startswith("| `"):
+            name, classes, difference, llama_cpp, real = (cell.strip() for cell in line.strip("|").split("|"))
+            evidence = found[name.strip("`")] = Evidence(llama_cpp=llama_cpp == "yes")
+            evidence.classes |= {c for c in classes.split(", ") if " " not in c}
+            evidence.tests |= {"of the page"} if "code" in classes else set()
+            evidence.differences += [float(difference)] if difference else []
+            evidence.real |= {r for r in real.split(", ") if r}
+    return found
+
+
+def page(found: dict[str, Evidence]) -> str:
+    """The text of docs/architectures.md."""
     from ggpy.models import ARCHITECTURES
 
-    kept = {line.split("`")[1]: line for line in old.splitlines() if line.startswith("| `")}
-    rows = [
-        kept[name] if name in kept and name not in found else row(name, found.get(name, Evidence()))
-        for name in sorted(ARCHITECTURES)
-    ]
+    rows = [row(name, found.get(name, Evidence())) for name in sorted(ARCHITECTURES)]
     table = ["| architecture | compared with | difference | llama.cpp | real model |", "|---|---|--:|---|---|", *rows]
     with_llama_cpp = sum("| yes |" in line for line in rows)
     return "\n".join([HEAD, *table, "", f"{len(rows)} architectures, {with_llama_cpp} of them with llama.cpp, too.", ""])
@@ -194,12 +204,12 @@ def main() -> None:
     """Runs the tests and writes the page."""
     sys.path.insert(0, str(ROOT))
     recorder, more = Recorder(), sys.argv[1:]
+    recorder.found = read_rows(OUT.read_text("utf-8")) if more and OUT.exists() else {}
     with watched(recorder):
         pytest.main([*TESTS, "--rootdir", str(ROOT), "-q", "-p", "no:cacheprovider", *more], plugins=[recorder])
     for nodeid in recorder.failed:
         print(f"failed, and not counted: {nodeid}", file=sys.stderr)
-    old = OUT.read_text("utf-8") if more and OUT.exists() else ""
-    OUT.write_text(page(recorder.found, old), "utf-8")
+    OUT.write_text(page(recorder.found), "utf-8")
 
 
 if __name__ == "__main__":
