@@ -37,9 +37,9 @@ from .engine import Stream
 from .errors import APIError, failed, invalid, refused
 from .metrics import Metrics
 from .models import Models, Served
-from .native import NativeWriter
+from .native import NativeWriter, native_prompts
 from .page import page
-from .writer import Writer
+from .writer import FINGERPRINT, Writer
 
 _log = logging.getLogger("ggpy.server")
 T = TypeVar("T")
@@ -325,6 +325,26 @@ class Server:
 
         return await self._answer_to(request, values, fields.RESPONSES, conversation, more, writer)
 
+    async def input_tokens(self, request: Request) -> Response:
+        """POST /v1/chat/completions/input_tokens"""
+        values = await self.read(request, fields.CHAT)
+        return await self._counted(request, values, conversation_of(values), "chat.completion.input_tokens")
+
+    async def response_input_tokens(self, request: Request) -> Response:
+        """POST /v1/responses/input_tokens"""
+        values = await self.read(request, fields.RESPONSES)
+        return await self._counted(request, values, responses.conversation_of(values), "response.input_tokens")
+
+    async def _counted(
+        self, request: Request, values: Mapping[str, Any], conversation: Conversation, kind: str = ""
+    ) -> Response:
+        """How many tokens a conversation has."""
+
+        def count(served: Served) -> int:
+            return len(served.model.tokenizer.encode_prompt(Prompt(served.model, conversation, False).text))
+
+        return JSON({**({"object": kind} if kind else {}), "input_tokens": await self.computed(request, values, count)})
+
     # Anthropic's API
 
     async def messages(self, request: Request) -> Response:
@@ -342,13 +362,7 @@ class Server:
     async def count_tokens(self, request: Request) -> Response:
         """POST /v1/messages/count_tokens"""
         values = await self.read(request, fields.MESSAGES)
-        conversation = messages.conversation_of(values)
-
-        def count(served: Served) -> int:
-            prompt = Prompt(served.model, conversation, False)
-            return len(served.model.tokenizer.encode_prompt(prompt.text))
-
-        return JSON({"input_tokens": await self.computed(request, values, count)})
+        return await self._counted(request, values, messages.conversation_of(values))
 
     async def _answer_to(
         self,
@@ -380,7 +394,8 @@ class Server:
         values = await self.read(request, fields.NATIVE)
         if "prompt" not in values:
             raise invalid("prompt is required", "prompt")
-        return await self._continue(request, values, lambda served: values["prompt"])
+        prompts = native_prompts(values["prompt"])
+        return await self._continue(request, values, lambda served: prompts, len(prompts))
 
     async def infill(self, request: Request) -> Response:
         """POST /infill"""
@@ -390,23 +405,31 @@ class Server:
         extra = "".join(f"{x.get('filename', '')}\n{x.get('text', '')}\n" for x in values.get("input_extra", ()))
         before = values["input_prefix"] + values.get("prompt", "")
         return await self._continue(
-            request, values, lambda served: gap_ids(served.model, before, values["input_suffix"], extra)
+            request, values, lambda served: [gap_ids(served.model, before, values["input_suffix"], extra)]
         )
 
     async def _continue(
-        self, request: Request, values: Mapping[str, Any], prompt: Callable[[Served], str | list[int]]
+        self,
+        request: Request,
+        values: Mapping[str, Any],
+        prompts: Callable[[Served], Sequence[str | list[int]]],
+        n_prompts: int = 1,
     ) -> Response:
         def begin(served: Served) -> Any:
             options = self.options(values, fields.INFILL, served)
-            generations = continuations(served.model, [prompt(served)], options, 1, False)
+            n_probs = values.get("n_probs", 0)
+            more = {"logprobs": n_probs} if n_probs else {}
+            generations = continuations(served.model, prompts(served), {**options, **more}, 1, False)
+            for i, generation in enumerate(generations):
+                generation.index, generation.choice = i, 0
 
             def written(generations: list[Generation]) -> tuple[Writer, list[Answer]]:
-                answer = Answer(generations[0], Plain())
-                return NativeWriter(served.name, answer, options), [answer]
+                answers = [Answer(generation, Plain()) for generation in generations]
+                return NativeWriter(served.name, answers, served.model.tokenizer, options, values), answers
 
             return generations, written
 
-        return await self.answer(request, values, begin)
+        return await self.answer(request, values, begin, 1, n_prompts)
 
     # Vectors
 
@@ -545,6 +568,35 @@ class Server:
             except Error as error:
                 raise refused(error) from None
         raise AssertionError  # use() hides no errors
+
+    async def props(self, request: Request) -> Response:
+        """GET /props"""
+
+        def facts(served: Served) -> dict[str, Any]:
+            model = served.model
+            template = model.chat_template
+            params = {"n_predict": self.defaults.get("max_tokens", -1), **self.defaults}
+            return {
+                "default_generation_settings": {"n_ctx": model.n_ctx, "params": params},
+                "total_slots": model._scheduler.most,
+                "model_alias": served.name,
+                "model_path": str(served.path),
+                "modalities": {"vision": False, "audio": False},
+                "chat_template": template.source if template is not None else "",
+                "build_info": FINGERPRINT,
+            }
+
+        return JSON(await self.computed(request, {"model": request.query_params.get("model")}, facts))
+
+    async def slots(self, request: Request) -> Response:
+        """GET /slots"""
+
+        def facts(served: Served) -> list[dict[str, Any]]:
+            n_busy, n_ctx = served.n_answers, served.model.n_ctx
+            most = served.model._scheduler.most
+            return [{"id": i, "n_ctx": n_ctx, "is_processing": i < n_busy} for i in range(most)]
+
+        return JSON(await self.computed(request, {"model": request.query_params.get("model")}, facts))
 
     async def experts(self, request: Request) -> Response:
         """GET /experts"""
@@ -756,20 +808,31 @@ class Endpoint(NamedTuple):
 
 ENDPOINTS = (
     Endpoint("POST", "/v1/chat/completions", "chat_completions", fields.CHAT),
+    Endpoint("POST", "/v1/chat/completions/input_tokens", "input_tokens", fields.CHAT),
     Endpoint("POST", "/v1/completions", "completions", fields.COMPLETION),
     Endpoint("POST", "/v1/responses", "responses", fields.RESPONSES),
+    Endpoint("POST", "/v1/responses/input_tokens", "response_input_tokens", fields.RESPONSES),
     Endpoint("POST", "/v1/messages", "messages", fields.MESSAGES),
     Endpoint("POST", "/v1/messages/count_tokens", "count_tokens", fields.MESSAGES),
     Endpoint("POST", "/v1/embeddings", "embeddings", fields.EMBEDDINGS),
     Endpoint("POST", "/v1/rerank", "rerank", fields.RERANK),
-    Endpoint("POST", "/rerank", "rerank", fields.RERANK),
     Endpoint("GET", "/v1/models", "list_models"),
     Endpoint("GET", "/v1/models/{name:path}", "one_model"),
+    # llama.cpp's, of which some are OpenAI's without the version
     Endpoint("POST", "/completion", "native_completion", fields.NATIVE),
+    Endpoint("POST", "/completions", "native_completion", fields.NATIVE),
+    Endpoint("POST", "/chat/completions", "chat_completions", fields.CHAT),
+    Endpoint("POST", "/chat/completions/input_tokens", "input_tokens", fields.CHAT),
+    Endpoint("POST", "/responses", "responses", fields.RESPONSES),
+    Endpoint("POST", "/embeddings", "embeddings", fields.EMBEDDINGS),
+    Endpoint("POST", "/rerank", "rerank", fields.RERANK),
+    Endpoint("GET", "/models", "list_models"),
     Endpoint("POST", "/infill", "infill", fields.INFILL),
     Endpoint("POST", "/tokenize", "tokenize", fields.TOKENIZE),
     Endpoint("POST", "/detokenize", "detokenize", fields.DETOKENIZE),
     Endpoint("POST", "/apply-template", "apply_template", fields.CHAT),
+    Endpoint("GET", "/props", "props"),
+    Endpoint("GET", "/slots", "slots"),
     Endpoint("GET", "/experts", "experts"),
     Endpoint("GET", "/metrics", "metrics_text"),
     Endpoint("GET", "/health", "health"),

@@ -9,7 +9,7 @@ from ..generate.tokenizer import Tokenizer
 from .answers import Answer, Delta, Usage, new_id
 from .conversation import Conversation, choice_of, functions_of, message_of
 from .errors import invalid
-from .writer import FINGERPRINT, Event, Writer
+from .writer import FINGERPRINT, Event, Writer, timings_of
 
 
 def conversation_of(values: Mapping[str, Any]) -> Conversation:
@@ -110,7 +110,8 @@ class ChatWriter(Writer):
         """What follows all answers: the tokens, if they are asked for."""
         if not self._with_usage:
             return []
-        return [(None, {**self._head, **_CHUNK, "choices": [], "usage": usage.openai()})]
+        more = {"usage": usage.openai(), "timings": timings_of(self._answers[0])}
+        return [(None, {**self._head, **_CHUNK, "choices": [], **more})]
 
     def _chunk(self, index: int, delta: dict[str, Any], reason: str | None = None, logprobs: bool = False) -> Event:
         said = None
@@ -137,7 +138,7 @@ class ChatWriter(Writer):
             for i, answer in enumerate(self._answers)
         ]
         head = {**self._head, "object": "chat.completion", "system_fingerprint": FINGERPRINT}
-        return {**head, "choices": choices, "usage": usage.openai()}
+        return {**head, "choices": choices, "usage": usage.openai(), "timings": timings_of(self._answers[0])}
 
 
 _CHUNK = {"object": "chat.completion.chunk", "system_fingerprint": FINGERPRINT}
@@ -158,11 +159,12 @@ def _message(answer: Answer) -> dict[str, Any]:
 
 def token_logprobs(tokenizer: Tokenizer, piece: Piece) -> dict[str, Any]:
     """A token with its log-probability and those of the likeliest ones, as chat completions have them."""
-    top = [_token(tokenizer, token, value) for token, value in piece.top_logprobs.items()]
-    return {**_token(tokenizer, piece.token, piece.logprob), "top_logprobs": top}
+    top = [token_facts(tokenizer, token, value) for token, value in piece.top_logprobs.items()]
+    return {**token_facts(tokenizer, piece.token, piece.logprob), "top_logprobs": top}
 
 
-def _token(tokenizer: Tokenizer, token: int, logprob: float | None) -> dict[str, Any]:
+def token_facts(tokenizer: Tokenizer, token: int, logprob: float | None) -> dict[str, Any]:
+    """A token's text and bytes, and its log-probability."""
     data = tokenizer.token_bytes(token) if token < tokenizer.n_vocab else b""
     value = -9999.0 if logprob is None else max(logprob, -9999.0)  # JSON has no infinity
     return {"token": data.decode("utf-8", "replace"), "logprob": value, "bytes": list(data)}

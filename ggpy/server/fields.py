@@ -193,8 +193,9 @@ TOKENIZE = {
 }
 NATIVE = {
     **GENERATION,
-    "prompt": Field(one_of(TEXT, TOKENS)),
+    "prompt": Field(one_of(TEXT, OBJECT, TOKENS, list_of(one_of(TEXT, OBJECT, TOKENS), 1))),
     "n_probs": Field(whole(0, 100)),
+    "return_tokens": Field(BOOL),
 }
 INFILL = {
     **NATIVE,

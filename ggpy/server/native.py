@@ -3,61 +3,99 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .answers import Answer, Delta, Usage
-from .writer import Event, Writer
+from ..generate.piece import Piece
+from ..generate.tokenizer import Tokenizer
+from .answers import Answer, Delta, Usage, usage_of
+from .chat import token_facts
+from .completions import prompts_of
+from .errors import invalid
+from .writer import Event, Writer, timings_of
+
+
+def native_prompts(prompt: Any) -> list[str | list[int]]:
+    """The prompts of a request: as OpenAI's API has them, or objects with a `prompt_string`.
+
+    Raises
+    ------
+    APIError
+        An object has no text, or something else than text.
+    """
+    many = prompt if isinstance(prompt, list) else [prompt]
+    for one in many:
+        if isinstance(one, dict) and one.get("multimodal_data"):
+            raise invalid("prompt: multimodal_data is not supported, only text", "prompt")
+        if isinstance(one, dict) and not isinstance(one.get("prompt_string"), str):
+            raise invalid("prompt: an object needs a prompt_string", "prompt")
+    texts = [one["prompt_string"] if isinstance(one, dict) else one for one in many]
+    return prompts_of(texts if isinstance(prompt, list) else texts[0])
 
 
 class NativeWriter(Writer):
-    """Writes one answer as llama.cpp's server does."""
+    """Writes answers as llama.cpp's server does."""
 
     after = ""
 
-    def __init__(self, model: str, answer: Answer, options: Mapping[str, Any]):
-        self._model, self._answer, self._options = model, answer, options
-        self._said = 0
+    def __init__(
+        self,
+        model: str,
+        answers: Sequence[Answer],
+        tokenizer: Tokenizer,
+        options: Mapping[str, Any],
+        values: Mapping[str, Any],
+    ):
+        self._model, self._answers, self._tokenizer, self._options = model, answers, tokenizer, options
+        self._with_probs, self._with_tokens = bool(values.get("n_probs")), values.get("return_tokens", False)
+        self._said = [0] * len(answers)
 
     def take(self, index: int, deltas: Sequence[Delta]) -> list[Event]:
         """The text that is certain now."""
-        pieces = self._answer.pieces
-        new, self._said = pieces[self._said :], len(pieces)
+        pieces = self._answers[index].pieces
+        new, self._said[index] = pieces[self._said[index] :], len(pieces)
+        if not new:
+            return []
         text = "".join(delta.text for delta in deltas)
-        return (
-            [(None, {"index": 0, "content": text, "tokens": [piece.token for piece in new], "stop": False})] if new else []
-        )
+        facts = {"index": index, "content": text, "tokens": [piece.token for piece in new], "stop": False}
+        return [(None, {**facts, **self._probs_of(new)})]
 
     def end(self, index: int) -> list[Event]:
-        """Nothing: `finish` says all."""
-        return []
-
-    def finish(self, usage: Usage) -> list[Event]:
         """Why it ended, and how long it took."""
-        return [(None, {**self.whole(usage), "content": "", "tokens": []})]
+        return [(None, {**self._facts(index), "content": "", "tokens": []})]
 
-    def whole(self, usage: Usage) -> dict[str, Any]:
-        """The text, why it ended, and how long it took."""
-        generation = self._answer.generation
+    def whole(self, usage: Usage) -> Any:
+        """The text, why it ended, and how long it took; a list of these for several prompts."""
+        made = []
+        for index, answer in enumerate(self._answers):
+            tokens = [piece.token for piece in answer.pieces] if self._with_tokens else []
+            facts = {"content": answer.text("content"), "tokens": tokens, **self._probs_of(answer.pieces)}
+            made.append({**self._facts(index), **facts})
+        return made if len(made) > 1 else made[0]
+
+    def _probs_of(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        if not self._with_probs:
+            return {}
+        return {"completion_probabilities": [self._probs(piece) for piece in pieces]}
+
+    def _probs(self, piece: Piece) -> dict[str, Any]:
+        top = [{"id": token, **token_facts(self._tokenizer, token, value)} for token, value in piece.top_logprobs.items()]
+        return {"id": piece.token, **token_facts(self._tokenizer, piece.token, piece.logprob), "top_logprobs": top}
+
+    def _facts(self, index: int) -> dict[str, Any]:
+        answer = self._answers[index]
+        generation, usage = answer.generation, usage_of([answer])
         kinds = {"stop": "word" if generation.stop_text is not None else "eos"}
-        prompt_ms, predicted_ms = 1000 * generation.prompt_seconds, 1000 * generation.decode_seconds
+        settings = {k: v for k, v in self._options.items() if k != "logit_bias"}
         return {
-            "index": 0,
-            "content": self._answer.text("content"),
-            "tokens": [piece.token for piece in self._answer.pieces],
+            "index": index,
             "stop": True,
             "model": self._model,
+            "prompt": self._tokenizer.decode(generation.prompt_ids),
             "tokens_predicted": usage.completion,
             "tokens_evaluated": usage.prompt,
             "tokens_cached": usage.cached,
             "truncated": False,
+            "has_new_line": "\n" in answer.text("content"),
             "stop_type": kinds.get(generation.finish_reason or "", "limit"),
             "stopping_word": generation.stop_text or "",
-            "generation_settings": {k: v for k, v in self._options.items() if k != "logit_bias"},
-            "timings": {
-                "cache_n": usage.cached,
-                "prompt_n": usage.prompt - usage.cached,
-                "prompt_ms": prompt_ms,
-                "prompt_per_second": generation.prompt_rate,
-                "predicted_n": usage.completion,
-                "predicted_ms": predicted_ms,
-                "predicted_per_second": generation.decode_rate,
-            },
+            "generation_settings": {"n_predict": self._options.get("max_tokens", -1), **settings},
+            "timings": timings_of(answer),
         }

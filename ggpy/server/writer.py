@@ -15,6 +15,24 @@ FINGERPRINT = f"ggpy-{__version__}"
 Event: TypeAlias = tuple[str | None, dict[str, Any]]
 
 
+def timings_of(answer: Answer) -> dict[str, Any]:
+    """How long an answer took, as llama.cpp's server says it."""
+    generation = answer.generation
+    n_prompt, n = len(generation.prompt_ids) - generation.n_reused, len(generation.ids)
+    prompt_ms, predicted_ms = 1000 * generation.prompt_seconds, 1000 * generation.decode_seconds
+    return {
+        "cache_n": generation.n_reused,
+        "prompt_n": n_prompt,
+        "prompt_ms": prompt_ms,
+        "prompt_per_token_ms": prompt_ms / max(n_prompt, 1),
+        "prompt_per_second": generation.prompt_rate,
+        "predicted_n": n,
+        "predicted_ms": predicted_ms,
+        "predicted_per_token_ms": predicted_ms / max(n - 1, 1),  # the first comes of the prompt
+        "predicted_per_second": generation.decode_rate,
+    }
+
+
 class Writer(ABC):
     """Writes the answers to one request in an API's shape, as a stream of events or whole."""
 
@@ -42,7 +60,7 @@ class Writer(ABC):
         return [(None, error.openai())]
 
     @abstractmethod
-    def whole(self, usage: Usage) -> dict[str, Any]:
+    def whole(self, usage: Usage) -> Any:
         """All answers at once."""
 
 

@@ -1,6 +1,7 @@
 """Vectors, gaps, experts, numbers, and the page."""
 
 import base64
+import json
 import re
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 import ggpy
 
+BODY = {"prompt": "Once upon", "n_predict": 8, "temperature": 0}
 TEXTS = ["The cat sat on the mat.", "Stars", "Grüße"]
 
 
@@ -39,6 +41,8 @@ def test_embeddings_are_those_of_the_model_also_as_openais_client_asks_for_them(
         ("/infill", {"input_prefix": "x"}),
         ("/infill", {"input_prefix": "x", "input_suffix": "y"}),
         ("/completion", {}),
+        ("/completion", {"prompt": {"prompt_string": "x", "multimodal_data": ["aGk="]}}),
+        ("/completion", {"prompt": [{}]}),
     ],
 )
 def test_mistakes_are_refused(client, path, body):
@@ -48,9 +52,55 @@ def test_mistakes_are_refused(client, path, body):
 def test_llama_cpps_completion(client, demo):
     with ggpy.load(demo, n_ctx=1024) as model:
         expected = model.generate("Once upon", max_tokens=8, temperature=0).run()
-    got = client.post("/completion", json={"prompt": "Once upon", "n_predict": 8, "temperature": 0}).json()
+    got = client.post("/completion", json={**BODY, "return_tokens": True}).json()
     assert (got["content"], got["tokens"]) == (expected.text, expected.ids)
     assert (got["stop_type"], got["tokens_predicted"], got["timings"]["predicted_n"]) == ("limit", 8, 8)
+    assert got["generation_settings"]["n_predict"] == 8
+    assert got["has_new_line"] == ("\n" in expected.text)
+
+
+def test_llama_cpps_completion_of_several_prompts_is_a_list(client):
+    one = client.post("/completions", json=BODY).json()
+    ids = client.post("/tokenize", json={"content": "Once upon", "add_special": True}).json()["tokens"]
+    many = client.post("/completion", json={**BODY, "prompt": [ids, "Once upon", {"prompt_string": "Once upon"}]}).json()
+    assert [(answer["index"], answer["content"]) for answer in many] == [(i, one["content"]) for i in range(3)]
+    assert one["tokens"] == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_llama_cpps_completion_has_probabilities(client, demo, stream):
+    with ggpy.load(demo, n_ctx=1024) as model:
+        expected = list(model.generate("Once upon", max_tokens=8, temperature=0, logprobs=3))
+    got = client.post("/completion", json={**BODY, "n_probs": 3, "stream": stream})
+    if stream:
+        chunks = [json.loads(line[6:]) for line in got.text.split("\n") if line.startswith("data: ")]
+        assert [chunk["stop"] for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+        said = [one for chunk in chunks[:-1] for one in chunk["completion_probabilities"]]
+    else:
+        said = got.json()["completion_probabilities"]
+    assert [one["id"] for one in said] == [piece.token for piece in expected]
+    for one, piece in zip(said, expected, strict=True):
+        assert one["logprob"] == pytest.approx(piece.logprob)
+        assert {top["id"]: top["logprob"] for top in one["top_logprobs"]} == pytest.approx(piece.top_logprobs)
+
+
+def test_llama_cpps_facts(client):
+    props, slots = client.get("/props").json(), client.get("/slots").json()
+    assert props["model_path"].endswith(".gguf") and "messages" in props["chat_template"]
+    assert props["default_generation_settings"]["n_ctx"] == 1024
+    assert len(slots) == props["total_slots"]
+    assert not any(slot["is_processing"] for slot in slots)
+
+
+def test_tokens_of_a_conversation_are_counted_as_its_answer_counts_them(client):
+    body = {"messages": [{"role": "user", "content": "How many?"}], "max_tokens": 1}
+    counted = client.post("/v1/chat/completions/input_tokens", json=body).json()
+    answer = client.post("/chat/completions", json=body).json()
+    assert counted["input_tokens"] == answer["usage"]["prompt_tokens"]
+    timings = answer["timings"]
+    assert timings["cache_n"] + timings["prompt_n"] == counted["input_tokens"]
+    body = {"model": "demo", "input": "How many?"}
+    assert client.post("/v1/responses/input_tokens", json=body).json()["input_tokens"] == counted["input_tokens"]
 
 
 def test_experts_at_work_are_counted_for_all_that_is_computed_after_the_first_look(client, demo):
