@@ -31,13 +31,13 @@ from . import fields, messages, responses
 from .answers import Answer, new_id, usage_of
 from .cache import Cache
 from .chat import ChatWriter, conversation_of, format_options
-from .completions import CompletionWriter, continuations, gap_ids, prompts_of
+from .completions import CompletionWriter, continuations, gap_ids, prompt_ids, prompts_of
 from .conversation import Conversation, Plain, Prompt, replies
 from .engine import Stream
 from .errors import APIError, failed, invalid, refused
 from .metrics import Metrics
 from .models import Models, Served
-from .native import NativeWriter, native_prompts
+from .native import NativeWriter
 from .page import page
 from .writer import FINGERPRINT, Writer
 
@@ -394,7 +394,7 @@ class Server:
         values = await self.read(request, fields.NATIVE)
         if "prompt" not in values:
             raise invalid("prompt is required", "prompt")
-        prompts = native_prompts(values["prompt"])
+        prompts = prompts_of(values["prompt"])
         return await self._continue(request, values, lambda served: prompts, len(prompts))
 
     async def infill(self, request: Request) -> Response:
@@ -412,7 +412,7 @@ class Server:
         self,
         request: Request,
         values: Mapping[str, Any],
-        prompts: Callable[[Served], Sequence[str | list[int]]],
+        prompts: Callable[[Served], Sequence[str | list[int | str]]],
         n_prompts: int = 1,
     ) -> Response:
         def begin(served: Served) -> Any:
@@ -447,7 +447,8 @@ class Server:
             n_embd = model.architecture.n_embd
             if size is not None and size > n_embd:
                 raise invalid(f"dimensions must be {n_embd} or less", "dimensions")
-            ids = [model.tokenizer.encode(text) if isinstance(text, str) else text for text in texts]
+            tokenizer = model.tokenizer
+            ids = [tokenizer.encode(text) if isinstance(text, str) else prompt_ids(tokenizer, text) for text in texts]
             vectors = model.embed(ids)[:, :size]
             if size is not None:
                 vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

@@ -33,9 +33,8 @@ def conversation_of(values: Mapping[str, Any]) -> Conversation:
     if values.get("continue_final_message") and values.get("add_generation_prompt"):
         raise invalid("continue_final_message and add_generation_prompt can't both be true", "continue_final_message")
     choice = choice_of(values.get("tool_choice"), tools)
-    return Conversation(
-        one_system(messages), tools, choice, values.get("parallel_tool_calls", True), kwargs, bool(continues)
-    )
+    parallel, begins = values.get("parallel_tool_calls", True), values.get("add_generation_prompt", True)
+    return Conversation(one_system(messages), tools, choice, parallel, kwargs, bool(continues), begins)
 
 
 def one_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..errors import Error
 from ..generate.generation import Generation
@@ -10,9 +10,12 @@ from ..generate.model import Model
 from ..generate.piece import Piece
 from ..generate.tokenizer import Tokenizer
 from .answers import Answer, Delta, Usage, new_id
-from .conversation import seeded
+from .conversation import seeded, text_of
 from .errors import invalid, too_long
 from .writer import FINGERPRINT, Event, Writer
+
+#: a text, or tokens with texts among them
+Prompt: TypeAlias = str | list[int | str]
 
 #: keys of the tokens that stand around the parts of a text with a gap: before it, behind it, in it
 _GAP_KEYS = ("fim_pre", "fim_suf", "fim_mid")
@@ -25,14 +28,37 @@ _GAP_NAMES = (
 )
 
 
-def prompts_of(prompt: Any) -> list[str | list[int]]:
-    """The prompts of a request: one or many, as texts or tokens."""
-    if isinstance(prompt, str) or (prompt and not isinstance(prompt[0], (str, list))):
-        return [prompt]
-    return list(prompt)
+def prompts_of(prompt: Any) -> list[Prompt]:
+    """The prompts of a request: one or many, each a text, tokens, tokens with texts among them, or an object with text.
+
+    Raises
+    ------
+    APIError
+        An object has no text, or something else than text.
+    """
+    is_one = not isinstance(prompt, list) or (prompt and isinstance(prompt[0], (int, float)))
+    return [_prompt_of(one) if isinstance(one, dict) else one for one in ([prompt] if is_one else prompt)]
 
 
-def gap_ids(model: Model, before: str, behind: str, more: str = "") -> list[int]:
+def _prompt_of(given: Mapping[str, Any]) -> str:
+    """The text of an object, as llama.cpp's server knows them: a `prompt_string`, or a `content` in parts."""
+    if given.get("multimodal_data"):
+        raise invalid("prompt: multimodal_data is not supported, only text", "prompt")
+    if isinstance(given.get("content"), list):
+        return text_of(given["content"], "content", "")
+    if not isinstance(given.get("prompt_string"), str):
+        raise invalid("prompt: an object needs a prompt_string, or a content of parts", "prompt")
+    return str(given["prompt_string"])
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """The tokens of a prompt; texts among tokens are parts of a text, not beginnings."""
+    if isinstance(prompt, str):
+        return tokenizer.encode_prompt(prompt)
+    return [i for part in prompt for i in (tokenizer.encode_inside(part) if isinstance(part, str) else [part])]
+
+
+def gap_ids(model: Model, before: str, behind: str, more: str = "") -> list[int | str]:
     """The tokens of a prompt for what fills a gap in a text.
 
     Raises
@@ -57,7 +83,7 @@ def gap_ids(model: Model, before: str, behind: str, more: str = "") -> list[int]
 
 
 def continuations(
-    model: Model, prompts: Sequence[str | list[int]], options: Mapping[str, Any], n: int, echo: bool
+    model: Model, prompts: Sequence[Prompt], options: Mapping[str, Any], n: int, echo: bool
 ) -> list[Generation]:
     """Begins n continuations of each prompt; of all, none is begun if one can't be.
 
@@ -68,7 +94,7 @@ def continuations(
     Error
         An option isn't understood.
     """
-    encoded = [model.tokenizer.encode_prompt(p) if isinstance(p, str) else p for p in prompts]
+    encoded = [prompt_ids(model.tokenizer, prompt) for prompt in prompts]
     room = 0 if echo and options.get("max_tokens") == 0 else 1
     for ids in encoded:
         if not ids:

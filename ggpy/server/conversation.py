@@ -51,6 +51,8 @@ class Conversation:
         Whatever else the template knows.
     continues : bool
         Whether a last message of the assistant is gone on with.
+    begins : bool
+        Whether the prompt ends with the beginning of an answer, where none is gone on with.
     """
 
     messages: list[dict[str, Any]]
@@ -59,10 +61,11 @@ class Conversation:
     parallel: bool = True
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     continues: bool = True
+    begins: bool = True
 
 
-def text_of(content: object, where: str) -> str:
-    """The text of a message's content: itself, or its parts that are text.
+def text_of(content: object, where: str, between: str = "\n") -> str:
+    """The text of a message's content: itself, or its parts that are text, with something between them.
 
     Raises
     ------
@@ -86,7 +89,7 @@ def text_of(content: object, where: str) -> str:
             raise invalid(f"{where}: a part needs a type and a text", where)
         else:
             raise invalid(f"{where}: {_OTHERS.get(kind, kind)} input is not supported, only text", where)
-    return "\n".join(texts) if all(isinstance(p, dict) for p in content) else "".join(texts)
+    return between.join(texts) if all(isinstance(p, dict) for p in content) else "".join(texts)
 
 
 def message_of(message: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -207,7 +210,8 @@ class Prompt:
             last = messages[-1]
             if not last.get("tool_calls"):
                 start = messages.pop()["content"]
-        self.text = model.chat_prompt(messages, tools=for_template, chat_template_kwargs=conversation.template_kwargs)
+        kwargs = {**conversation.template_kwargs, "add_generation_prompt": conversation.begins or bool(start)}
+        self.text = model.chat_prompt(messages, tools=for_template, chat_template_kwargs=kwargs)
         if self._tools and conversation.choice not in ("auto", "none"):
             self.forced = _calls_schema(self._tools, conversation.choice, conversation.parallel)
         self._free = not (constrained or self.forced)

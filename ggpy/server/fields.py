@@ -151,7 +151,8 @@ CHAT = {
     "add_generation_prompt": Field(BOOL),
     "continue_final_message": Field(BOOL),
 }
-PROMPT = one_of(TEXT, TOKENS, list_of(one_of(TEXT, TOKENS), 1))
+_MIXED = list_of(one_of(whole(0), TEXT), 1)
+PROMPT = one_of(TEXT, OBJECT, _MIXED, list_of(one_of(TEXT, OBJECT, _MIXED), 1))
 COMPLETION = {
     **GENERATION,
     **_OPENAI,
@@ -193,7 +194,7 @@ TOKENIZE = {
 }
 NATIVE = {
     **GENERATION,
-    "prompt": Field(one_of(TEXT, OBJECT, TOKENS, list_of(one_of(TEXT, OBJECT, TOKENS), 1))),
+    "prompt": Field(PROMPT),
     "n_probs": Field(whole(0, 100)),
     "return_tokens": Field(BOOL),
 }

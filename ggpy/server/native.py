@@ -7,27 +7,7 @@ from ..generate.piece import Piece
 from ..generate.tokenizer import Tokenizer
 from .answers import Answer, Delta, Usage, usage_of
 from .chat import token_facts
-from .completions import prompts_of
-from .errors import invalid
 from .writer import Event, Writer, timings_of
-
-
-def native_prompts(prompt: Any) -> list[str | list[int]]:
-    """The prompts of a request: as OpenAI's API has them, or objects with a `prompt_string`.
-
-    Raises
-    ------
-    APIError
-        An object has no text, or something else than text.
-    """
-    many = prompt if isinstance(prompt, list) else [prompt]
-    for one in many:
-        if isinstance(one, dict) and one.get("multimodal_data"):
-            raise invalid("prompt: multimodal_data is not supported, only text", "prompt")
-        if isinstance(one, dict) and not isinstance(one.get("prompt_string"), str):
-            raise invalid("prompt: an object needs a prompt_string", "prompt")
-    texts = [one["prompt_string"] if isinstance(one, dict) else one for one in many]
-    return prompts_of(texts if isinstance(prompt, list) else texts[0])
 
 
 class NativeWriter(Writer):

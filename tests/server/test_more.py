@@ -9,6 +9,9 @@ import openai
 import pytest
 
 import ggpy
+from ggpy.generate.chat import ChatTemplate
+from ggpy.server.chat import conversation_of
+from ggpy.server.conversation import Prompt
 
 BODY = {"prompt": "Once upon", "n_predict": 8, "temperature": 0}
 TEXTS = ["The cat sat on the mat.", "Stars", "Grüße"]
@@ -43,6 +46,7 @@ def test_embeddings_are_those_of_the_model_also_as_openais_client_asks_for_them(
         ("/completion", {}),
         ("/completion", {"prompt": {"prompt_string": "x", "multimodal_data": ["aGk="]}}),
         ("/completion", {"prompt": [{}]}),
+        ("/v1/embeddings", {"input": {"content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}}),
     ],
 )
 def test_mistakes_are_refused(client, path, body):
@@ -65,6 +69,34 @@ def test_llama_cpps_completion_of_several_prompts_is_a_list(client):
     many = client.post("/completion", json={**BODY, "prompt": [ids, "Once upon", {"prompt_string": "Once upon"}]}).json()
     assert [(answer["index"], answer["content"]) for answer in many] == [(i, one["content"]) for i in range(3)]
     assert one["tokens"] == []
+
+
+def test_prompts_may_be_tokens_with_texts_among_them_or_objects(client):
+    def prompt(given):
+        return client.post("/completion", json={**BODY, "prompt": given}).json()["prompt"]
+
+    ids = client.post("/tokenize", json={"content": "Once upon"}).json()["tokens"]
+    assert prompt([*ids, " a time", *ids]) == "Once upon a timeOnce upon"
+    parts = [{"type": "text", "text": "Once "}, {"type": "text", "text": "upon"}]
+    got = client.post("/v1/embeddings", json={"input": ["Once upon", {"content": parts}, [*ids, "!"]]}).json()["data"]
+    assert got[0]["embedding"] == got[1]["embedding"] != got[2]["embedding"]
+
+
+def test_a_prompt_without_the_beginning_of_an_answer(demo):
+    messages = [{"role": "user", "content": "Hello"}]
+    ending = [*messages, {"role": "assistant", "content": "Well"}]
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[bot]{% endif %}"
+    )
+    with ggpy.load(demo) as model:
+        model.chat_template = ChatTemplate(template)
+
+        def text(**values):
+            return Prompt(model, conversation_of(values), False).text
+
+        assert text(messages=messages) == "[user]Hello[bot]"
+        assert text(messages=messages, add_generation_prompt=False) == "[user]Hello"
+        assert text(messages=ending, add_generation_prompt=False) == "[user]Hello[bot]Well"
 
 
 @pytest.mark.parametrize("stream", [False, True])
