@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -348,18 +347,20 @@ def test_a_file_may_end_anywhere(model, tmp_path):
 def test_killed_at_random_moments(tmp_path, name):
     rows = written(tmp_path / "in.jsonl", [{**r, "id": f"{r['id']}"} for r in ROWS] + ["no json"])
     command = [sys.executable, "-m", "ggpy", "batch", str(model_file("demo")), str(rows), "-c", "256", "--ordered"]
-    started = time.monotonic()
     subprocess.run([*command, "-o", str(tmp_path / f"whole-{name}")], check=True, capture_output=True)
-    seconds = time.monotonic() - started
+
+    def n_bytes():
+        return sum(path.stat().st_size for path in tmp_path.glob(f"{name}*") if path.is_file())
+
     at_random, killed = random.Random(5), 0
     for _ in range(3 if name == "out.jsonl" else 1):
+        enough = n_bytes() + at_random.uniform(1, 1000)
         process = subprocess.Popen([*command, "-o", str(tmp_path / name)], stderr=subprocess.DEVNULL)
-        try:
-            process.wait(at_random.uniform(0.3, 1.0) * seconds)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            killed += 1
+        while process.poll() is None and n_bytes() < enough:
+            time.sleep(0.001)
+        killed += process.poll() is None
+        process.kill()
+        process.wait()
     subprocess.run([*command, "-o", str(tmp_path / name)], check=True, capture_output=True)
     assert killed
     if name.endswith("parquet"):
