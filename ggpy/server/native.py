@@ -1,6 +1,7 @@
 """llama.cpp's own completions, and filling gaps in a text."""
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 from ..generate.piece import Piece
@@ -63,7 +64,10 @@ class NativeWriter(Writer):
         answer = self._answers[index]
         generation, usage = answer.generation, usage_of([answer])
         kinds = {"stop": "word" if generation.stop_text is not None else "eos"}
-        settings = {k: v for k, v in self._options.items() if k != "logit_bias"}
+        bias = self._options.get("logit_bias", {})
+        # JSON has no infinity.
+        biases = [{"token": token, "bias": value if isfinite(value) else None} for token, value in bias.items()]
+        settings = {**self._options, "n_predict": self._options.get("max_tokens", -1), "logit_bias": biases}
         return {
             "index": index,
             "stop": True,
@@ -76,6 +80,6 @@ class NativeWriter(Writer):
             "has_new_line": "\n" in answer.text("content"),
             "stop_type": kinds.get(generation.finish_reason or "", "limit"),
             "stopping_word": generation.stop_text or "",
-            "generation_settings": {"n_predict": self._options.get("max_tokens", -1), **settings},
+            "generation_settings": settings,
             "timings": timings_of(answer),
         }

@@ -56,10 +56,14 @@ def test_mistakes_are_refused(client, path, body):
 def test_llama_cpps_completion(client, demo):
     with ggpy.load(demo, n_ctx=1024) as model:
         expected = model.generate("Once upon", max_tokens=8, temperature=0).run()
+        ends = model.tokenizer.end_tokens
     got = client.post("/completion", json={**BODY, "return_tokens": True}).json()
     assert (got["content"], got["tokens"]) == (expected.text, expected.ids)
     assert (got["stop_type"], got["tokens_predicted"], got["timings"]["predicted_n"]) == ("limit", 8, 8)
     assert got["generation_settings"]["n_predict"] == 8
+    assert got["generation_settings"]["logit_bias"] == []
+    settings = client.post("/completion", json={**BODY, "ignore_eos": True}).json()["generation_settings"]
+    assert {(bias["token"], bias["bias"]) for bias in settings["logit_bias"]} == {(i, None) for i in ends}
     assert got["has_new_line"] == ("\n" in expected.text)
 
 
