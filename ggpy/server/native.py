@@ -76,7 +76,7 @@ class NativeWriter(Writer):
             "tokens_predicted": usage.completion,
             "tokens_evaluated": usage.prompt,
             "tokens_cached": usage.cached,
-            "truncated": False,
+            "truncated": generation.finish_reason == "context",
             "has_new_line": "\n" in answer.text("content"),
             "stop_type": kinds.get(generation.finish_reason or "", "limit"),
             "stopping_word": generation.stop_text or "",

@@ -67,6 +67,14 @@ def test_llama_cpps_completion(client, demo):
     assert got["has_new_line"] == ("\n" in expected.text)
 
 
+def test_llama_cpps_completion_says_that_the_context_was_full(client):
+    body = {"prompt": [65] * 1022, "ignore_eos": True, "n_predict": 2, "return_tokens": True}
+    whole = client.post("/completion", json=body).json()
+    cut = client.post("/completion", json={**body, "n_predict": -1}).json()
+    assert (whole["stop_type"], whole["truncated"], len(whole["tokens"])) == ("limit", False, 2)
+    assert (cut["stop_type"], cut["truncated"], len(cut["tokens"])) == ("limit", True, 3)
+
+
 def test_llama_cpps_completion_of_several_prompts_is_a_list(client):
     one = client.post("/completions", json=BODY).json()
     ids = client.post("/tokenize", json={"content": "Once upon", "add_special": True}).json()["tokens"]
