@@ -50,11 +50,15 @@ def serve(
     allowed_host: Annotated[
         list[str] | None, typer.Option("--allowed-host", help="A name that clients may ask for; may be repeated.")
     ] = None,
+    chat_template_kwargs: Annotated[
+        str,
+        typer.Option(help="What chat templates are told, in JSON: '{\"enable_thinking\": false}'.", show_default=False),
+    ] = "{}",
     **sampling: Any,
 ) -> None:
     """Serve models over HTTP, by the APIs of OpenAI and Anthropic.
 
-    Sampling options are for requests that don't say otherwise.
+    Sampling options and those of chat templates are for requests that don't say otherwise.
     """
     try:
         import uvicorn
@@ -78,6 +82,7 @@ def serve(
     limits = Limits(api_key, max_queue, timeout, hosts=hosts)
     given = {n: v for n, v in sampling.items() if context.get_parameter_source(n) != _default_source()}
     most = byte_count(memory) if memory is not None else _memory() * 4 // 5
+    template_kwargs = _template_kwargs(chat_template_kwargs)
     _log_as_json()
     with kernel_progress() as progress:
         served = [
@@ -89,7 +94,7 @@ def serve(
             )
             for name, model in named
         ]
-        app = application(served, most, limits, sampling_values(given))
+        app = application(served, most, limits, sampling_values(given), template_kwargs)
         config = uvicorn.Config(app, host, port, access_log=False, log_config=None, server_header=False)
         server = uvicorn.Server(config)
         server.run()
@@ -103,6 +108,16 @@ def _named(model: str) -> tuple[str, str]:
     if found and not Path(model).exists():
         return found[1], found[2]
     return (Path(model).stem if model.endswith(".gguf") else Path(model).name or model), model
+
+
+def _template_kwargs(text: str) -> dict[str, Any]:
+    try:
+        kwargs = json.loads(text)
+    except ValueError:
+        kwargs = None
+    if not isinstance(kwargs, dict):
+        raise Error(f"--chat-template-kwargs is a JSON object, not {text}")
+    return kwargs
 
 
 def _default_source() -> Any:

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
@@ -153,10 +153,15 @@ class Server:
     limits : Limits
     defaults : mapping
         Options of generations for requests that don't say otherwise.
+    template_kwargs : mapping, optional
+        What chat templates are told where requests don't say otherwise.
     """
 
-    def __init__(self, models: Models, limits: Limits, defaults: Mapping[str, Any]):
+    def __init__(
+        self, models: Models, limits: Limits, defaults: Mapping[str, Any], template_kwargs: Mapping[str, Any] | None = None
+    ):
         self.models, self.limits, self.defaults = models, limits, dict(defaults)
+        self.template_kwargs = dict(template_kwargs or {})
         self.metrics = Metrics()
 
     # What endpoints share
@@ -197,6 +202,18 @@ class Server:
             ends = dict.fromkeys(served.model.tokenizer.end_tokens, float("-inf"))
             options["logit_bias"] = {**options.get("logit_bias", {}), **ends}
         return options
+
+    def prompt(self, served: Served, conversation: Conversation, constrained: bool = False) -> Prompt:
+        """The prompt of a conversation."""
+        kwargs = {**self.template_kwargs, **conversation.template_kwargs}
+        return Prompt(served.model, replace(conversation, template_kwargs=kwargs), constrained)
+
+    def _reply(
+        self, served: Served, conversation: Conversation, options: Mapping[str, Any], n: int
+    ) -> tuple[Prompt, list[Generation]]:
+        constrained = any(options.get(name) is not None for name in ("json_schema", "regex", "grammar"))
+        prompt = self.prompt(served, conversation, constrained)
+        return prompt, replies(served.model, prompt, options, n)
 
     async def answer(
         self,
@@ -267,7 +284,7 @@ class Server:
 
         def begin(served: Served) -> Any:
             options = {**self.options(values, fields.CHAT, served), **more}
-            prompt, generations = _reply(served, conversation, options, values.get("n", 1))
+            prompt, generations = self._reply(served, conversation, options, values.get("n", 1))
 
             def written(generations: list[Generation]) -> tuple[Writer, list[Answer]]:
                 answers = [Answer(g, prompt.parser()) for g in generations]
@@ -341,7 +358,7 @@ class Server:
         """How many tokens a conversation has."""
 
         def count(served: Served) -> int:
-            return len(served.model.tokenizer.encode_prompt(Prompt(served.model, conversation, False).text))
+            return len(served.model.tokenizer.encode_prompt(self.prompt(served, conversation).text))
 
         return JSON({**({"object": kind} if kind else {}), "input_tokens": await self.computed(request, values, count)})
 
@@ -377,7 +394,7 @@ class Server:
 
         def begin(served: Served) -> Any:
             options = {**self.options(values, table, served), **more}
-            prompt, generations = _reply(served, conversation, options, 1)
+            prompt, generations = self._reply(served, conversation, options, 1)
 
             def written(generations: list[Generation]) -> tuple[Writer, list[Answer]]:
                 answer = Answer(generations[0], prompt.parser())
@@ -530,7 +547,7 @@ class Server:
         def tokens(served: Served) -> dict[str, Any]:
             model = served.model
             if "messages" in values:
-                ids = model.tokenizer.encode_prompt(Prompt(model, conversation_of(values), False).text)
+                ids = model.tokenizer.encode_prompt(self.prompt(served, conversation_of(values)).text)
             else:
                 text = values.get("content", values.get("prompt"))
                 if text is None:
@@ -558,7 +575,7 @@ class Server:
         """POST /apply-template"""
         values = await self.read(request, fields.CHAT)
         conversation = conversation_of(values)
-        text = await self.computed(request, values, lambda served: Prompt(served.model, conversation, False).text)
+        text = await self.computed(request, values, lambda served: self.prompt(served, conversation).text)
         return JSON({"prompt": text})
 
     async def computed(self, request: Request, values: Mapping[str, Any], work: Callable[[Served], T]) -> T:
@@ -625,14 +642,6 @@ class Server:
     async def health(self, request: Request) -> Response:
         """GET /health"""
         return JSON({"status": "ok"})
-
-
-def _reply(
-    served: Served, conversation: Conversation, options: Mapping[str, Any], n: int
-) -> tuple[Prompt, list[Generation]]:
-    constrained = any(options.get(name) is not None for name in ("json_schema", "regex", "grammar"))
-    prompt = Prompt(served.model, conversation, constrained)
-    return prompt, replies(served.model, prompt, options, n)
 
 
 def _remember(cache: Cache, generations: Sequence[Generation]) -> None:
@@ -858,7 +867,13 @@ def openapi() -> dict[str, Any]:
     return {"openapi": "3.1.0", "info": {"title": "ggpy", "version": __version__}, "paths": paths}
 
 
-def application(served: Sequence[Served], memory: int, limits: Limits, defaults: Mapping[str, Any]) -> Starlette:
+def application(
+    served: Sequence[Served],
+    memory: int,
+    limits: Limits,
+    defaults: Mapping[str, Any],
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> Starlette:
     """The application, for any ASGI server; it loads the first model as it starts.
 
     Parameters
@@ -869,8 +884,10 @@ def application(served: Sequence[Served], memory: int, limits: Limits, defaults:
     limits : Limits
     defaults : mapping
         Options of generations for requests that don't say otherwise.
+    template_kwargs : mapping, optional
+        What chat templates are told where requests don't say otherwise.
     """
-    server = Server(Models(served, memory), limits, defaults)
+    server = Server(Models(served, memory), limits, defaults, template_kwargs)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

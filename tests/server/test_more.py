@@ -3,15 +3,20 @@
 import base64
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import openai
 import pytest
 
 import ggpy
+from ggpy.cli.serve import _template_kwargs
+from ggpy.errors import Error
 from ggpy.generate.chat import ChatTemplate
+from ggpy.server.app import Limits, Server
 from ggpy.server.chat import conversation_of
 from ggpy.server.conversation import Prompt
+from ggpy.server.models import Models
 
 BODY = {"prompt": "Once upon", "n_predict": 8, "temperature": 0}
 TEXTS = ["The cat sat on the mat.", "Stars", "Grüße"]
@@ -109,6 +114,25 @@ def test_a_prompt_without_the_beginning_of_an_answer(demo):
         assert text(messages=messages) == "[user]Hello[bot]"
         assert text(messages=messages, add_generation_prompt=False) == "[user]Hello"
         assert text(messages=ending, add_generation_prompt=False) == "[user]Hello[bot]Well"
+
+
+def test_the_servers_template_kwargs_are_for_requests_that_have_none(demo):
+    messages = [{"role": "user", "content": "Hello"}]
+    with ggpy.load(demo) as model:
+        model.chat_template = ChatTemplate("{{ enable_thinking }} {{ effort }}")
+        server = Server(Models([], 0), Limits(), {}, {"enable_thinking": False, "effort": "low"})
+
+        def text(**values):
+            return server.prompt(SimpleNamespace(model=model), conversation_of({"messages": messages, **values})).text
+
+        assert text() == "False low"
+        assert text(chat_template_kwargs={"enable_thinking": True}) == "True low"
+
+
+@pytest.mark.parametrize("given", ["[]", "{", "1"])
+def test_template_kwargs_that_are_no_object_are_refused(given):
+    with pytest.raises(Error, match="JSON object"):
+        _template_kwargs(given)
 
 
 @pytest.mark.parametrize("stream", [False, True])
