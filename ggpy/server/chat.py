@@ -85,7 +85,7 @@ class ChatWriter(Writer):
 
     def start(self) -> list[Event]:
         """The first chunks: whose words these are."""
-        return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(len(self._answers))]
+        return [self._chunk(i, {"role": "assistant", "content": None}) for i in range(len(self._answers))]
 
     def take(self, index: int, deltas: Sequence[Delta]) -> list[Event]:
         """Chunks with what is certain now."""

@@ -61,7 +61,7 @@ def test_a_stream_has_the_form_that_clients_want(client):
     }
     chunks = events(client.post("/v1/chat/completions", json=body))
     assert len({chunk["id"] for chunk in chunks}) == 1
-    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": None}
     assert not any("role" in choice["delta"] for chunk in chunks[1:] for choice in chunk["choices"])
     *_, last, usage = chunks
     assert last["choices"][0]["finish_reason"] == "length" and last["choices"][0]["delta"] == {}
