@@ -421,7 +421,7 @@ def test_damaged_checkpoint_is_refused_in_one_line_and_leaves_nothing(damage, da
 
 
 UNSUPPORTED = {
-    "architecture": ({"architectures": ["FalconForCausalLM"]}, "known: LlamaForCausalLM, MistralForCausalLM"),
+    "architecture": ({"architectures": ["BloomForCausalLM"]}, "known: LlamaForCausalLM, MistralForCausalLM"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu'; known: 'silu'"),
     "rope": (
         {"rope_parameters": {"rope_type": "longrope"}},

@@ -14,7 +14,7 @@ from ggpy.generate.constraints import Constraints
 from ggpy.generate.streaming import StreamDecoder
 from ggpy.generate.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, Tokenizer
 from tests.generate.test_tokenizer import (
-    LlamaCpp,
+    LlamaCppLibrary,
     bpe_metadata,
     spm,
     spm_metadata,
@@ -242,7 +242,7 @@ ws     ::= | " " | "\n" [ \t]{0,20}
 def llama_cpp(tmp_path_factory):
     path = tmp_path_factory.mktemp("vocabulary") / "bpe.gguf"
     write_vocabulary(path, bpe_metadata())
-    reference = LlamaCpp(path)
+    reference = LlamaCppLibrary(path)
     yield reference
     reference.close()
 
