@@ -138,9 +138,10 @@ def tanh(x):
 
 @function
 def gelu_tanh(x):
-    """The tanh approximation of GELU (Hendrycks & Gimpel 2016)."""
-    z = x * fma(x * x, splat_f32(f32(0.044715 * 0.7978845608028654)), splat_f32(f32(0.7978845608028654)))
-    return splat_f32(f32(0.5)) * x * (_one() + tanh(z))
+    """The tanh approximation of GELU (Hendrycks & Gimpel 2016): x / 2 * (1 + tanh(z / 2)), which is x / (1 + e^-z), where
+    nothing cancels."""
+    z = x * fma(x * x, splat_f32(f32(2 * 0.044715 * 0.7978845608028654)), splat_f32(f32(2 * 0.7978845608028654)))
+    return x / (_one() + exp(_negative(z)))
 
 
 @function

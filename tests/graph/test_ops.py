@@ -310,7 +310,7 @@ def test_experts(teams, kind, n_expert, n_rows, n_tokens, threads, seed):
     }
     got, expected = both(g, inputs, teams(threads))
     for name in got:
-        close(got[name], expected[name], 1e-5 if kind == "F16" else 0.03)
+        close(got[name], expected[name], 1e-5 if kind == "F16" else 0.04)
 
 
 @pytest.mark.parametrize("gating", ["softmax", "sigmoid"])
