@@ -153,5 +153,5 @@ def test_the_demo_model_is_loaded_by_its_name_and_folders_are_converted_once(tmp
     assert text and text == text.strip("\ufffd")
     with pytest.raises(ggpy.Error, match="no such file or folder"):
         ggpy.load("no/such/model")
-    with pytest.raises(ggpy.Error, match=r"without config\.json is no checkpoint"):
+    with pytest.raises(ggpy.Error, match=r"neither GGUF files nor config\.json in it"):
         ggpy.load(tmp_path)
