@@ -140,7 +140,8 @@ def _gelu(x: np.ndarray, kind: str) -> np.ndarray:
         return (0.5 * x * (1 + np.vectorize(math.erf, [float])(x / math.sqrt(2)))).astype(np.float32)
     if kind == "quick":
         return x / (1 + np.exp(-np.maximum(np.float32(1.702) * x, -88.0)))
-    return 0.5 * x * (1 + np.tanh(0.7978845608028654 * (x + 0.044715 * x**3)))
+    x = x.astype(np.float64)  # in float32 the sum cancels
+    return (0.5 * x * (1 + np.tanh(0.7978845608028654 * (x + 0.044715 * x**3)))).astype(np.float32)
 
 
 def _gelu_shape(x: "Tensor", kind: str) -> Shape:
