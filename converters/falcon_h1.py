@@ -45,17 +45,8 @@ def factor(config: Config, name: str) -> float:
 
 
 def scan(config: Config) -> Scan:
-    n_head = config.integer("mamba_n_heads")
-    n = config.integer("mamba_d_ssm", config.integer("mamba_expand") * config.integer("hidden_size"))
-    if n % n_head or config.get("mamba_d_head", "auto") not in ("auto", n // n_head):
-        raise ConversionError(f"{config.path}: mamba_d_head isn't {n} / {n_head}")
-    return Scan(
-        n_head=n_head,
-        n=n,
-        n_group=config.integer("mamba_n_groups"),
-        n_state=config.integer("mamba_d_state"),
-        width=config.integer("mamba_d_conv", least=2),
-        has_bias=bool(config.get("mamba_conv_bias", True)),
+    return Scan.of_hybrid(
+        config, config.integer("mamba_d_ssm", config.integer("mamba_expand") * config.integer("hidden_size"))
     )
 
 

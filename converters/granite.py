@@ -8,7 +8,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from ggpy.errors import ConversionError, UnsupportedError
+from ggpy.errors import UnsupportedError
 
 from . import llama
 from .checkpoint import Config, PickedRows, Rows, shown
@@ -35,17 +35,7 @@ def arch_of(config: Config) -> gguf.MODEL_ARCH:
 
 
 def scan(config: Config) -> Scan:
-    n_head, n = config.integer("mamba_n_heads"), config.integer("mamba_expand") * config.integer("hidden_size")
-    if n % n_head or config.get("mamba_d_head", "auto") not in ("auto", n // n_head):
-        raise ConversionError(f"{config.path}: mamba_d_head isn't {n} / {n_head}")
-    return Scan(
-        n_head=n_head,
-        n=n,
-        n_group=config.integer("mamba_n_groups"),
-        n_state=config.integer("mamba_d_state"),
-        width=config.integer("mamba_d_conv", least=2),
-        has_bias=bool(config.get("mamba_conv_bias", True)),
-    )
+    return Scan.of_hybrid(config, config.integer("mamba_expand") * config.integer("hidden_size"))
 
 
 def _n_experts(config: Config) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import gguf
 import numpy as np
 
-from ggpy.errors import UnsupportedError
+from ggpy.errors import ConversionError, UnsupportedError
 
 from .checkpoint import ChangedRows, Config, PickedRows, ReshapedRows, Rows, shown
 from .family import Family, Shapes, model_shapes
@@ -40,6 +40,27 @@ class Scan:
     n_state: int
     width: int
     has_bias: bool
+
+    @classmethod
+    def of_hybrid(cls, config: Config, n: int) -> Scan:
+        """That of a model with other kinds of layers, too, whose keys begin with "mamba_"; of n values.
+
+        Raises
+        ------
+        ConversionError
+            The heads don't share n values evenly, or have another length.
+        """
+        n_head = config.integer("mamba_n_heads")
+        if n % n_head or config.get("mamba_d_head", "auto") not in ("auto", n // n_head):
+            raise ConversionError(f"{config.path}: mamba_d_head isn't {n} / {n_head}")
+        return cls(
+            n_head=n_head,
+            n=n,
+            n_group=config.integer("mamba_n_groups"),
+            n_state=config.integer("mamba_d_state"),
+            width=config.integer("mamba_d_conv", least=2),
+            has_bias=bool(config.get("mamba_conv_bias", True)),
+        )
 
     @property
     def n_conv(self) -> int:
