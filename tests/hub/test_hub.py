@@ -247,7 +247,8 @@ def test_folders_are_taken_as_repositories_are(folder, tmp_path, monkeypatch):
     assert find(tmp_path, "f16").path == tmp_path / "m-F16.gguf"
     assert find(f"{folder / 'checkpoint'}:q4_0").type == "q4_0"
     assert "no GGUF file of type q8_0; there are Q2_K" in refused(f"{tmp_path}:q8_0")
-    assert "neither GGUF files nor config.json" in refused(tmp_path.parent)
+    (tmp_path / "empty").mkdir()
+    assert "neither GGUF files nor config.json" in refused(tmp_path / "empty")
     assert "has the type that it has" in refused(f"{folder / 'f32.gguf'}:q8_0")
 
 
