@@ -872,21 +872,20 @@ class Model:
         return family, frozenset(ids[0] for ids in encoded if len(ids) == 1 and self.tokenizer.is_hidden(ids[0]))
 
 
-def _stages(
-    n: int, options: tuple[int | None, str, str, int | None], ray: str | None, runner: Runner, n_pages: int
-) -> Stages:
+def _stages(n: int, options: tuple[int | None, str, str, int | None], ray: str | None, runner: Runner) -> Stages:
     """A pipeline of n processes, by default with as many threads together as one would have."""
     (n_expert_used, mla, kv_type, n_threads), file = options, runner.file
     layers = split_layers(file, runner.arch.n_layer, n)
     n_threads = n_threads or max(1, default_threads() // n)
-    model = (n_expert_used, mla, runner.n_ctx, runner.n_batch, runner.n_outputs, kv_type, n_pages, n_threads)
-    hows = [How(str(file.path), r, r.start == 0, r is layers[-1], *model) for r in layers]
     pages = cast(RemotePages, runner.pages)
+    n_slots = pages.states.n_slots + runner.has_states
+    model = (n_expert_used, mla, runner.n_ctx, runner.n_batch, runner.n_outputs, kv_type, pages.n_pages, n_slots, n_threads)
+    hows = [How(str(file.path), r, r.start == 0, r is layers[-1], *model) for r in layers]
     if ray is None:
-        return Stages(Processes(hows), n, pages)
+        return Stages(Processes(hows), n, pages, runner.known)
     from ..pipeline.actors import Actors
 
-    return Stages(Actors(ray, hows), n, pages)
+    return Stages(Actors(ray, hows), n, pages, runner.known)
 
 
 def _best(generations: Iterator[Generation], each: int, n: int) -> Iterator[Generation]:

@@ -3,6 +3,7 @@
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from ..graph import Pages
 from .snapshots import Snapshot
@@ -95,8 +96,9 @@ class Prefixes:
                 return True
         return False
 
-    def paths(self) -> Iterator[tuple[list[int], list[int]]]:
-        """The ids and pages of each known sequence, from its beginning to its last page."""
+    def paths(self) -> Iterator[tuple[list[int], list[int], list[tuple[int, int]]]]:
+        """The ids and pages of each known sequence, from its beginning to its last page; and after how many ids there are
+        snapshots, and in which slots."""
         for last in self._recent:
             if not last.children:
                 path: list[Prefix] = []
@@ -104,7 +106,9 @@ class Prefixes:
                 while at is not None and at is not self.root:
                     path.insert(0, at)
                     at = at.parent
-                yield [i for p in path for i in p.ids], [p.page for p in path]
+                ends = accumulate(len(p.ids) for p in path)
+                slots = [(n, p.slot) for n, p in zip(ends, path, strict=True) if p.slot >= 0]
+                yield [i for p in path for i in p.ids], [p.page for p in path], slots
 
     def _remove(self, prefix: Prefix) -> None:
         assert prefix.parent is not None

@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 from weakref import WeakSet
@@ -15,7 +15,7 @@ from ..graph import Batch, Hook, Pages, Program, Span, pack, pages_of, slot_byte
 from ..kernels.build import Progress, load
 from ..kernels.table import SLAB
 from ..models import Architecture, Output, ThinPair, build_graph, run_inputs
-from ..pipeline import RemotePages
+from ..pipeline import Known, RemotePages
 from .expert_memory import ExpertMemory
 from .prefixes import Prefixes
 from .snapshots import Snapshots
@@ -61,7 +61,7 @@ class Runner:
     progress : callable, optional
         Told of kernels that must be compiled first.
     stages : callable, optional
-        Called as stages(runner, n_pages), makes the pipeline that runs the layers in this process' place.
+        Called as stages(runner), makes the pipeline that runs the layers in this process' place.
     adapters : mapping of str to ThinPair, optional
         What LoRA adapters add to the model's matrices.
 
@@ -101,7 +101,7 @@ class Runner:
         kv_memory: int | None = None,
         ram_budget: int | None = None,
         progress: Progress | None = None,
-        stages: "Callable[[Runner, int], Stages] | None" = None,
+        stages: "Callable[[Runner], Stages] | None" = None,
         adapters: Mapping[str, ThinPair] | None = None,
     ):
         self.file, self.arch, self._team = file, arch, team
@@ -140,10 +140,10 @@ class Runner:
         if ram_budget is not None:
             self.expert_memory = ExpertMemory(file, graph, ram_budget, kv_bytes)
         if stages is not None:
-            if self.is_encoder or self.has_states or ram_budget is not None:
-                raise UnsupportedError(f"{file.path}: no stages for encoders, layers with states, or beside ram_budget")
+            if self.is_encoder or ram_budget is not None:
+                raise UnsupportedError(f"{file.path}: no stages for encoders, or beside ram_budget")
             self._derived.clear()
-            self._stages = stages(self, n_pages)
+            self._stages = stages(self)
             return
         # One token, and a prompt: both are sure to be needed, so their kernels are compiled together.
         try:
@@ -245,19 +245,25 @@ class Runner:
             raise UnsupportedError(f"{self.file.path}: hooks see no values that other processes compute")
         with self.lock:
             self.check()
-            return stages.run(spans, output, self._known)
+            return stages.run(spans, output)
 
     def note(self, sequence: "TokenSequence") -> None:
-        """Is told of each new sequence, whose keys and values a stage may lose."""
+        """Is told of each new sequence, of which a stage may lose what it has."""
         if self._stages is not None:
             with self.lock:
                 self._sequences.add(sequence)
 
-    def _known(self) -> list[Span]:
-        """Spans of all tokens whose keys and values are in use, for who has lost them."""
-        found = [(s.ids, s.pages) for s in self._sequences] + list(self.prefixes.paths())
-        n = self.n_batch
-        return [Span(ids[i : i + n], i, pages) for ids, pages in found for i in range(0, len(ids), n)]
+    def known(self) -> Iterator[Known]:
+        """What brings back all keys, values and states in use, for a stage that has lost them."""
+        spare = self.pages.states.n_slots  # of the stages alone
+        for ids, pages, slots in [*(s.known() for s in self._sequences), *self.prefixes.paths()]:
+            first = 0
+            for stop, slot in sorted([*slots, (len(ids), -1)]):
+                for at in range(first, stop, self.n_batch):
+                    yield Span(ids[at : min(at + self.n_batch, stop)], at, pages, 0, spare)
+                if slot >= 0:
+                    yield spare, slot
+                first = stop
 
     def run_both(
         self, spans: Sequence[Span], hidden: np.ndarray | None = None

@@ -96,6 +96,9 @@ class TokenSequence:
     def go_back(self, n: int, slot: int = -1) -> None:
         """Forgets all but the first n tokens; in models with states, `slot` is how it was then, unless n is 0."""
         del self.ids[n:]
+        self._snapshots = [s for s in self._snapshots if s.n_tokens <= n]  # other tokens may come
+        if self._mark is not None and self._mark.n_tokens > n:
+            self.unmark()
         if slot >= 0:
             self._runner.pages.states.share(slot)
         self._set_slot(slot)
@@ -151,6 +154,12 @@ class TokenSequence:
             self._runner.pages.give(self.pages.pop())
         if not self.ids:
             self._set_slot(-1)
+
+    def known(self) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+        """Its ids and pages; and after how many ids its state is in which slots."""
+        kept = [s for s in (*self._snapshots, self._mark) if s is not None]
+        slots = [(len(self.ids), self.slot), *((s.n_tokens, s.slot) for s in kept)]
+        return self.ids, self.pages, [(n, slot) for n, slot in slots if slot >= 0]
 
     def fork(self) -> "TokenSequence":
         """Another sequence of the same tokens. Pages are shared until one of the two writes."""
@@ -317,7 +326,7 @@ class TokenSequence:
         """Leaves a snapshot, if the last one is long ago."""
         if not self._runner.has_states:
             return
-        self._snapshots = [s for s in self._snapshots if s.slot >= 0 and s.n_tokens <= len(self.ids)][-_MOST_SNAPSHOTS:]
+        self._snapshots = [s for s in self._snapshots if s.slot >= 0][-_MOST_SNAPSHOTS:]
         if len(self.ids) >= SNAPSHOT_TOKENS + (self._snapshots[-1].n_tokens if self._snapshots else 0):
             self._snapshots.append(self._runner.snapshots.add(self.slot, len(self.ids)))
 

@@ -4,6 +4,7 @@ from ..cpus import default_threads
 from .batch import Batch, Span, pack, tokens_of
 from .pages import Pages, pages_of
 from .plan import Plan
+from .pool import Pool
 from .program import Hook, Program
 from .reference import Reference
 from .states import States, slot_bytes
@@ -16,6 +17,7 @@ __all__ = [
     "Hook",
     "Pages",
     "Plan",
+    "Pool",
     "Program",
     "Reference",
     "Span",

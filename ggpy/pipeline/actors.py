@@ -96,7 +96,7 @@ class Actors:
         if self._actors[i] is None:
             raise Lost(i)
         result = self._actors[i].do.remote(message)
-        if message[0] == "run":
+        if message[0] in ("run", "read"):
             self._results[i] = result
 
     def receive(self, stages: Sequence[int]) -> tuple[int, Any]:

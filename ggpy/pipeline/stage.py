@@ -1,11 +1,11 @@
-"""One stage of a pipeline: some layers of a model, and the keys and values of all sequences in them."""
+"""One stage of a pipeline: some layers of a model, and what all sequences have in them: keys, values and states."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..file import GGUFFile
-from ..graph import Batch, Pages, Program, Team
+from ..graph import Batch, Pages, Pool, Program, Team
 from ..kernels.build import load
 from ..models import Output, build_graph, read_architecture, run_inputs
 from ..models.weights import DerivedWeight
@@ -26,7 +26,7 @@ class How(NamedTuple):
     n_batch, n_outputs : int
         The most tokens of a run, and those of them whose logits can be had.
     kv_type : str
-    n_pages : int
+    n_pages, n_slots : int
     n_threads : int
     """
 
@@ -41,6 +41,7 @@ class How(NamedTuple):
     n_outputs: int
     kv_type: str
     n_pages: int
+    n_slots: int
     n_threads: int
 
 
@@ -57,14 +58,15 @@ class Stage:
         self._how = how
         self._file = GGUFFile(how.path)
         self._arch = read_architecture(self._file, how.n_expert_used, how.mla, how.n_ctx)
-        self._pages = Pages(how.n_pages, how.kv_type, how.n_ctx)
+        self._pages = Pages(how.n_pages, how.kv_type, how.n_ctx, how.n_slots)
+        self._pools: dict[str, Pool] = {"pages": self._pages, "states": self._pages.states}
         self._derived: dict[str, DerivedWeight] = {}
         self._programs: dict[tuple[int, Output], Program] = {}
         self._team = Team(how.n_threads)
         programs = [self._program(n, "logits") for n in (1, how.n_batch)]
         load([name for program in programs for name in program.plan.names])
         #: names of its caches: no other stage may have them
-        self.caches = sorted({t.name for t in programs[0].graph if t.op == "CACHE"})
+        self.caches = sorted({t.name for t in programs[0].graph if t.op in ("CACHE", "STATE")})
 
     def _program(self, n_tokens: int, output: Output) -> Program:
         how = self._how
@@ -77,14 +79,15 @@ class Stage:
         return self._programs[key]
 
     def do(self, message: tuple) -> Any:
-        """What a message asks for: ("caches",) gives their names; ("copy", page, to) gives None; ("run", output, batch, x),
-        with x (n_tokens, n_embd) of the stage before or None, gives what the layers make of it."""
-        if message[0] == "caches":
+        """What a message asks for: ("caches",) gives their names; ("run", output, batch, x), with x (n_tokens, n_embd) of
+        the stage before or None, gives what the layers make of it; ("copy", pool, piece, to), ("read", pool, pieces) and
+        ("write", pool, pieces, arrays) are for the pool of that name: see `Pool`."""
+        kind, *rest = message
+        if kind == "caches":
             return self.caches
-        if message[0] == "copy":
-            self._pages.copy(*message[1:])
-            return None
-        _, output, batch, x = message
+        if kind != "run":
+            return getattr(self._pools[rest[0]], kind)(*rest[1:])
+        output, batch, x = rest
         batch = Batch(*batch)
         self._file.check()
         inputs = run_inputs(self._arch, batch) | ({} if x is None else {"x": x})

@@ -1,14 +1,14 @@
 """The stages of a pipeline as their user sees them: one program that runs batches."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
 from ..errors import Error, UnsupportedError
-from ..graph import Pages, Span, pack
+from ..graph import Pages, Pool, Span, States, pack
 from ..kernels.table import SLAB
 from ..models import Output
 from .links import Lost
@@ -16,7 +16,11 @@ from .links import Lost
 if TYPE_CHECKING:
     from ..file import GGUFFile
 
+_T = TypeVar("_T")
 _DEATHS = 3  # of stages, in one run
+
+#: Brings back what a stage has lost: tokens to evaluate, or two slots, of which the first is to be copied to the other.
+Known: TypeAlias = Span | tuple[int, int]
 
 
 class Links(Protocol):
@@ -29,20 +33,46 @@ class Links(Protocol):
     def close(self) -> None: ...
 
 
-class RemotePages(Pages):
-    """Pages whose keys and values are elsewhere: numbers and who holds them."""
+class RemotePool(Pool):
+    """Pieces that are in the stages: numbers and who holds them.
 
-    copied: Callable[[int, int], None]
+    Attributes
+    ----------
+    name : str
+        Of the stages' pools.
+    stages : Stages
+    """
+
+    name: str
+    stages: "Stages"
 
     def copy(self, i: int, to: int) -> None:
-        """Has all stages copy a page."""
-        self.copied(i, to)
+        """Has all stages copy a piece."""
+        self.stages.copy(self.name, i, to)
 
-    def read(self, pieces: object) -> NoReturn:
-        """Raises UnsupportedError: they are elsewhere."""
-        raise UnsupportedError("keys and values that other processes have can't be saved or loaded")
+    def read(self, pieces: Sequence[int]) -> dict[str, np.ndarray]:
+        """See `Pool.read`."""
+        return self.stages.read(self.name, list(pieces))
 
-    write = read  # type: ignore[assignment]
+    def write(self, pieces: Sequence[int], saved: Mapping[str, np.ndarray]) -> None:
+        """See `Pool.write`."""
+        self.stages.write(self.name, list(pieces), saved)
+
+
+class RemoteStates(RemotePool, States):
+    """Slots that are in the stages. These have one more, behind the last, for `Stages.restore`."""
+
+    name = "states"
+
+
+class RemotePages(RemotePool, Pages):
+    """Pages, and slots beside them, that are in the stages; see `Pages`."""
+
+    name = "pages"
+
+    def __init__(self, n_pages: int, type: str = "F16", n_ctx: int | None = None, n_slots: int = 0):
+        super().__init__(n_pages, type, n_ctx, n_slots)
+        self.states: RemoteStates = RemoteStates(n_slots)
 
 
 def split_layers(file: "GGUFFile", n_layer: int, n: int) -> list[range]:
@@ -85,6 +115,8 @@ class Stages:
     n : int
         How many stages there are.
     pages : RemotePages
+    known : callable
+        Gives what brings back all that is in use, in order: a stage that has died is started again, and knows nothing.
 
     Raises
     ------
@@ -92,46 +124,56 @@ class Stages:
         Layers of two stages share keys and values.
     """
 
-    def __init__(self, links: Links, n: int, pages: RemotePages):
-        self._links, self._n = links, n
+    def __init__(self, links: Links, n: int, pages: RemotePages, known: Callable[[], Iterable[Known]]):
+        self._links, self._n, self._known = links, n, known
         self._busy: set[int] = set()
-        pages.copied = self._copy
-        seen: set[str] = set()
+        pages.stages = pages.states.stages = self
         try:
-            for caches in links.start(range(n)):
-                if seen & set(caches):
-                    raise UnsupportedError("layers of different stages share keys and values; take fewer stages")
-                seen |= set(caches)
+            self._caches = links.start(range(n))
+            names = [name for caches in self._caches for name in caches]
+            if len(set(names)) < len(names):
+                raise UnsupportedError("layers of different stages share keys and values; take fewer stages")
         except BaseException:
             links.close()
             raise
 
-    def _copy(self, page: int, to: int) -> None:
-        for i in range(self._n):
-            with suppress(Lost):  # the next run finds out, and all pages are computed again
-                self._links.send(i, ("copy", page, to))
+    def copy(self, pool: str, i: int, to: int) -> None:
+        """Has all stages copy a piece of a pool of theirs."""
+        for stage in range(self._n):
+            with suppress(Lost):  # who asks next finds out, and all that is known is computed again
+                self._links.send(stage, ("copy", pool, i, to))
 
-    def run(self, spans: Sequence[Span], output: Output, restore: Callable[[], Sequence[Span]]) -> list[np.ndarray]:
+    def read(self, pool: str, pieces: Sequence[int]) -> dict[str, np.ndarray]:
+        """What all stages have in some pieces; see `Pool.read`. Raises as `run`."""
+        return self._living(lambda: self._read(pool, pieces))
+
+    def write(self, pool: str, pieces: Sequence[int], saved: Mapping[str, np.ndarray]) -> None:
+        """The inverse of `read`. Raises as `run`."""
+        self._living(lambda: self._write(pool, pieces, saved))
+
+    def run(self, spans: Sequence[Span], output: Output) -> list[np.ndarray]:
         """Evaluates tokens of some sequences: for each what it wants, (n_outputs, …).
 
         Parameters
         ----------
         spans : sequence of Span
         output : {"logits", "embeddings"}
-        restore : callable
-            Gives spans of all that has been evaluated before: a stage that has died is started again, and knows nothing.
 
         Raises
         ------
         Error
             Stages die again and again, or can't be started.
         """
+        return self._living(lambda: self._through(spans, output))
+
+    def _living(self, work: Callable[[], _T]) -> _T:
+        """What some work gives, begun anew where a stage has died."""
         deaths = 0
         while True:
             try:
-                for span in restore() if deaths else ():
-                    self._through([span], output)
-                return self._through(spans, output)
+                if deaths:
+                    self._restore()
+                return work()
             except Lost as lost:
                 deaths += 1
                 if deaths > _DEATHS:
@@ -146,11 +188,40 @@ class Stages:
                 self._busy.clear()
                 raise
 
+    def _restore(self) -> None:
+        for known in self._known():
+            if isinstance(known, Span):
+                self._through([known], "logits")
+            else:
+                self.copy(RemoteStates.name, *known)
+
+    def _settle(self) -> None:
+        """Waits for stages that are busy with what is for nobody, since another was lost."""
+        while self._busy:
+            self._busy.discard(self._links.receive(sorted(self._busy))[0])
+
+    def _read(self, pool: str, pieces: Sequence[int]) -> dict[str, np.ndarray]:
+        self._settle()
+        found: dict[str, np.ndarray] = {}
+        for i in range(self._n):
+            self._links.send(i, ("read", pool, pieces))
+            self._busy.add(i)
+        while self._busy:
+            i, arrays = self._links.receive(sorted(self._busy))
+            self._busy.discard(i)
+            found |= arrays
+        return found
+
+    def _write(self, pool: str, pieces: Sequence[int], saved: Mapping[str, np.ndarray]) -> None:
+        self._settle()
+        for i, caches in enumerate(self._caches):
+            own = {name: array for name, array in saved.items() if name.rpartition(".")[0] in caches}
+            self._links.send(i, ("write", pool, pieces, own))
+
     def _through(self, spans: Sequence[Span], output: Output) -> list[np.ndarray]:
         pieces = _pieces(spans, self._n)
         packed = [pack([span for _, span in piece]) for piece in pieces]
-        while self._busy:  # with what is for nobody, since another was lost
-            self._busy.discard(self._links.receive(sorted(self._busy))[0])
+        self._settle()
         waiting: list[deque[tuple[int, np.ndarray | None]]] = [deque() for _ in range(self._n)]
         waiting[0].extend((k, None) for k in range(len(pieces)))
         at_work = [-1] * self._n

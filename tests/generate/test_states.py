@@ -57,6 +57,19 @@ def test_a_cut_goes_back_to_a_snapshot_not_to_the_beginning(model):
     assert sum(runs) == 1200 - 1024
 
 
+def test_a_cut_forgets_the_snapshots_behind_it(model):
+    tokens, others = ids(1024), ids(520, seed=1)
+    for n in (0, SNAPSHOT_TOKENS):
+        with model.new_sequence() as sequence:
+            for first in range(0, 1024, SNAPSHOT_TOKENS):
+                sequence.extend(tokens[first : first + SNAPSHOT_TOKENS])
+            sequence.keep(n)
+            sequence.extend(others[:SNAPSHOT_TOKENS])
+            sequence.extend(others[SNAPSHOT_TOKENS:])
+            sequence.keep(n + 516)
+            np.testing.assert_array_equal(sequence.extend([7]), model.logits([*tokens[:n], *others[:516], 7])[-1])
+
+
 def test_forks_go_separate_ways(model):
     tokens = ids(100)
     sequence = model.new_sequence()
