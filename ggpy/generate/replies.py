@@ -3,14 +3,28 @@
 Each family of models has its own marks, which its chat template shows. `FAMILIES` lists them; one parser reads all.
 """
 
-import ast
-import html
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
+from .calls import (
+    BEGUN,
+    IncompleteError,
+    MalformedError,
+    Read,
+    dumps,
+    gemma_call,
+    growing_json,
+    headed_call,
+    json_call,
+    json_end,
+    loads,
+    python_call,
+    skip,
+    tagged_call,
+)
 from .streaming import overlap
 
 #: How models mark their thoughts: the beginning and the end.
@@ -27,7 +41,8 @@ class Event(NamedTuple):
     Attributes
     ----------
     kind : str
-        "content", "reasoning" or "call".
+        "content", "reasoning" or "call"; where calls are given as they grow, also "arguments", with which the last one
+        goes on.
     text : str
         The text; of a call, its arguments as JSON.
     name : str
@@ -37,359 +52,6 @@ class Event(NamedTuple):
     kind: str
     text: str
     name: str = ""
-
-
-class _IncompleteError(Exception):
-    """The text ends before the call does."""
-
-
-class _MalformedError(Exception):
-    """The text isn't a call."""
-
-
-_Schemas: TypeAlias = Mapping[str, Mapping[str, Any]]  # of functions' parameters, by the functions' names
-_Calls: TypeAlias = list[tuple[str, dict[str, Any]]]
-#: Reads calls that begin at a place behind their marker; gives them and the place behind them. `final`: no text follows.
-_Read: TypeAlias = Callable[[str, int, _Schemas, bool], tuple[_Calls, int]]
-
-# Values
-
-_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*("|\Z)|[\[\]{}]', re.S)
-_SPACE = re.compile(r"\s*")
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _loads(text: str) -> Any:
-    try:
-        return json.loads(text, strict=False, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        raise _MalformedError from None
-
-
-def _json_end(text: str, at: int) -> int:
-    """The place behind the object or array that begins here."""
-    if at >= len(text):
-        raise _IncompleteError
-    if text[at] not in "[{":
-        raise _MalformedError
-    depth = 0
-    for found in _STRING_OR_BRACKET.finditer(text, at):
-        mark = found.group()
-        if mark[0] == '"':
-            if not found.group(1):
-                raise _IncompleteError
-        else:
-            depth += 1 if mark in "[{" else -1
-            if not depth:
-                return found.end()
-    raise _IncompleteError
-
-
-def _skip(text: str, at: int) -> int:
-    return _SPACE.match(text, at).end()  # type: ignore[union-attr]
-
-
-def _types(schema: Mapping[str, Any], root: Mapping[str, Any], depth: int = 0) -> set[str]:
-    """The JSON types that a schema allows; none if it doesn't say."""
-    reference = schema.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#/") and depth < 8:
-        target: Any = root
-        for key in reference[2:].split("/"):
-            target = target.get(key) if isinstance(target, Mapping) else None
-        return _types(target, root, depth + 1) if isinstance(target, Mapping) else set()
-    named = schema.get("type")
-    types = {named} if isinstance(named, str) else {t for t in named or () if isinstance(t, str)}
-    for kind in ("anyOf", "oneOf"):
-        for one in schema.get(kind) or () if depth < 8 else ():
-            if isinstance(one, Mapping):
-                types |= _types(one, root, depth + 1)
-    if not types and isinstance(schema.get("enum"), list):
-        types = {_type(value) for value in schema["enum"]}
-    return types
-
-
-def _type(value: object) -> str:
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else "boolean"
-    kinds = {int: "integer", float: "number", str: "string", list: "array", dict: "object"}
-    return kinds.get(type(value), "")
-
-
-def _cast(text: str, key: str, parameters: Mapping[str, Any]) -> Any:
-    """An argument that is written as bare text, as its schema wants it; the text itself, if it is nothing of that kind."""
-    properties = parameters.get("properties")
-    schema = properties.get(key) if isinstance(properties, Mapping) else None
-    types = _types(schema, parameters) if isinstance(schema, Mapping) else set()
-    if types == {"string"}:
-        return text
-    said = text.strip()
-    readers = [_loads, lambda text: _loads(text.lower())]
-    for read in [*readers, ast.literal_eval] if said[:1] in ("[", "{") else readers:
-        try:
-            value = read(said)
-            json.dumps(value, allow_nan=False)
-        except (_MalformedError, ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            continue
-        kind = _type(value)
-        number = kind in ("integer", "number") and "number" in types
-        whole = kind == "number" and "integer" in types and value.is_integer()
-        if kind and (not types or kind in types or number or whole):
-            return int(value) if whole and not number else value
-        if kind == "null" and "string" not in types:
-            return None
-    return text
-
-
-# Formats of calls
-
-
-def _call_of(value: object, schemas: _Schemas) -> tuple[str, dict[str, Any]]:
-    if not isinstance(value, dict):
-        raise _MalformedError
-    function = value.get("function")
-    value = function if isinstance(function, dict) else value
-    name = value.get("name")
-    arguments: Any = next(
-        (value[key] for key in ("arguments", "parameters") if key in value), {} if len(value) == 1 else None
-    )
-    if isinstance(arguments, str):
-        arguments = _loads(arguments)
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        raise _MalformedError
-    return name, arguments
-
-
-def _json(end: str = "", bare: bool = False) -> _Read:
-    """An object with a name and arguments, or an array of such, up to an end mark. `bare`: nothing marks it as a call, so
-    that it is one only if there is such a function; further ones may follow behind semicolons."""
-
-    def read(text: str, at: int, schemas: _Schemas, final: bool) -> tuple[_Calls, int]:
-        calls: _Calls = []
-        while True:
-            at = _skip(text, at)
-            stop = _json_end(text, at)
-            value = _loads(text[at:stop])
-            calls += [_call_of(one, schemas) for one in (value if isinstance(value, list) else [value])]
-            if bare and schemas and not all(name in schemas for name, _ in calls):
-                raise _MalformedError
-            if not bare:
-                return calls, _closed(text, stop, end)
-            at = _skip(text, stop)
-            if at == len(text):
-                if final:
-                    return calls, stop
-                raise _IncompleteError
-            if text[at] != ";":
-                return calls, stop
-            at += 1
-
-    return read
-
-
-def _closed(text: str, at: int, end: str) -> int:
-    """The place behind an end mark, which white space may come before."""
-    if not end:
-        return at
-    at = _skip(text, at)
-    if text.startswith(end, at):
-        return at + len(end)
-    raise _IncompleteError if end.startswith(text[at:]) else _MalformedError
-
-
-def _headed(header: str, end: str = "") -> _Read:
-    """A header with the function's name, and the arguments as JSON, up to an end mark."""
-    pattern = re.compile(header, re.S)
-
-    def read(text: str, at: int, schemas: _Schemas, final: bool) -> tuple[_Calls, int]:
-        found = pattern.match(text, at)
-        if found is None:
-            raise _IncompleteError
-        stop = _json_end(text, found.end())
-        arguments = _loads(text[found.end() : stop])
-        if not isinstance(arguments, dict):
-            raise _MalformedError
-        return [(found["name"], arguments)], _closed(text, stop, end)
-
-    return read
-
-
-def _tagged(header: str, key: str, value_end: str, end: str, trim: bool = False) -> _Read:
-    """A header with the function's name, and a pair of tags around each argument.
-
-    An argument ends where the tag that ends it is followed by another argument or by the end: it may hold such tags.
-
-    Parameters
-    ----------
-    header, key, value_end, end : str
-        Patterns. A key may have a `string` ("true": a text) or a `type`.
-    trim : bool
-        Whether a line break at both ends belongs to the tags.
-    """
-    head, begin, close = re.compile(header), re.compile(r"\s*" + key), re.compile(r"\s*" + end)
-    ended = re.compile(f"(?:{value_end})(?:\\s*(?:{value_end}))*(?=\\s*(?:{key}|{end}))")
-    reopened = re.compile(r"\n" + key)
-
-    def read(text: str, at: int, schemas: _Schemas, final: bool) -> tuple[_Calls, int]:
-        found = head.match(text, at)
-        if found is None:
-            raise _IncompleteError
-        name = html.unescape(found["name"]).strip()
-        arguments: dict[str, Any] = {}
-        parameters = schemas.get(name, {})
-        known = parameters.get("properties")
-        known = known if isinstance(known, Mapping) else {}
-        at = found.end()
-        if found.groupdict().get("empty"):
-            return [(name, arguments)], at
-        while True:
-            if done := close.match(text, at):
-                return [(name, arguments)], done.end()
-            opened = begin.match(text, at)
-            if opened is None:
-                raise _IncompleteError
-            stop = ended.search(text, opened.end())
-            if stop is None:
-                # The last argument's end is missing: only the end of the text tells.
-                last = list(close.finditer(text, opened.end())) if final else []
-                if not last:
-                    raise _IncompleteError
-                value, at = text[opened.end() : last[-1].start()], last[-1].start()
-            else:
-                value, at = text[opened.end() : stop.start()], stop.end()
-                again = next((m for m in reopened.finditer(value) if m["key"] in known), None)
-                if again is not None:
-                    value, at = value[: again.start() + 1], opened.end() + again.start()
-            if trim:
-                value = value.removeprefix("\n").removesuffix("\n")
-            groups = opened.groupdict()
-            typed = groups.get("string") or groups.get("type") or ""
-            where = html.unescape(opened["key"]) if "type" in groups else opened["key"].strip()
-            if typed in ("true", "string"):
-                arguments[where] = value
-            elif typed:
-                try:
-                    arguments[where] = _loads(value)
-                except _MalformedError:
-                    arguments[where] = value
-            else:
-                arguments[where] = _cast(value, where, parameters)
-
-    return read
-
-
-def _python(end: str = "", bare: bool = False) -> _Read:
-    """A list of calls with literals, as Python writes them."""
-    token = re.compile(r"'(?:[^'\\]|\\.)*('|\Z)|\"(?:[^\"\\]|\\.)*(\"|\Z)|[\[\](){}]", re.S)
-
-    def read(text: str, at: int, schemas: _Schemas, final: bool) -> tuple[_Calls, int]:
-        at = _skip(text, at)
-        if at >= len(text):
-            raise _IncompleteError
-        if text[at] != "[":
-            raise _MalformedError
-        depth = stop = 0
-        for found in token.finditer(text, at):
-            if found.group()[0] in "'\"":
-                if not (found.group(1) or found.group(2)):
-                    raise _IncompleteError
-                continue
-            depth += 1 if found.group() in "[({" else -1
-            if not depth:
-                stop = found.end()
-                break
-        if not stop:
-            raise _IncompleteError
-        calls: _Calls = []
-        try:
-            body = ast.parse(text[at:stop], mode="eval").body
-            for call in body.elts if isinstance(body, ast.List) else ():
-                if not isinstance(call, ast.Call) or call.args:
-                    raise _MalformedError
-                arguments = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
-                json.dumps(arguments, allow_nan=False)
-                calls.append((ast.unparse(call.func), arguments))
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            raise _MalformedError from None
-        if not calls or (bare and schemas and not all(name in schemas for name, _ in calls)):
-            raise _MalformedError
-        return calls, _closed(text, stop, end)
-
-    return read
-
-
-def _gemma(text: str, at: int, schemas: _Schemas, final: bool) -> tuple[_Calls, int]:
-    """`call:name{key:value,…}` with bare keys, and texts between marks of their own."""
-    name_end = text.find("{", at)
-    if name_end < 0:
-        raise _MalformedError if "<tool_call|>" in text[at:] else _IncompleteError
-    value, stop = _gemma_value(text, name_end, 0)
-    if final and not text[stop:].strip():
-        return [(text[at:name_end].strip(), value)], len(text)
-    return [(text[at:name_end].strip(), value)], _closed(text, stop, "<tool_call|>")
-
-
-_QUOTE = '<|"|>'
-
-
-def _gemma_value(text: str, at: int, depth: int) -> tuple[Any, int]:
-    at = _skip(text, at)
-    if at >= len(text) or (_QUOTE.startswith(text[at:]) and text[at:] != _QUOTE):
-        raise _IncompleteError
-    if depth > 64:
-        raise _MalformedError
-    if text.startswith(_QUOTE, at):
-        stop = text.find(_QUOTE, at + len(_QUOTE))
-        if stop < 0:
-            raise _IncompleteError
-        return text[at + len(_QUOTE) : stop], stop + len(_QUOTE)
-    if text[at] in "{[":
-        close = "}" if text[at] == "{" else "]"
-        pairs: dict[str, Any] = {}
-        items: list[Any] = []
-        at = _skip(text, at + 1)
-        while True:
-            if at >= len(text):
-                raise _IncompleteError
-            if text[at] == close:
-                return (pairs if close == "}" else items), at + 1
-            if close == "}":
-                if text.startswith(_QUOTE, at):
-                    key, at = _gemma_value(text, at, depth)
-                    at = _skip(text, at)
-                    if at < len(text) and text[at] != ":":
-                        raise _MalformedError
-                else:
-                    colon = text.find(":", at)
-                    key, at = text[at:colon].strip().strip('"'), colon
-                    if colon < 0:
-                        raise _IncompleteError
-                pairs[key], at = _gemma_value(text, at + 1, depth + 1)
-            else:
-                value, at = _gemma_value(text, at, depth + 1)
-                items.append(value)
-            at = _skip(text, at)
-            if at >= len(text):
-                raise _IncompleteError
-            if text[at] == ",":
-                at = _skip(text, at + 1)
-            elif text[at] != close:
-                raise _MalformedError
-    if text[at] == '"':
-        found = re.compile(r'"(?:[^"\\]|\\.)*"', re.S).match(text, at)
-        if found is None:
-            raise _IncompleteError
-        return _loads(found.group()), found.end()
-    found = re.compile(r"[^,\]}]*(?=[,\]}])").match(text, at)
-    if found is None:
-        raise _IncompleteError
-    word = found.group().strip()
-    try:
-        return _loads(word), found.end()
-    except _MalformedError:
-        return word, found.end()
 
 
 # Families
@@ -422,9 +84,9 @@ class Family:
     """
 
     known_by: tuple[str, ...] = ()
-    calls: tuple[tuple[str, _Read], ...] = ()
+    calls: tuple[tuple[str, Read], ...] = ()
     sections: tuple[tuple[str, str], ...] = ()
-    bare: tuple[_Read, ...] = ()
+    bare: tuple[Read, ...] = ()
     thoughts: tuple[tuple[str, str], ...] = MARKERS
     dropped: tuple[str, ...] = ()
     tight: bool = True
@@ -443,26 +105,26 @@ class Family:
         return set(re.findall(r"<[^<>\s]+>|\[/?[A-Z_]+\]", " ".join(self.marks)))
 
 
-_XML = _tagged(
+_XML = tagged_call(
     r"\s*<function=(?P<name>[^>\n]+)>", r"<parameter=(?P<key>[^>\n]+)>", "</parameter>", r"</function>\s*</tool_call>", True
 )
-_XML_ALONE = _tagged(r"(?P<name>[^>\n]+)>", r"<parameter=(?P<key>[^>\n]+)>", "</parameter>", r"</function>", True)
-_GLM = _tagged(
+_XML_ALONE = tagged_call(r"(?P<name>[^>\n]+)>", r"<parameter=(?P<key>[^>\n]+)>", "</parameter>", r"</function>", True)
+_GLM = tagged_call(
     r"\s*(?P<name>[^<\s{]+)\s*(?=<arg_key>|</tool_call>)",
     r"<arg_key>(?P<key>.*?)</arg_key>\s*<arg_value>",
     "</arg_value>",
     "</tool_call>",
 )
-_DSML = _tagged(
+_DSML = tagged_call(
     r'(?P<name>[^"]+)"(?P<empty>/)?>',
     r'<｜DSML｜ ?parameter name="(?P<key>[^"]+)"(?: string="(?P<string>true|false)")?>',
     "</｜DSML｜ ?parameter>",
     "</｜DSML｜ ?invoke>",
 )
-_MINIMAX = _tagged(
+_MINIMAX = tagged_call(
     r'(?P<name>[^"]+)"(?P<empty>/)?>', r'<parameter name="(?P<key>[^"]+)">', "</parameter>", "</invoke>", True
 )
-_K3 = _tagged(
+_K3 = tagged_call(
     r'(?P<name>[^"]+)"[^<]*<\|sep\|>',
     r'<\|open\|>argument key="(?P<key>[^"]*)"(?: type="(?P<type>\w+)")?<\|sep\|>',
     r"<\|close\|>argument<\|sep\|>",
@@ -474,7 +136,7 @@ FAMILIES: dict[str, Family] = {
     "harmony": Family(("<|channel|>",), dropped=("<|start|>", "<|message|>", "<|constrain|>", "<|end|>"), channels=True),
     "gemma4": Family(
         ("<|tool_call>", '<|"|>', "<tool_call|>"),
-        (("<|tool_call>call:", _gemma),),
+        (("<|tool_call>call:", gemma_call),),
         thoughts=(("<|channel>thought\n", "<channel|>"),),
         dropped=("<|tool_response>",),
         tight=False,
@@ -492,7 +154,7 @@ FAMILIES: dict[str, Family] = {
         (
             (
                 "<|tool_call_begin|>",
-                _headed(
+                headed_call(
                     r"\s*(?:functions\.)?(?P<name>[^\s:<]+)(?::\d+)?\s*<\|tool_call_argument_begin\|>\s*",
                     "<|tool_call_end|>",
                 ),
@@ -512,9 +174,9 @@ FAMILIES: dict[str, Family] = {
         (
             (
                 "<｜tool▁call▁begin｜>",
-                _headed(r"function<｜tool▁sep｜>(?P<name>[^\n<]+)\n```json\n\s*", "```<｜tool▁call▁end｜>"),
+                headed_call(r"function<｜tool▁sep｜>(?P<name>[^\n<]+)\n```json\n\s*", "```<｜tool▁call▁end｜>"),
             ),
-            ("<｜tool▁call▁begin｜>", _headed(r"\s*(?P<name>[^\n<]+)<｜tool▁sep｜>\s*", "<｜tool▁call▁end｜>")),
+            ("<｜tool▁call▁begin｜>", headed_call(r"\s*(?P<name>[^\n<]+)<｜tool▁sep｜>\s*", "<｜tool▁call▁end｜>")),
         ),
         (("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),),
     ),
@@ -526,25 +188,27 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(
         ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
         (
-            ("[TOOL_CALLS]", _json()),
-            ("[TOOL_CALLS]", _headed(r"\s*(?P<name>[\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{)")),
+            ("[TOOL_CALLS]", json_call()),
+            ("[TOOL_CALLS]", headed_call(r"\s*(?P<name>[\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{)")),
         ),
         tight=False,
     ),
-    "lfm2": Family(("<|tool_call_start|>", "<|tool_call_end|>"), (("<|tool_call_start|>", _python("<|tool_call_end|>")),)),
+    "lfm2": Family(
+        ("<|tool_call_start|>", "<|tool_call_end|>"), (("<|tool_call_start|>", python_call("<|tool_call_end|>")),)
+    ),
     "glm": Family(("<arg_key>",), (("<tool_call>", _GLM),)),
     "qwen_xml": Family(
         ("<function=",),
-        (("<tool_call>", _XML), ("<tool_call>", _json("</tool_call>")), ("<function=", _XML_ALONE)),
+        (("<tool_call>", _XML), ("<tool_call>", json_call("</tool_call>")), ("<function=", _XML_ALONE)),
         dropped=("</tool_call>",),
         in_thoughts=True,
     ),
-    "hunyuan": Family(("<tool_calls>",), (("<tool_calls>", _json("</tool_calls>")),)),
-    "hermes": Family(("<tool_call>",), (("<tool_call>", _json("</tool_call>")),)),
+    "hunyuan": Family(("<tool_calls>",), (("<tool_calls>", json_call("</tool_calls>")),)),
+    "hermes": Family(("<tool_call>",), (("<tool_call>", json_call("</tool_call>")),)),
     "llama": Family(
         ("<|python_tag|>", '"parameters": ', "<|python_start|>", "<|python_end|>"),
-        (("<|python_tag|>", _json(bare=True)), ("<|python_start|>", _python("<|python_end|>"))),
-        bare=(_json(bare=True), _python(bare=True)),
+        (("<|python_tag|>", json_call(bare=True)), ("<|python_start|>", python_call("<|python_end|>"))),
+        bare=(json_call(bare=True), python_call(bare=True)),
         tight=False,
     ),
     "plain": Family(tight=False),
@@ -564,7 +228,41 @@ def schemas_of(tools: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any
     return {name: schema if isinstance(schema, Mapping) else {} for name, schema in schemas.items()}
 
 
-# The parser
+# The parsers
+
+
+class _Giver:
+    """Gives calls: when they are whole, or as they grow."""
+
+    def __init__(self, growing: bool):
+        self._growing = growing
+        self._given: Event | None = None  # of a call that isn't whole
+
+    def grow(self, events: list[Event], call: IncompleteError) -> None:
+        """Gives what is new of a call that isn't whole."""
+        if not self._growing:
+            return
+        with suppress(MalformedError):  # what follows will tell
+            arguments = call.arguments()
+            if self._given is None:
+                events.append(Event("call", arguments, call.name))
+            elif arguments.startswith(self._given.text):
+                events.append(Event("arguments", arguments[len(self._given.text) :]))
+            else:  # a key that comes twice
+                return
+            self._given = Event("call", arguments, call.name)
+
+    def whole(self, events: list[Event], calls: list[Event]) -> None:
+        """Gives whole calls; of the first one, what hasn't been given."""
+        given, self._given = self._given, None
+        if given is not None and calls[0].name == given.name and calls[0].text.startswith(given.text):
+            events.append(Event("arguments", calls[0].text[len(given.text) :]))
+            calls = calls[1:]
+        events += calls
+
+    def forget(self) -> None:
+        """What was given is no call after all."""
+        self._given = None
 
 
 class ReplyParser:
@@ -573,6 +271,9 @@ class ReplyParser:
     How the text is cut into pieces changes nothing. A call is given when it is whole. What isn't one after all is text;
     only behind whole calls, one that the end cuts off is dropped. White space around thoughts belongs to neither part.
 
+    Calls that are given as they grow have the same arguments in the end. One of a known function that begins well but
+    isn't a call after all has been given then: its arguments stay a beginning, which is no JSON, and its text is text.
+
     Parameters
     ----------
     family : Family
@@ -580,10 +281,15 @@ class ReplyParser:
         The tools on offer, whose schemas say what arguments are. None: nothing is a call.
     prompt : str
         What comes before. Many templates begin the model's thoughts themselves.
+    growing : bool
+        Whether calls are given as they grow: an event "call" with a beginning of the arguments, then "arguments".
     """
 
-    def __init__(self, family: Family, tools: Iterable[Mapping[str, Any]] | None = (), prompt: str = ""):
+    def __init__(
+        self, family: Family, tools: Iterable[Mapping[str, Any]] | None = (), prompt: str = "", growing: bool = False
+    ):
         self._family = family
+        self._giver = _Giver(growing)
         self._schemas = schemas_of(tools or ())
         self._offered = tools
         self._calls = () if tools is None else family.calls
@@ -616,7 +322,7 @@ class ReplyParser:
         # A long call is read again only when it has grown: else its time would be quadratic.
         held = len(self._held)
         self._look_at = held + held // 64 if held > 4096 else 0
-        return [event for event in events if event.text]
+        return [event for event in events if event.text or event.kind == "call"]
 
     def _step(self, events: list[Event], final: bool) -> bool:
         """Takes the next part of the held text; False if nothing more is certain."""
@@ -714,6 +420,8 @@ class ReplyParser:
             text = self._held
         elif self._family.tight:
             text = text.rstrip()  # what is left out may belong to a call's mark
+        if text:
+            self._giver.forget()  # a call without a mark, which is none
         if text.strip():
             self._at_start = False
         if not (self._at_start and not mark and not final):
@@ -737,7 +445,7 @@ class ReplyParser:
         return state != "wait"
 
     def _take_call(
-        self, events: list[Event], at: int, mark: str, final: bool, readers: Sequence[_Read] | None = None
+        self, events: list[Event], at: int, mark: str, final: bool, readers: Sequence[Read] | None = None
     ) -> str:
         """Takes a call whose mark is at a place in the held text.
 
@@ -747,25 +455,28 @@ class ReplyParser:
             "taken"; "wait": its end hasn't come; "text": it is none.
         """
         waits = False
+        grown = None
         for read in readers or [read for begin, read in self._calls if begin == mark]:
             try:
                 calls, end = read(self._held, at + len(mark), self._schemas, final)
-            except _IncompleteError:
+                made = [Event("call", dumps(arguments), name) for name, arguments in calls]
+            except IncompleteError as error:
                 waits = True
+                grown = grown or (error if error.name in self._schemas else None)
                 continue
-            except _MalformedError:
+            except MalformedError:
                 continue
-            try:
-                made = [Event("call", json.dumps(a, ensure_ascii=False, allow_nan=False), name) for name, a in calls]
-            except (ValueError, RecursionError):
-                continue
-            events += made
+            self._giver.whole(events, made)
             self._held = self._held[end:]
             self._called = self._called_in_section = True
             self._at_start = False
             return "taken"
         if waits and not final:
+            if grown is not None:
+                self._giver.grow(events, grown)
             return "wait"
+        if mark:
+            self._giver.forget()
         if mark and waits and (self._called or not self._held[at + len(mark) :].strip()):
             following = self._held.find(mark, at + len(mark))
             self._held = self._held[following:] if following >= 0 else ""
@@ -807,26 +518,59 @@ class ReplyParser:
             body = self._held[: ended.start()] if ended else self._held
             events.append(Event(kind, body))
         else:
+            name = recipient.group(1)
+            function = name.removeprefix("functions.")
             if not whole and not final:
+                call = growing_json(self._held, function, skip(self._held, 0))
+                if ended is None and call.name in self._schemas:
+                    self._giver.grow(events, call)
                 return False
             body = self._held[: ended.start()] if ended else self._held
-            name = recipient.group(1)
             if self._offered is None:
                 events.append(Event("content", body))
             elif name.startswith("functions.") or name in self._schemas:
                 try:
-                    arguments = _loads(body)
+                    arguments = loads(body)
                     if not isinstance(arguments, dict):
-                        raise _MalformedError
-                    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-                    events.append(Event("call", text, name.removeprefix("functions.")))
+                        raise MalformedError
+                    self._giver.whole(events, [Event("call", dumps(arguments), function)])
                     self._called = True
-                except (_MalformedError, ValueError, RecursionError):
+                except MalformedError:
+                    self._giver.forget()
                     if not (self._called and ended is None):
                         events.append(Event("content", body))
         self._held = self._held[ended.end() :] if ended else ""
         self._in_header = True
         return True
+
+
+class ForcedCalls:
+    """Reads a list of calls that a reply has to be; see `ReplyParser`."""
+
+    def __init__(self, growing: bool = False) -> None:
+        self._giver = _Giver(growing)
+        self._text = ""
+        self._at = 0
+        self._called = False
+
+    def push(self, text: str) -> list[Event]:
+        """Takes the next piece; what is certain now."""
+        self._text += text
+        events: list[Event] = []
+        while begun := BEGUN.search(self._text, self._at):
+            name = loads(begun["name"])
+            try:
+                stop = json_end(self._text, begun.end())
+            except IncompleteError:
+                self._giver.grow(events, growing_json(self._text, name, begun.end()))
+                break
+            self._giver.whole(events, [Event("call", dumps(loads(self._text[begun.end() : stop])), name)])
+            self._at, self._called = stop, True
+        return events
+
+    def flush(self) -> list[Event]:
+        """What was cut off before it was a call is text, if nothing was called."""
+        return [Event("content", self._text)] if not self._called and self._text else []
 
 
 def parse_reply(text: str, family: Family, tools: Iterable[Mapping[str, Any]] | None = (), prompt: str = "") -> list[Event]:

@@ -38,9 +38,12 @@ class Segment:
         return "".join(self.texts)
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """A call's arguments; none until they are whole."""
-        return json.loads(self.text) if self.texts else {}
+    def arguments(self) -> dict[str, Any] | None:
+        """A call's arguments; None until they are whole."""
+        try:
+            return json.loads(self.text)
+        except ValueError:
+            return None
 
 
 class Delta(NamedTuple):
@@ -93,7 +96,7 @@ class Answer:
                 deltas.append(Delta(len(self.segments) - 1, self.segments[-1], ""))
                 self._add_text("call", event.text, deltas)
             elif event.text:
-                self._add_text(event.kind, event.text, deltas)
+                self._add_text("call" if event.kind == "arguments" else event.kind, event.text, deltas)
 
     def _add_text(self, kind: str, text: str, deltas: list[Delta]) -> None:
         if not self.segments or self.segments[-1].kind != kind:
@@ -116,8 +119,8 @@ class Answer:
 
     @property
     def calls(self) -> list[Segment]:
-        """The calls."""
-        return [segment for segment in self.segments if segment.kind == "call"]
+        """The calls that are whole."""
+        return [segment for segment in self.segments if segment.kind == "call" and segment.arguments is not None]
 
     @property
     def finish_reason(self) -> str:

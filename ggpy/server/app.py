@@ -287,7 +287,7 @@ class Server:
             prompt, generations = self._reply(served, conversation, options, values.get("n", 1))
 
             def written(generations: list[Generation]) -> tuple[Writer, list[Answer]]:
-                answers = [Answer(g, prompt.parser()) for g in generations]
+                answers = [Answer(g, prompt.parser(bool(values.get("stream")))) for g in generations]
                 tokenizer = served.model.tokenizer
                 return ChatWriter(served.name, answers, tokenizer, wanted, with_usage), answers
 
@@ -397,7 +397,7 @@ class Server:
             prompt, generations = self._reply(served, conversation, options, 1)
 
             def written(generations: list[Generation]) -> tuple[Writer, list[Answer]]:
-                answer = Answer(generations[0], prompt.parser())
+                answer = Answer(generations[0], prompt.parser(bool(values.get("stream"))))
                 return writer(served, answer), [answer]
 
             return generations, written

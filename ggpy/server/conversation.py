@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import Error
 from ..generate.generation import Generation
 from ..generate.model import Model
-from ..generate.replies import FAMILIES, Event, Family, ReplyParser
+from ..generate.replies import FAMILIES, Event, Family, ForcedCalls, ReplyParser
 from .errors import invalid, too_long
 
 #: parts of a message's content that are text, and those that name something else than text
@@ -219,11 +219,11 @@ class Prompt:
             self.text += _answer_start(self._family, self.text)
         self.text += start
 
-    def parser(self) -> "Parser":
-        """What reads one reply."""
+    def parser(self, growing: bool) -> "Parser":
+        """What reads one reply; `growing`: its calls are given as they grow."""
         if self.forced:
-            return ForcedCalls()
-        return ReplyParser(self._family, self._tools, self.text) if self._free else Plain()
+            return ForcedCalls(growing)
+        return ReplyParser(self._family, self._tools, self.text, growing) if self._free else Plain()
 
 
 class Plain:
@@ -236,30 +236,6 @@ class Plain:
     def flush(self) -> list[Event]:
         """What was held back, at the end."""
         return []
-
-
-class ForcedCalls:
-    """Reads a list of calls that the reply had to be."""
-
-    def __init__(self) -> None:
-        self._text = ""
-        self._at = 0
-
-    def push(self, text: str) -> list[Event]:
-        """Takes the next piece; the calls that are whole now."""
-        self._text += text
-        events = []
-        while (start := self._text.find("{", self._at)) >= 0 and self._text[-1] in "}] \n":
-            try:
-                call, self._at = json.JSONDecoder().raw_decode(self._text, start)
-            except ValueError:
-                break
-            events.append(Event("call", json.dumps(call["arguments"], ensure_ascii=False), call["name"]))
-        return events
-
-    def flush(self) -> list[Event]:
-        """What was cut off before it was a call is text, if nothing was called."""
-        return [Event("content", self._text)] if not self._at and self._text else []
 
 
 Parser = ReplyParser | ForcedCalls | Plain
@@ -288,7 +264,10 @@ def _calls_schema(tools: Sequence[Mapping[str, Any]], choice: str, parallel: boo
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": function["name"]}, "arguments": function["parameters"]},
+            "properties": {
+                "name": {"const": function["name"]},
+                "arguments": {"type": "object", **function["parameters"]},
+            },
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }

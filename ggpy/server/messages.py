@@ -156,7 +156,7 @@ def _event(kind: str, **data: Any) -> Event:
 
 def _block(segment: Segment) -> dict[str, Any]:
     if segment.kind == "call":
-        facts = {"id": f"toolu_{segment.id}", "name": segment.name, "input": segment.arguments}
+        facts = {"id": f"toolu_{segment.id}", "name": segment.name, "input": segment.arguments or {}}
         return {"type": "tool_use", **facts, "caller": {"type": "direct"}}
     if segment.kind == "reasoning":
         return {"type": "thinking", "thinking": segment.text, "signature": ""}

@@ -120,7 +120,9 @@ class ResponsesWriter(SegmentWriter):
     def closed(self, place: int, segment: Segment) -> list[Event]:
         """An item is whole."""
         kind, key, more = _DELTAS[segment.kind]
-        item = self._items[place] = {**_item(segment, "completed"), "id": self._items[place]["id"]}
+        is_whole = segment.kind != "call" or segment.arguments is not None
+        item = _item(segment, "completed" if is_whole else "incomplete")
+        item = self._items[place] = {**item, "id": self._items[place]["id"]}
         where = {"item_id": item["id"], "output_index": place}
         name = {"name": segment.name} if segment.kind == "call" else {}
         events = [self._event(f"{kind}.done", **where, **more, **name, **{key: segment.text})]

@@ -3,10 +3,11 @@ import re
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ggpy.generate.replies import FAMILIES, ReplyParser, family_of, parse_reply
+from ggpy.generate.calls import dumps, growing_json
+from ggpy.generate.replies import FAMILIES, Event, ReplyParser, family_of, parse_reply
 
 TOOLS = [
     {
@@ -33,9 +34,27 @@ def parts(events):
     return (*texts, [(e.name, json.loads(e.text)) for e in events if e.kind == "call"])
 
 
-def streamed(chunks, family, tools=TOOLS, prompt=""):
-    parser = ReplyParser(FAMILIES[family], tools, prompt)
+def streamed(chunks, family, tools=TOOLS, prompt="", growing=False):
+    parser = ReplyParser(FAMILIES[family], tools, prompt, growing)
     return [event for chunk in chunks for event in parser.push(chunk)] + parser.flush()
+
+
+def grown(events):
+    """Events in which each call is one, and the arguments of calls that never became whole."""
+    made, broken = [], []
+    for event in events:
+        if event.kind == "arguments":
+            at = max(i for i, e in enumerate(made) if e.kind == "call")
+            made[at] = made[at]._replace(text=made[at].text + event.text)
+        else:
+            made.append(event)
+    for event in [e for e in made if e.kind == "call"]:
+        try:
+            json.loads(event.text)
+        except ValueError:
+            broken.append(event.text)
+            made.remove(event)
+    return made, broken
 
 
 @pytest.mark.parametrize(
@@ -140,6 +159,62 @@ def test_any_text_is_parsed_the_same_however_it_is_cut(family, bits, data):
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))))
     chunks = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     assert parts(streamed(chunks, family)) == parts(streamed([text], family))
+    assert parts(grown(streamed(chunks, family, growing=True))[0]) == parts(streamed([text], family))
+
+
+_SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=6)
+)
+_VALUES = st.recursive(_SCALARS, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=2), x, max_size=2))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.dictionaries(st.text(max_size=4), _VALUES, max_size=3), st.booleans(), st.sampled_from([None, 1]))
+def test_arguments_grow_to_what_they_are_in_the_end(value, escaped, indent):
+    text = json.dumps(value, ensure_ascii=escaped, indent=indent)
+    whole, before = dumps(value), ""
+    for n in range(1, len(text)):
+        now = growing_json(text[:n], "f", 0).arguments()
+        assert now.startswith(before) and whole.startswith(now) and now != whole
+        before = now
+
+
+@pytest.mark.parametrize(
+    ("family", "call"),
+    [
+        ("hermes", '<tool_call>\n{"name": "add", "arguments": {"a": 1, "note": "say \\"}\\" here"}}\n</tool_call>'),
+        ("mistral", '[TOOL_CALLS]add[ARGS]{"a": 1, "note": "say \\"}\\" here"}'),
+        ("llama", '{"name": "add", "parameters": {"a": 1, "note": "say \\"}\\" here"}}'),
+        ("harmony", '<|channel|>commentary to=functions.add<|message|>{"a": 1, "note": "say \\"}\\" here"}<|call|>'),
+        (
+            "qwen_xml",
+            "<tool_call><function=add><parameter=a>1</parameter>"
+            '<parameter=note>say "}" here</parameter></function></tool_call>',
+        ),
+        ("gemma4", '<|tool_call>call:add{a:1,note:<|"|>say "}" here<|"|>}<tool_call|>'),
+    ],
+)
+def test_a_call_is_given_as_it_grows(family, call):
+    events = streamed(call, family, growing=True)
+    assert events[0].kind == "call" and events[0].name == "add" and len(events) > 1
+    assert (
+        parts(grown(events)[0]) == parts(streamed([call], family)) == ("", "", [("add", {"a": 1, "note": 'say "}" here'})])
+    )
+    # An unknown function's may be no call.
+    assert [e.kind for e in streamed(call.replace("add", "sub"), family, growing=True)] in (["call"], ["content"])
+
+
+def test_a_call_that_breaks_off_stays_a_beginning_and_its_text_is_text():
+    bad = '<tool_call>{"name": "add", "arguments": {"note": "say "hi" to', "</tool_call>"
+    good = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+    for text in (bad[0], "".join(bad), "".join(bad) + good):
+        events, broken = grown(streamed(text, "hermes", growing=True))
+        assert broken == ['{"note": "say "']
+        assert parts(events) == parts(streamed(text, "hermes"))
+    assert events[-1] == Event("call", '{"a": 1}', "add")
+    twice = '<tool_call>{"name": "add", "arguments": {"a": 1, "a": 2}}</tool_call>'
+    events, broken = grown(streamed(twice, "hermes", growing=True))
+    assert (events, broken) == ([Event("call", '{"a": 2}', "add")], ['{"a": 1'])
 
 
 # The corpus of canitoolcall
@@ -190,7 +265,7 @@ def test_the_corpus_of_canitoolcall():
         calls = tuple(ParsedToolCall(e.name, e.text) for e in events if e.kind == "call")
         return ParseResult(content or None, reasoning or None, calls)
 
-    families, passed = load_families(), Counter()
+    families, passed, n_broken = load_families(), Counter(), 0
     for fixture in load_fixtures():
         raw = fixture.raw_output
         # Named as streams that count: pieces of a character, of a few, and marks by themselves.
@@ -201,4 +276,10 @@ def test_the_corpus_of_canitoolcall():
         leaks = [row for row in rows if row.check == "no_leakage" and row.status is Status.FAIL]
         assert fixture.id == "kimi/k3-bug-response-only-completion" or not leaks
         passed[fixture.family] += case_status(rows) is Status.PASS
-    assert passed == REACHED
+        # Calls that grow are the same in the end; those that the end cuts off stay beginnings.
+        tools, prompt = fixture.tools, _prompt(fixture)
+        events, broken = grown(streamed(raw, _family(fixture), tools, prompt, growing=True))
+        assert parts(events) == parts(streamed([raw], _family(fixture), tools, prompt)), fixture.id
+        n_broken += len(broken)
+        assert not broken or {"truncated", "malformed"} & set(fixture.tags)
+    assert passed == REACHED and n_broken == 17

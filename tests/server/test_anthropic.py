@@ -46,7 +46,8 @@ def test_blocks_of_a_stream_are_opened_and_closed_in_order(client):
     text = client.post("/v1/messages?beta=true", json=body).text
     names = [line.removeprefix("event: ") for line in text.splitlines() if line.startswith("event: ")]
     assert names[:2] == ["message_start", "ping"] and names[-2:] == ["message_delta", "message_stop"]
-    assert names[2:-2] == ["content_block_start", "content_block_delta", "content_block_stop"]
+    assert names[2] == "content_block_start" and names[-3] == "content_block_stop"
+    assert len(names) > 7 and set(names[3:-3]) == {"content_block_delta"}
 
 
 def test_a_tool_is_called_and_its_result_goes_back(api):
