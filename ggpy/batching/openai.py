@@ -1,27 +1,27 @@
 """OpenAI's batch files: a request in each line, and the line that answers it."""
 
 import base64
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..errors import Error
+from ..generate.fields import CHAT, COMPLETION, EMBEDDINGS, Field, format_options, options_of, read
 from .rows import Row
 from .tasks import Kind, Settings, Task, failed, id_of, is_id, is_ids, made
 
-#: where requests go: what is made of them, and the column of the body that holds the prompt
-_URLS: dict[str, tuple[Kind, str]] = {
-    "/v1/completions": ("text", "prompt"),
-    "/v1/chat/completions": ("chat", "messages"),
-    "/v1/embeddings": ("embed", "input"),
+#: where requests go: what is made of them, the field of the body that holds the prompt, and what fields there are
+_URLS: dict[str, tuple[Kind, str, Mapping[str, Field]]] = {
+    "/v1/completions": ("text", "prompt", COMPLETION),
+    "/v1/chat/completions": ("chat", "messages", CHAT),
+    "/v1/embeddings": ("embed", "input", EMBEDDINGS),
 }
 
-#: fields of a body that say what an option of ours says
-_SAME = (
-    *("frequency_penalty", "grammar", "logit_bias", "max_tokens", "min_p", "presence_penalty", "regex", "seed", "stop"),
-    *("temperature", "top_k", "top_p", "typical_p", "chat_template_kwargs"),
-)
+#: fields that say more than an option does
+_READ = ("logprobs", "top_logprobs", "response_format", "encoding_format")
+#: fields that are columns of ours
+_SAME = ("tools", "chat_template_kwargs")
 #: fields that don't change the answer
 _IGNORED = ("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 #: fields that must have a value, which is what there is
@@ -53,13 +53,10 @@ def task_of(row: Row, settings: Settings, digest: str) -> Task:
             raise Error(f"{line.get('method')} {url}; there is POST {', '.join(_URLS)}")
         if not isinstance(body, Mapping):
             raise Error("body is an object")
-        kind, column = _URLS[url]
+        kind, column, fields = _URLS[url]
         if body.get(column) is None:
             raise Error(f"body has no {column}")
-        own: dict[str, Any] = {}
-        for name, value in body.items():
-            if name != column and name not in _IGNORED and value is not None:
-                _READ.get(name, _other)(own, name, value, kind)
+        own = _options(body, column, fields)
         given = body[column]
         if kind == "embed":
             given = [given] if isinstance(given, str) or (given and is_ids(given)) else given
@@ -75,60 +72,25 @@ def task_of(row: Row, settings: Settings, digest: str) -> Task:
         return failed(id, row, str(error), digest)
 
 
-def _other(own: dict[str, Any], name: str, value: Any, kind: Kind) -> None:
-    if name in _FIXED and value in _FIXED[name]:
-        return
-    raise Error(f"body: {name} {value!r} can't be had" if name in _FIXED else f"body: {name} isn't known")
-
-
-def _same(own: dict[str, Any], name: str, value: Any, kind: Kind) -> None:
-    if kind == "embed":
-        raise Error(f"body: {name} has no effect on an embedding")
-    own[name] = value
-
-
-def _logprobs(own: dict[str, Any], name: str, value: Any, kind: Kind) -> None:
-    """A number in completions; in chats, whether there are any, and how many of the likeliest beside."""
-    if kind == "chat" and name == "logprobs":
-        if value is True:
-            own.setdefault("logprobs", 0)
-    else:
-        own["logprobs"] = value
-
-
-def _response_format(own: dict[str, Any], name: str, value: Any, kind: Kind) -> None:
-    how = value.get("type") if isinstance(value, Mapping) else value
-    if how == "json_object":
-        own["json_schema"] = True
-    elif how == "json_schema" and isinstance(value.get("json_schema"), Mapping) and "schema" in value["json_schema"]:
-        own["json_schema"] = value["json_schema"]["schema"]
-    elif how != "text":
-        raise Error(f"body: response_format {how!r} isn't known")
-
-
-def _tools(own: dict[str, Any], name: str, value: Any, kind: Kind) -> None:
-    own["tools"] = value
-
-
-def _max_completion_tokens(own: dict[str, Any], name: str, value: Any, kind: Kind) -> None:
-    own["max_tokens"] = value
-
-
-def _encoding_format(own: dict[str, Any], name: str, value: Any, kind: Kind) -> None:
-    if kind != "embed" or value not in ("float", "base64"):
-        raise Error(f"body: encoding_format {value!r} can't be had")
-    own["encoding_format"] = value
-
-
-_READ: dict[str, Callable[[dict[str, Any], str, Any, Kind], None]] = {
-    **dict.fromkeys(_SAME, _same),
-    "logprobs": _logprobs,
-    "top_logprobs": _logprobs,
-    "response_format": _response_format,
-    "tools": _tools,
-    "max_completion_tokens": _max_completion_tokens,
-    "encoding_format": _encoding_format,
-}
+def _options(body: Mapping[str, Any], column: str, fields: Mapping[str, Field]) -> dict[str, Any]:
+    """What a body says beside its prompt."""
+    said = {name: value for name, value in body.items() if name not in (column, *_IGNORED) and value is not None}
+    try:
+        for name, value in said.items():
+            if name in _FIXED and value not in _FIXED[name]:
+                raise Error(f"{name} {value!r} can't be had")
+            known = name in fields and (fields[name].option or name in (*_READ, *_SAME))
+            if name not in _FIXED and not known:
+                raise Error(f"{name} isn't known")
+        values = read(said, {name: field for name, field in fields.items() if name not in _FIXED})
+        own = {**options_of(values, fields), **format_options(values.get("response_format"))}
+    except Error as error:
+        raise Error(f"body: {error}") from None
+    # A number in completions; in chats, whether there are any, and how many of the likeliest beside.
+    logprobs = values.get("top_logprobs", values.get("logprobs"))
+    if logprobs is not None and logprobs is not False:
+        own["logprobs"] = 0 if logprobs is True else logprobs
+    return own | {name: values[name] for name in (*_SAME, "encoding_format") if name in values}
 
 
 # Results

@@ -26,11 +26,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
 from ..errors import Error
+from ..generate.fields import Field, FieldError, format_options, options_of, read
 from ..generate.generation import Generation
 from . import fields, messages, responses
 from .answers import Answer, new_id, usage_of
 from .cache import Cache
-from .chat import ChatWriter, conversation_of, format_options
+from .chat import ChatWriter, conversation_of
 from .completions import CompletionWriter, continuations, gap_ids, prompt_ids, prompts_of
 from .conversation import Conversation, Plain, Prompt, replies
 from .engine import Stream
@@ -191,13 +192,13 @@ class Server:
             raise invalid("the request's body must be a JSON object")
         return body
 
-    async def read(self, request: Request, table: Mapping[str, fields.Field]) -> dict[str, Any]:
+    async def read(self, request: Request, table: Mapping[str, Field]) -> dict[str, Any]:
         """The known fields of a request, checked."""
-        return fields.read(await self.body(request), table)
+        return read(await self.body(request), table)
 
-    def options(self, values: Mapping[str, Any], table: Mapping[str, fields.Field], served: Served) -> dict[str, Any]:
+    def options(self, values: Mapping[str, Any], table: Mapping[str, Field], served: Served) -> dict[str, Any]:
         """The options of a request's generations."""
-        options = {**self.defaults, **fields.options_of(values, table)}
+        options = {**self.defaults, **options_of(values, table)}
         if values.get("ignore_eos"):
             ends = dict.fromkeys(served.model.tokenizer.end_tokens, float("-inf"))
             options["logit_bias"] = {**options.get("logit_bias", {}), **ends}
@@ -274,7 +275,7 @@ class Server:
         """POST /v1/chat/completions"""
         values = await self.read(request, fields.CHAT)
         conversation = conversation_of(values)
-        more = {**format_options(values.get("response_format"))}
+        more = format_options(values.get("response_format"))
         wanted = values.get("logprobs", False)
         if wanted:
             more["logprobs"] = values.get("top_logprobs", 0)
@@ -307,7 +308,7 @@ class Server:
             raise invalid("best_of can't be streamed", "best_of")
         if values.get("suffix") and (len(prompts) > 1 or not isinstance(prompts[0], str)):
             raise invalid("suffix goes with one prompt, a text", "suffix")
-        more = {**format_options(values.get("response_format"))}
+        more = format_options(values.get("response_format"))
         wanted = "logprobs" in values
         if wanted or each > n:
             more["logprobs"] = values.get("logprobs", 0)
@@ -385,7 +386,7 @@ class Server:
         self,
         request: Request,
         values: Mapping[str, Any],
-        table: Mapping[str, fields.Field],
+        table: Mapping[str, Field],
         conversation: Conversation,
         more: Mapping[str, Any],
         writer: Callable[[Served, Answer], Writer],
@@ -793,6 +794,11 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
     return _error_response(request.url.path, error)
 
 
+async def _on_field_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, FieldError)
+    return _error_response(request.url.path, refused(error))
+
+
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     words = {404: f"nothing at {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}
@@ -813,7 +819,7 @@ class Endpoint(NamedTuple):
     method: str
     path: str
     name: str
-    table: Mapping[str, fields.Field] | None = None
+    table: Mapping[str, Field] | None = None
 
 
 ENDPOINTS = (
@@ -901,7 +907,13 @@ def application(
 
     routes = [Route(e.path, getattr(server, e.name), methods=[e.method]) for e in ENDPOINTS]
     routes.append(Route("/openapi.json", description, methods=["GET"]))
-    handlers = {APIError: _on_api_error, HTTPException: _on_http_error, ClientDisconnect: _on_error, Exception: _on_error}
+    handlers = {
+        APIError: _on_api_error,
+        FieldError: _on_field_error,
+        HTTPException: _on_http_error,
+        ClientDisconnect: _on_error,
+        Exception: _on_error,
+    }
     return Starlette(
         routes=routes,
         middleware=[Middleware(Guard, limits=limits, metrics=server.metrics)],

@@ -46,34 +46,6 @@ def one_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"role": "system", "content": text}, *messages[n:]]
 
 
-def format_options(form: object, where: str = "response_format") -> dict[str, Any]:
-    """What a `response_format` means for a generation.
-
-    Raises
-    ------
-    APIError
-        It isn't understood.
-    """
-    if form is None:
-        return {}
-    assert isinstance(form, dict)
-    kind = form.get("type")
-    if kind == "text":
-        return {}
-    if kind == "json_object":
-        schema = form.get("schema")
-        if schema is not None and not isinstance(schema, dict):
-            raise invalid(f"{where}.schema must be an object", where)
-        return {"json_schema": schema or True}
-    if kind == "json_schema":
-        inside = form.get("json_schema", form)
-        schema = inside.get("schema") if isinstance(inside, dict) else None
-        if not isinstance(schema, dict):
-            raise invalid(f"{where}: a json_schema needs a schema", where)
-        return {"json_schema": schema}
-    raise invalid(f'{where}.type must be "text", "json_object" or "json_schema"', where)
-
-
 class ChatWriter(Writer):
     """Writes answers as chat completions."""
 

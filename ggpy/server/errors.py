@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..errors import ContextFullError, Error
+from ..generate.fields import FieldError
 
 #: error types by status, as OpenAI's API names them
 _TYPES = {
@@ -76,7 +77,7 @@ def too_long(n_prompt: int, n_ctx: int) -> APIError:
 
 def refused(error: Error) -> APIError:
     """What ggpy refuses before it begins is the client's mistake."""
-    return invalid(str(error))
+    return invalid(str(error), error.name if isinstance(error, FieldError) else None)
 
 
 def failed(error: Error) -> APIError:

@@ -4,9 +4,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from ..generate.fields import format_options
 from .answers import Answer, Segment, Usage, new_id
 from .chat import conversation_of as chat_conversation
-from .chat import format_options
 from .conversation import Conversation
 from .errors import APIError, invalid
 from .writer import Event, SegmentWriter
