@@ -63,8 +63,9 @@ def serve(
     try:
         import uvicorn
 
-        from ..server.app import Limits, application
+        from ..server.app import application
         from ..server.cache import Cache
+        from ..server.guard import Limits
         from ..server.models import Served
     except ImportError as error:
         raise Error(f"serving needs more packages ({error}): pip install 'ggpy[serve]'") from None

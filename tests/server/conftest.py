@@ -9,7 +9,8 @@ import pytest
 import uvicorn
 
 from ggpy.hub import model_file
-from ggpy.server.app import Limits, application
+from ggpy.server.app import application
+from ggpy.server.guard import Limits
 from ggpy.server.models import Served
 
 

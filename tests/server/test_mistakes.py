@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from ggpy.server.app import Limits
+from ggpy.server.guard import Limits
 from ggpy.server.models import Served
 
 from .conftest import serving

@@ -13,9 +13,10 @@ import ggpy
 from ggpy.cli.serve import _template_kwargs
 from ggpy.errors import Error
 from ggpy.generate.chat import ChatTemplate
-from ggpy.server.app import Limits, Server
 from ggpy.server.chat import conversation_of
 from ggpy.server.conversation import Prompt
+from ggpy.server.endpoints import Server
+from ggpy.server.guard import Limits
 from ggpy.server.models import Models
 
 BODY = {"prompt": "Once upon", "n_predict": 8, "temperature": 0}
