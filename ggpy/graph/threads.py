@@ -10,9 +10,11 @@ from typing import NoReturn
 
 import numpy as np
 
+from ..cpus import usable_cpus
 from ..errors import Error
 from ..kernels.build import KERNEL_TYPE, Progress, load
 from ..kernels.table import SYNC_LINE, SYNC_LOCK, SYNC_RELEASE, SYNC_TAKE, SYNC_WORKERS, SYNC_YIELD
+from ..kernels.waiting import FUTEX, LEAST_SPINS, MOST_SPINS, SYNC_MOST_SPINS, SYNC_SYSCALL
 
 _SPINS = 30_000  # about a millisecond without work before a worker leaves the processor to others
 _SECONDS_TO_END = 2.0  # that closing waits for the workers
@@ -99,13 +101,17 @@ class _Workers:
         self._memory = aligned(8 * (SYNC_WORKERS + SYNC_LINE * (n_threads - 1))).view(np.int64)
         #: address of the memory described in `kernels.tape`
         self.sync = self._memory.ctypes.data
+        crowded = n_threads > usable_cpus()
+        self._memory[SYNC_MOST_SPINS] = LEAST_SPINS if crowded else MOST_SPINS
         self._memory[SYNC_YIELD] = _yield_address()
+        if FUTEX:
+            self._memory[SYNC_SYSCALL] = _address(ctypes.CDLL(None).syscall)
         self._memory[SYNC_TAKE] = _address(ctypes.pythonapi.PyThread_acquire_lock)
         self._memory[SYNC_RELEASE] = _address(ctypes.pythonapi.PyThread_release_lock)
         self._locks = [_Lock() for _ in range(1, n_threads)]
         self._memory[SYNC_WORKERS + SYNC_LOCK :: SYNC_LINE] = [lock.address for lock in self._locks]
         self._wait, self._end = KERNEL_TYPE(kernels["wait_for_work"]), KERNEL_TYPE(kernels["end_team"])
-        self._params = np.array([self.sync, kernels["run_tape"], _SPINS], np.int64)
+        self._params = np.array([self.sync, kernels["run_tape"], LEAST_SPINS if crowded else _SPINS], np.int64)
         self._pid = os.getpid()
         self._threads = [
             threading.Thread(target=self._work, args=(i,), daemon=True, name=f"ggpy-{i}") for i in range(1, n_threads)

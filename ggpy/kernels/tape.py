@@ -3,7 +3,7 @@
 `tape` holds three int64 a step: the kernel's address, its parameters' address, and whether the threads must meet before it.
 `sync` is the team's shared memory, in cache lines of 64 bytes; `table` has the slots' numbers:
 
-    arrivals     how often a thread has come to a barrier; only grows
+    arrivals     how often a thread has come to a barrier, which only grows; how threads wait there (`waiting`)
     calls        how many runs have been asked for; whether the workers shall end
     request      `run_tape`'s parameters, arrivals before the run, C functions: to yield the processor, to take a lock, to
                  release it
@@ -18,6 +18,7 @@ word. Whoever takes ASLEEP back, in one step, decides: the worker itself, and do
 then releases it, once.
 """
 
+from ..simd.futex import sleep_while, wake_all
 from ..simd.vector import (
     atomic_add,
     atomic_load,
@@ -46,37 +47,55 @@ from .table import (
     SYNC_WORKERS,
     SYNC_YIELD,
 )
-
-_SPINS_BEFORE_YIELDING = 2_000  # some 30 microseconds: longer than balanced waits; on a busy machine others get on
+from .waiting import FUTEX, LEAST_SPINS, SYNC_MOST_SPINS, SYNC_SLEEPERS, SYNC_SPINS, SYNC_SYSCALL
 
 
 @function
-def barrier(sync, nth, target, yield_processor):
-    atomic_add(sync + 8 * SYNC_ARRIVALS, 1)
-    spins = 0
-    while atomic_load(sync + 8 * SYNC_ARRIVALS) < target:
-        spin_hint()
-        spins += 1
-        if spins > _SPINS_BEFORE_YIELDING:
-            call_plain(yield_processor)
+def barrier(sync, target):
+    """Waits until there are `target` arrivals: at the processor, then asleep (or, where that can't be, letting others on).
+
+    Where waits are long others want the processor, too: each sleep halves the time at the processor of the next waits in
+    this run. Who sleeps is counted before it looks at the arrivals for the last time, within the system call; who arrives
+    last counts itself before it looks who sleeps. So one of the two sees the other.
+    """
+    arrivals = sync + 8 * SYNC_ARRIVALS
+    sleepers = sync + 8 * SYNC_SLEEPERS
+    if atomic_add(arrivals, 1) + 1 == target:
+        if FUTEX and atomic_load(sleepers):
+            wake_all(ld_i64(sync + 8 * SYNC_SYSCALL), FUTEX, arrivals)
+        return
+    spins = ld_i64(sync + 8 * SYNC_SPINS)  # several threads write it: any of their numbers will do
+    waited = 0
+    seen = atomic_load(arrivals)
+    while seen < target:
+        if waited < spins:
+            waited += 1
+            spin_hint()
+        elif FUTEX:
+            atomic_add(sleepers, 1)
+            sleep_while(ld_i64(sync + 8 * SYNC_SYSCALL), FUTEX, arrivals, seen)
+            atomic_add(sleepers, -1)
+            st_i64(sync + 8 * SYNC_SPINS, max(spins >> 1, LEAST_SPINS))
+        else:
+            call_plain(ld_i64(sync + 8 * SYNC_YIELD))
+        seen = atomic_load(arrivals)
 
 
 @kernel("run_tape")
 def run_tape(ith, nth, tape, n_ops, sync, profile):
     """Runs the tape once. `profile`, if not 0, gets the clock before each step and after the last (thread 0)."""
-    yield_processor = ld_i64(sync + 8 * SYNC_YIELD)
     target = ld_i64(sync + 8 * SYNC_BASE)
     for i in range(n_ops):
         step = tape + 24 * i
         if nth > 1 and ld_i64(step + 16):
             target += nth
-            barrier(sync, nth, target, yield_processor)
+            barrier(sync, target)
         if profile and ith == 0:
             st_i64(profile + 8 * i, clock())
         call_kernel(ld_i64(step), ith, nth, ld_i64(step + 8))
     if nth > 1:
         target += nth
-        barrier(sync, nth, target, yield_processor)
+        barrier(sync, target)
     if profile and ith == 0:
         st_i64(profile + 8 * n_ops, clock())
 
@@ -108,6 +127,7 @@ def run_team(ith, nth, tape, n_ops, sync, profile, run_tape, done):
     st_i64(request + 24, profile)
     # All have come to the last barrier of the run before, so that nobody counts arrivals now.
     st_i64(sync + 8 * SYNC_BASE, atomic_load(sync + 8 * SYNC_ARRIVALS))
+    st_i64(sync + 8 * SYNC_SPINS, ld_i64(sync + 8 * SYNC_MOST_SPINS))
     if nth > 1:
         atomic_add(sync + 8 * SYNC_CALLS, 1)
         wake(sync, nth)

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
@@ -236,7 +237,13 @@ def _run(options: dict[str, Any], tell: Callable[[str], None]) -> Level:
     """Measures a file in a child process, which writes a line of JSON whenever there is something to tell."""
     command = [sys.executable, "-c", "from ggpy.measure.levels import child; child()", json.dumps(options)]
     # Not in the terminal's process group: an interrupt reaches it from here alone, so that it can remove what it began.
-    pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "encoding": "utf-8", "start_new_session": True}
+    pipe: dict[str, Any] = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "text": True,
+        "encoding": "utf-8",
+        "start_new_session": True,
+    }
     with subprocess.Popen(command, **pipe) as process:
         assert process.stdout is not None
         message: dict[str, Any] = {}
@@ -265,6 +272,11 @@ def child() -> None:
     def say(**message: Any) -> None:
         print(json.dumps(message), flush=True)
 
+    def end_with_parent() -> None:
+        os.read(0, 1)
+        os._exit(1)  # who asked was killed; what was begun here is removed by the next
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         say(level=asdict(measure_level(**json.loads(sys.argv[1]), tell=lambda s: say(state=s))))
     except KeyboardInterrupt:

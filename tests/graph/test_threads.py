@@ -17,6 +17,7 @@ from ggpy.errors import Error
 from ggpy.graph import Graph, Pages, Program, Team
 from ggpy.graph.threads import aligned
 from ggpy.kernels.build import load
+from ggpy.kernels.waiting import FUTEX
 
 from .runs import alone
 from .weights import random_weight
@@ -151,6 +152,24 @@ def test_workers_that_fall_asleep_as_a_run_begins_take_part(team):
         while time.perf_counter() < until:
             pass
         np.testing.assert_array_equal(program.run(inputs, alone(5))["out"], expected)
+
+
+@pytest.mark.skipif(not FUTEX, reason="threads that wait only yield here")
+def test_more_threads_than_processors_sleep_while_they_wait():
+    said = in_a_process(
+        """
+        import resource
+
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        team = Team(8)
+        program, inputs, expected = small_program(team)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+        for _ in range(100):
+            assert (program.run(inputs, alone(5))["out"] == expected).all()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before)
+        """
+    )
+    assert int(said) > 500  # of 7 workers at 4 barriers of 100 runs
 
 
 def test_several_threads_run_one_team_in_turn(team):
