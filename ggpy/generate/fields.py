@@ -3,7 +3,7 @@
 A field's form is a JSON schema, of which `fault` knows the keywords that stand here. Null counts as left out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import inf, isfinite
 from typing import Any, NamedTuple
 
@@ -141,6 +141,8 @@ GENERATION: dict[str, Field] = {
     "model": Field(TEXT),
     "stream": Field(BOOL),
     "ignore_eos": Field(BOOL),
+    "return_progress": Field(BOOL),
+    "timings_per_token": Field(BOOL),
 }
 #: what all conversations have in common
 CONVERSATION = {
@@ -199,8 +201,18 @@ def read(body: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, Any]
     return {name: _settled(value, fields[name].schema) for name, value in known.items()}
 
 
-def options_of(values: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, Any]:
+def options_of(
+    values: Mapping[str, Any], fields: Mapping[str, Field], encode: Callable[[str], list[int]] | None = None
+) -> dict[str, Any]:
     """The options of a generation among a request's fields.
+
+    Parameters
+    ----------
+    values : mapping
+        Checked fields.
+    fields : mapping of str to Field
+    encode : callable, optional
+        Gives the tokens of texts that have a bias.
 
     Raises
     ------
@@ -213,7 +225,9 @@ def options_of(values: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[s
         if not option:
             continue
         try:
-            options[option] = _READERS.get(option, lambda x: x)(value)
+            options[option] = _bias(value, encode) if option == "logit_bias" else value
+            if option == "seed" and value < 0:  # a random one
+                options[option] = None
             if option in option_table():
                 options[option] = checked_option(option, options[option])
         except Error as error:
@@ -248,16 +262,15 @@ def format_options(form: Mapping[str, Any] | None, where: str = "response_format
     raise FieldError(f'{where}.type must be "text", "json_object" or "json_schema"', where)
 
 
-def _bias(value: Any) -> dict[int, float]:
-    pairs = value.items() if isinstance(value, dict) else value
+def _bias(value: Any, encode: Callable[[str], list[int]] | None) -> dict[int, float]:
+    """Biases by token, from pairs or an object; that of a text is one of each of its tokens. In an object, a number is a
+    token."""
+    made: dict[int, float] = {}
     try:
-        return {int(token): -inf if bias is False else bias for token, bias in pairs}
+        for key, bias in value.items() if isinstance(value, dict) else value:
+            is_text = isinstance(key, str) and not (isinstance(value, dict) and key.isdecimal())
+            tokens = encode(key) if is_text and encode is not None else [int(key)]
+            made |= dict.fromkeys(tokens, -inf if bias is False else bias)
     except (TypeError, ValueError):
-        raise Error("logit_bias must be token ids with numbers") from None
-
-
-#: what options are called otherwise than ggpy has them: no number as seed is a random one, no list of stop texts is one
-_READERS: dict[str, Any] = {
-    "logit_bias": _bias,
-    "seed": lambda x: None if x < 0 else x,
-}
+        raise Error("logit_bias must be token ids, or texts, with numbers") from None
+    return made

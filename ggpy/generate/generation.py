@@ -141,6 +141,11 @@ class Generation:
         return self._request.n_reused
 
     @property
+    def n_evaluated(self) -> int:
+        """Tokens of the prompt that were evaluated so far, or whose keys and values were there already."""
+        return self._request.n_evaluated
+
+    @property
     def n_drafted(self) -> int:
         """Tokens that speculation proposed and the model checked."""
         return self._request.n_drafted

@@ -54,6 +54,8 @@ class Request:
         How it ended: one of the two, or None while it goes on.
     cancelled : bool
         May be set by any thread.
+    n_evaluated : int
+        Tokens of the prompt that were evaluated so far, or known.
     sequence : TokenSequence or None
         Its keys and values, while it is at work.
     prefix : Prefix or None
@@ -92,7 +94,7 @@ class Request:
     ):
         self.tokens = list(prompt_ids)
         self.n_prompt = len(prompt_ids)
-        self.n_reused = 0
+        self.n_reused = self.n_evaluated = 0
         self.prompt_seconds = self.decode_seconds = 0.0
         self.pieces: deque[Piece] = deque()
         self.finish_reason: str | None = None
@@ -339,6 +341,7 @@ class Scheduler:
             for (r, ids), draft in zip(work, guesses, strict=True):
                 if not (draft and runner.has_states):  # a state with guesses isn't that of the tokens
                     _sequence(r).advance(ids)
+                r.n_evaluated = max(r.n_evaluated, min(len(_sequence(r).ids), r.n_prompt))
             self._check_hooks()  # another thread may have set some before the run
             for (r, ids), draft, span, logits, rows in zip(work, guesses, spans, results, made, strict=True):
                 n_right = self._take(r, ids, draft, logits)

@@ -59,6 +59,10 @@ class ChatWriter(Writer):
         """The first chunks: whose words these are."""
         return [self._chunk(i, {"role": "assistant", "content": None}) for i in range(len(self._answers))]
 
+    def waiting(self, index: int) -> list[Event]:
+        """A chunk without anything."""
+        return [self._chunk(index, {})]
+
     def take(self, index: int, deltas: Sequence[Delta]) -> list[Event]:
         """Chunks with what is certain now."""
         return [self._chunk(index, self._delta(index, delta), logprobs=i == 0) for i, delta in enumerate(deltas)]

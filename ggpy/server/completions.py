@@ -1,7 +1,7 @@
 """OpenAI's completions: texts that go on, with the log-probabilities of the prompt if they are asked for."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from ..errors import Error
@@ -83,9 +83,14 @@ def gap_ids(model: Model, before: str, behind: str, more: str = "") -> list[int 
 
 
 def continuations(
-    model: Model, prompts: Sequence[Prompt], options: Mapping[str, Any], n: int, echo: bool
+    model: Model,
+    prompts: Sequence[Prompt],
+    options: Mapping[str, Any],
+    n: int = 1,
+    echo: bool = False,
+    change: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> list[Generation]:
-    """Begins n continuations of each prompt; of all, none is begun if one can't be.
+    """Begins n continuations of each prompt; of all, none is begun if one can't be. `change` makes each one's options.
 
     Raises
     ------
@@ -107,7 +112,7 @@ def continuations(
     try:
         for ids in encoded:
             for _ in range(n):
-                begun.append(model.generate(ids, echo=echo, **seeded(options, len(begun))))
+                begun.append(model.generate(ids, echo=echo, **change(seeded(options, len(begun)))))
     except Error:
         for generation in begun:
             generation.cancel()
@@ -127,6 +132,10 @@ class CompletionWriter(Writer):
         self._head = {**head, "system_fingerprint": FINGERPRINT}
         self._said = [0] * len(answers)
         self._offset = [0] * len(answers)
+
+    def waiting(self, index: int) -> list[Event]:
+        """A chunk without text."""
+        return [self._chunk(index, "")]
 
     def take(self, index: int, deltas: Sequence[Delta]) -> list[Event]:
         """A chunk with the text that is certain now."""

@@ -25,7 +25,7 @@ from .errors import APIError, invalid, refused
 from .guard import Limits
 from .metrics import Metrics
 from .models import Models, Served
-from .native import NativeWriter
+from .native import NativeWriter, WatchedSampler, watched
 from .page import page
 from .transport import JSON, Events, body_of, connected, events, whole
 from .writer import FINGERPRINT, Writer
@@ -61,7 +61,7 @@ class Server:
 
     def options(self, values: Mapping[str, Any], table: Mapping[str, Field], served: Served) -> dict[str, Any]:
         """The options of a request's generations."""
-        options = {**self.defaults, **options_of(values, table)}
+        options = {**self.defaults, **options_of(values, table, served.model.tokenizer.encode_inside)}
         if values.get("ignore_eos"):
             ends = dict.fromkeys(served.model.tokenizer.end_tokens, float("-inf"))
             options["logit_bias"] = {**options.get("logit_bias", {}), **ends}
@@ -109,14 +109,16 @@ class Server:
             except Error as error:
                 raise refused(error) from None
             writer, answers = written(generations)
-            stream = Stream(served.engine, generations, self.limits.seconds)
+            progress = values.get("stream", False) and values.get("return_progress", False)
+            stream = Stream(served.engine, generations, self.limits.seconds, progress)
             if served.cache is not None:
                 stack.callback(_remember, served.cache, generations)
             stack.callback(stream.close)
             stack.callback(lambda: self.metrics.answered(usage_of(answers, n_prompts), answers))
             request.state.usage = lambda: usage_of(answers, n_prompts)
             if values.get("stream"):
-                return Events(events(stream, writer, answers, n_prompts), stack.pop_all())
+                timings = values.get("timings_per_token", False)
+                return Events(events(stream, writer, answers, n_prompts, timings), stack.pop_all())
             return JSON(await connected(request, whole(stream, writer, answers, n_prompts)))
         raise AssertionError  # the stack hides no errors
 
@@ -299,14 +301,25 @@ class Server:
         def begin(served: Served) -> Any:
             options = self.options(values, fields.INFILL, served)
             n_probs = values.get("n_probs", 0)
-            more = {"logprobs": n_probs} if n_probs else {}
-            generations = continuations(served.model, prompts(served), {**options, **more}, 1, False)
+            samplers: list[WatchedSampler] = []
+
+            def watch(options: dict[str, Any]) -> dict[str, Any]:
+                options, sampler = watched(served.model, options, n_probs)
+                samplers.append(sampler)
+                return options
+
+            if n_probs and values.get("post_sampling_probs"):
+                generations = continuations(served.model, prompts(served), options, change=watch)
+            else:
+                more = {"logprobs": n_probs} if n_probs else {}
+                generations = continuations(served.model, prompts(served), {**options, **more})
             for i, generation in enumerate(generations):
                 generation.index, generation.choice = i, 0
 
             def written(generations: list[Generation]) -> tuple[Writer, list[Answer]]:
                 answers = [Answer(generation, Plain()) for generation in generations]
-                return NativeWriter(served.name, answers, served.model.tokenizer, options, values), answers
+                writer = NativeWriter(served.name, answers, served.model.tokenizer, options, values, samplers)
+                return writer, answers
 
             return generations, written
 

@@ -69,7 +69,7 @@ class Engine:
                 _log.exception("a run failed")
                 for stream in streams:
                     stream.error = error
-            ready = [s for s in streams if s.error is not None or any(g.ready for g in s.generations)]
+            ready = [s for s in streams if s.error is not None or any(map(s.has_news, s.generations))]
             if ready:
                 self._loop.call_soon_threadsafe(_wake, ready)
 
@@ -98,15 +98,28 @@ class Stream:
     generations : sequence of Generation
     seconds : float, optional
         Those that haven't ended by then are cancelled.
+    with_progress : bool
+        Whether there is something to yield, too, when more of a prompt is evaluated.
     """
 
-    def __init__(self, engine: Engine, generations: Sequence[Generation], seconds: float | None = None):
-        self.generations = list(generations)
+    def __init__(
+        self,
+        engine: Engine,
+        generations: Sequence[Generation],
+        seconds: float | None = None,
+        with_progress: bool = False,
+    ):
+        self.generations, self.with_progress = list(generations), with_progress
+        self._evaluated = dict.fromkeys(self.generations, 0) if with_progress else {}  # how much of prompts was told
         self.event = asyncio.Event()
         self.error: Exception | None = None
         self._engine = engine
         self._timer = asyncio.get_running_loop().call_later(seconds, self._cancel) if seconds is not None else None
         engine.add(self)
+
+    def has_news(self, generation: Generation) -> bool:
+        """Whether there is something to take of a generation."""
+        return generation.ready or generation.n_evaluated > self._evaluated.get(generation, generation.n_evaluated)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, list[Piece], bool]]:
         left = dict(enumerate(self.generations))
@@ -114,11 +127,13 @@ class Stream:
             self.event.clear()
             if self.error is not None:
                 raise self.error
-            ready = [(i, g) for i, g in left.items() if g.ready]
+            ready = [(i, g) for i, g in left.items() if self.has_news(g)]
             if not ready:
                 await self.event.wait()
                 continue
             for i, generation in ready:
+                if generation in self._evaluated:
+                    self._evaluated[generation] = generation.n_evaluated
                 pieces: list[Piece] = []
                 ended = False
                 while generation.ready and not ended:

@@ -55,6 +55,8 @@ NATIVE = {
     "prompt": Field(PROMPT),
     "n_probs": Field(whole(0, 100)),
     "return_tokens": Field(BOOL),
+    "post_sampling_probs": Field(BOOL),
+    "response_fields": Field(list_of(TEXT)),
 }
 INFILL = {
     **NATIVE,

@@ -100,6 +100,10 @@ class ResponsesWriter(SegmentWriter):
         """The response without output."""
         return [self._event(kind, response=self._response("in_progress")) for kind in ("created", "in_progress")]
 
+    def waiting(self, index: int) -> list[Event]:
+        """The response without output, again."""
+        return [self._event("in_progress", response=self._response("in_progress"))]
+
     def opened(self, place: int, segment: Segment) -> list[Event]:
         """An item begins."""
         item = _item(segment, "in_progress")

@@ -16,7 +16,7 @@ from ..errors import Error
 from .answers import Answer, usage_of
 from .engine import Stream
 from .errors import APIError, failed, invalid
-from .writer import Writer
+from .writer import Progress, Writer, timings_of
 
 _log = logging.getLogger("ggpy.server")
 T = TypeVar("T")
@@ -128,21 +128,29 @@ async def _leaving(request: Request) -> None:
         pass
 
 
-async def events(stream: Stream, writer: Writer, answers: list[Answer], n_prompts: int) -> AsyncIterator[str]:
-    """The events of a request's answers, as they are sent."""
+async def events(
+    stream: Stream, writer: Writer, answers: list[Answer], n_prompts: int, with_timings: bool
+) -> AsyncIterator[str]:
+    """The events of a request's answers, as they are sent; with llama.cpp's `timings_per_token`, if it is asked for."""
     for event in writer.start():
         yield _written(*event)
+    progress = Progress(writer, answers, with_timings) if stream.with_progress else None
     try:
         async for index, pieces, ended in stream:
-            deltas = answers[index].take(pieces, ended)
-            events = writer.take(index, deltas) + (writer.end(index) if ended else [])
-            if events:
-                yield "".join(_written(*event) for event in events)
+            made = progress.take(index) if progress is not None else []
+            new = writer.take(index, answers[index].take(pieces, ended)) + (writer.end(index) if ended else [])
+            if new and with_timings:
+                new[-1][1]["timings"] = timings_of(answers[index])
+            if made or new:
+                yield "".join(_written(*event) for event in made + new)
     except Exception as error:
         for event in writer.failed(_as_api_error(error)):
             yield _written(*event)
         return
-    yield "".join(_written(*event) for event in writer.finish(usage_of(answers, n_prompts))) + writer.after
+    last = writer.finish(usage_of(answers, n_prompts))
+    if last and with_timings:
+        last[-1][1]["timings"] = timings_of(answers[0])
+    yield "".join(_written(*event) for event in last) + writer.after
 
 
 async def whole(stream: Stream, writer: Writer, answers: list[Answer], n_prompts: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What all APIs' answers have in common."""
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -43,6 +44,10 @@ class Writer(ABC):
         """What comes first."""
         return []
 
+    def waiting(self, index: int) -> list[Event]:
+        """An answer's prompt is evaluated; the last event will say how far."""
+        return []
+
     @abstractmethod
     def take(self, index: int, deltas: Sequence[Delta]) -> list[Event]:
         """What becomes certain of an answer."""
@@ -62,6 +67,37 @@ class Writer(ABC):
     @abstractmethod
     def whole(self, usage: Usage) -> Any:
         """All answers at once."""
+
+
+class Progress:
+    """Says how far the prompts of answers are evaluated, as llama.cpp's server does for `return_progress`."""
+
+    def __init__(self, writer: Writer, answers: Sequence[Answer], with_timings: bool):
+        self._writer, self._answers, self._with_timings = writer, answers, with_timings
+        self._started = time.perf_counter()
+        self._told: dict[int, int] = {}
+
+    def take(self, index: int) -> list[Event]:
+        """What is new: first how much of a prompt was known, then how much of it is evaluated."""
+        answer = self._answers[index]
+        n, cached = answer.generation.n_evaluated, answer.generation.n_reused
+        if not n:
+            return []
+        news = [(cached, 0.0)] if index not in self._told else []
+        if n > self._told.get(index, cached):
+            news.append((n, 1000 * (time.perf_counter() - self._started)))
+        self._told[index] = n
+        events: list[Event] = []
+        for processed, ms in news:
+            made = self._writer.waiting(index)
+            if made:
+                total = len(answer.generation.prompt_ids)
+                facts = {"total": total, "cache": cached, "processed": processed, "time_ms": round(ms)}
+                made[-1][1]["prompt_progress"] = facts
+                if self._with_timings:
+                    made[-1][1]["timings"] = {**timings_of(answer), "prompt_n": processed - cached, "prompt_ms": ms}
+            events += made
+        return events
 
 
 class SegmentWriter(Writer):

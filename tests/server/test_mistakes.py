@@ -36,7 +36,7 @@ USER = {"role": "user", "content": "Hello"}
         (CHAT, {**HELLO, "n": 0}, "n"),
         (CHAT, {**HELLO, "stop": ""}, None),
         (CHAT, {**HELLO, "stop": [1]}, "stop"),
-        (CHAT, {**HELLO, "logit_bias": {"x": 1}}, "logit_bias"),
+        (CHAT, {**HELLO, "logit_bias": {"1": "x"}}, "logit_bias"),
         (CHAT, {**HELLO, "logit_bias": {"99999999": 1}}, None),
         (CHAT, {**HELLO, "top_logprobs": 3}, "top_logprobs"),
         (CHAT, {**HELLO, "response_format": {"type": "xml"}}, "response_format"),

@@ -17,7 +17,9 @@ from ggpy.server.chat import conversation_of
 from ggpy.server.conversation import Prompt
 from ggpy.server.endpoints import Server
 from ggpy.server.guard import Limits
-from ggpy.server.models import Models
+from ggpy.server.models import Models, Served
+
+from .conftest import serving
 
 BODY = {"prompt": "Once upon", "n_predict": 8, "temperature": 0}
 TEXTS = ["The cat sat on the mat.", "Stars", "Grüße"]
@@ -208,3 +210,57 @@ def test_the_description_has_the_fields_that_are_checked(client):
     body = paths["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert body["properties"]["top_logprobs"] == {"type": "integer", "minimum": 0, "maximum": 20}
     assert set(paths) >= {"/v1/responses", "/v1/messages", "/v1/embeddings", "/v1/rerank", "/metrics"}
+
+
+def chunks_of(response):
+    return [json.loads(line[6:]) for line in response.text.split("\n") if line.startswith("data: {")]
+
+
+def test_biases_may_be_of_texts(client):
+    first = client.post("/completion", json={**BODY, "return_tokens": True}).json()
+    word = first["content"].split()[0]
+    for bias in ([[f" {word}", False]], {f" {word}": -100}):
+        assert word not in client.post("/completion", json={**BODY, "logit_bias": bias}).json()["content"].split()
+
+
+def test_some_fields_of_an_answer(client):
+    whole = client.post("/completion", json=BODY).json()
+    body = {**BODY, "response_fields": ["content", "generation_settings/n_predict", "prompt", "no/such"]}
+    expected = {"content": whole["content"], "generation_settings/n_predict": 8, "prompt": whole["prompt"]}
+    assert client.post("/completion", json=body).json() == expected
+    assert chunks_of(client.post("/completion", json={**body, "stream": True}))[-1] == {**expected, "content": ""}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_probabilities_that_a_token_was_drawn_with(client, stream):
+    body = {**BODY, "temperature": 1, "top_k": 5, "seed": 3}
+    plain = client.post("/completion", json=body).json()
+    got = client.post("/completion", json={**body, "n_probs": 10, "post_sampling_probs": True, "stream": stream})
+    answers = chunks_of(got)[:-1] if stream else [got.json()]
+    assert "".join(answer["content"] for answer in answers) == plain["content"]
+    drawn = [one for answer in answers for one in answer["completion_probabilities"]]
+    assert len(drawn) == 8
+    for one in drawn:
+        assert 0 < len(one["top_probs"]) <= 5 and sum(top["prob"] for top in one["top_probs"]) == pytest.approx(1)
+        assert one["prob"] == {top["id"]: top["prob"] for top in one["top_probs"]}[one["id"]]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/completion"])
+def test_how_far_a_prompt_is_evaluated(demo, path):
+    text = "Once upon a time " * 60
+    prompt = {"messages": [{"role": "user", "content": text}], "input": text, "prompt": text, "model": "demo"}
+    how = {"max_tokens": 2, "stream": True, "return_progress": True, "timings_per_token": True}
+    with serving([Served("demo", demo, {"n_ctx": 1024, "n_batch": 64})]) as client:
+        for is_known in (False, True):
+            chunks = chunks_of(client.post(path, json={**prompt, **how}))
+            told = [chunk["prompt_progress"] for chunk in chunks if "prompt_progress" in chunk]
+            assert [chunk["timings"]["prompt_n"] for chunk in chunks if "prompt_progress" in chunk] == [
+                one["processed"] - one["cache"] for one in told
+            ]
+            total, cached = told[0]["total"], told[0]["cache"]
+            assert (cached > 0) == is_known and total > 240
+            processed = [one["processed"] for one in told]
+            assert processed[0] == cached and processed == sorted(set(processed)) and processed[-1] == total
+            assert is_known or len(told) >= total // 64
+            assert all((one["total"], one["cache"]) == (total, cached) for one in told)
+            assert any("timings" in chunk and "prompt_progress" not in chunk for chunk in chunks)
