@@ -95,10 +95,18 @@ def serve(
             )
             for name, model in named
         ]
-        app = application(served, most, limits, sampling_values(given), template_kwargs)
+        failures: list[Exception] = []
+
+        def end(error: Exception) -> None:
+            failures.append(error)
+            server.should_exit = True
+
+        app = application(served, most, limits, sampling_values(given), template_kwargs, end)
         config = uvicorn.Config(app, host, port, access_log=False, log_config=None, server_header=False)
         server = uvicorn.Server(config)
         server.run()
+    if failures:
+        raise failures[0]
     if not server.started:
         sys.exit(1)
 

@@ -1,7 +1,8 @@
 """The application: which endpoint is at which path, and what becomes of errors."""
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
@@ -114,8 +115,10 @@ def application(
     limits: Limits,
     defaults: Mapping[str, Any],
     template_kwargs: Mapping[str, Any] | None = None,
+    on_failure: Callable[[Exception], None] | None = None,
 ) -> Starlette:
-    """The application, for any ASGI server; it loads the first model as it starts.
+    """The application, for any ASGI server. When it has started it loads the first model, and is unavailable (503) until
+    that is done.
 
     Parameters
     ----------
@@ -127,14 +130,26 @@ def application(
         Options of generations for requests that don't say otherwise.
     template_kwargs : mapping, optional
         What chat templates are told where requests don't say otherwise.
+    on_failure : callable, optional
+        Called if the first model can't be loaded.
     """
     server = Server(Models(served, memory), limits, defaults, template_kwargs)
 
+    async def start() -> None:
+        try:
+            await server.models.start()
+            _log.info("ready")
+        except Exception as error:
+            _log.error("the model can't be loaded: %s", error)
+            if on_failure is not None:
+                on_failure(error)
+
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with server.models.use(None):
-            pass
+        starting = asyncio.create_task(start())
+        await asyncio.sleep(0)  # it has begun before anybody can ask
         yield
+        await starting
         await server.models.close()
 
     async def description(request: Request) -> Response:

@@ -518,6 +518,7 @@ class Server:
 
     async def health(self, request: Request) -> Response:
         """GET /health"""
+        self.models.check_started()
         return JSON({"status": "ok"})
 
 

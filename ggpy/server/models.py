@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -89,12 +89,32 @@ class Models:
         send names of other servers' models.
     memory : int
         Bytes that loaded models may take together.
+
+    Attributes
+    ----------
+    starting : bool
+        Whether the first one is still being loaded as the server starts: until then nobody is let wait.
     """
 
-    def __init__(self, served: Sequence[Served], memory: int, on_load: Callable[[Served], None] | None = None):
+    def __init__(self, served: Sequence[Served], memory: int):
         self.served = {one.name: one for one in served}
-        self._memory, self._on_load = memory, on_load
+        self._memory = memory
         self._loading = asyncio.Lock()
+        self.starting = False
+
+    async def start(self) -> None:
+        """Loads the first one."""
+        self.starting = True
+        try:
+            async with self._use(self.named(None)):
+                pass
+        finally:
+            self.starting = False
+
+    def check_started(self) -> None:
+        """Raises APIError while the first one is being loaded."""
+        if self.starting:
+            raise APIError(503, "the model is being loaded", headers={"Retry-After": "2"})
 
     def named(self, name: str | None) -> Served:
         """The model of a name.
@@ -119,9 +139,14 @@ class Models:
         Raises
         ------
         APIError
-            There is none of that name, or no memory for it while others are at work.
+            There is none of that name, or no memory for it while others are at work; or the server only starts.
         """
-        served = self.named(name)
+        self.check_started()
+        async with self._use(self.named(name)) as served:
+            yield served
+
+    @asynccontextmanager
+    async def _use(self, served: Served) -> AsyncIterator[Served]:
         served.n_used += 1
         try:
             if not served.is_loaded:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import httpx
 import pytest
@@ -29,6 +30,8 @@ def test_a_server_without_a_model_serves_the_demo_and_lets_answers_finish_when_i
         reader = threading.Thread(target=lambda: rest.extend(server.stderr))
         reader.start()
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"X-Api-Key": "secret"}, timeout=60) as client:
+            while client.get("/health").status_code == 503:
+                time.sleep(0.05)
             (model,) = client.get("/v1/models").json()["data"]
             assert model["id"] == "demo" and model["meta"]["n_ctx"] == 512
             body = {"prompt": "Once", "max_tokens": 100, "ignore_eos": True, "stream": True}

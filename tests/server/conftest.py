@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from contextlib import contextmanager
 
 import httpx
@@ -15,9 +16,9 @@ from ggpy.server.models import Served
 
 
 @contextmanager
-def serving(served, limits=None, memory=1 << 40, defaults=None):
-    """A client of a server with these models."""
-    app = application(served, memory, limits or Limits(), defaults or {})
+def serving(served, limits=None, memory=1 << 40, defaults=None, ready=True, on_failure=None):
+    """A client of a server with these models, by default when the first one is loaded."""
+    app = application(served, memory, limits or Limits(), defaults or {}, None, on_failure)
     server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="warning", lifespan="on"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
@@ -27,6 +28,8 @@ def serving(served, limits=None, memory=1 << 40, defaults=None):
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            while ready and client.get("/health").status_code == 503:
+                time.sleep(0.01)
             yield client
     finally:
         server.should_exit = True
