@@ -42,7 +42,7 @@ def serve(
     ] = None,
     cache_dir: Annotated[
         Path | None,
-        typer.Option("--cache-dir", help="Folder that keeps what was computed for the next start."),
+        typer.Option("--cache-dir", help="Folder that keeps what was computed, also for the next start."),
     ] = None,
     cache_size: Annotated[str, typer.Option("--cache-size", help="What its files may take.")] = "4G",
     max_queue: Annotated[int, typer.Option("--max-queue", min=0, help="Answers that may wait for their turn.")] = 64,
@@ -64,9 +64,8 @@ def serve(
         import uvicorn
 
         from ..server.app import application
-        from ..server.cache import Cache
         from ..server.guard import Limits
-        from ..server.models import Served
+        from ..server.models import Cache, Served
     except ImportError as error:
         raise Error(f"serving needs more packages ({error}): pip install 'ggpy[serve]'") from None
     named = [_named(model) for model in models or ["demo"]]

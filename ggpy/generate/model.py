@@ -23,6 +23,7 @@ from .embedding import POOLINGS, embed, hidden_states, pooling_of, projections_o
 from .generation import Generation
 from .memory import MemoryUse, memory_use
 from .options import ChatOptions, Drafter, GenerationOptions, JSONSchema, Processor, Sampler, checked_option, with_options
+from .page_files import PageFiles
 from .ranking import Ranker, pair_of, rerank
 from .replies import Family, family_of
 from .runner import Runner
@@ -472,6 +473,29 @@ class Model:
         """
         with self.load_sequence(path) as sequence:
             self._scheduler.remember(sequence)
+
+    def keep_cache(self, folder: str | Path, n_bytes: int = 4 << 30) -> None:
+        """Keeps in a folder, from now on, what generations compute of keys and values, and of states; and takes from there
+        what is known of their prompts, for the same bits as without. `close` waits until all is written.
+
+        Parameters
+        ----------
+        folder : str or Path
+            It is made if need be. It may serve several models, and processes.
+        n_bytes : int
+            What its files may take together; those used longest ago make room. Damaged ones are removed.
+
+        Raises
+        ------
+        Error
+            The folder can't be made.
+        """
+        self._runner.check()
+        files = PageFiles(self._runner, Path(folder), n_bytes)
+        with self._runner.lock:
+            before, self._scheduler.files = self._scheduler.files, files
+        if before is not None:
+            before.close()
 
     def graph(self, n_tokens: int = 1, n_outputs: int | None = None) -> Graph:
         """The compute graph for up to n_tokens tokens and the logits of n_outputs of them, by default of all, to look at;

@@ -24,15 +24,21 @@ class Prefix:
         Their ids in rising order: those that begin most alike are neighbours.
     snapshot : Snapshot or None
         Of the state after these ids, in models with states.
+    digest : bytes
+        Of all ids up to its end, where `PageFiles` has needed it.
+    is_kept : bool
+        Whether a file has the page.
     """
 
-    __slots__ = ("children", "ids", "in_order", "page", "parent", "snapshot")
+    __slots__ = ("children", "digest", "ids", "in_order", "is_kept", "page", "parent", "snapshot")
 
     def __init__(self, page: int, ids: tuple[int, ...], parent: "Prefix | None"):
         self.page, self.ids, self.parent = page, ids, parent
         self.children: dict[tuple[int, ...], Prefix] = {}
         self.in_order: list[tuple[int, ...]] = []
         self.snapshot: Snapshot | None = None
+        self.digest = b""
+        self.is_kept = False
 
     @property
     def slot(self) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from ..errors import ContextFullError, Error
 from ..graph import pages_of
 from ..kernels.table import SLAB
+from .page_files import PageFiles
 from .piece import Piece
 from .prefixes import Prefix, common
 from .runner import Runner
@@ -219,6 +220,11 @@ class Scheduler:
     What a generation gives doesn't depend on its company: values are the same bits whoever is in a run, and each has its
     own sampler. So it doesn't matter either that runs are cut to measured times.
 
+    Attributes
+    ----------
+    files : PageFiles or None
+        What has been computed in earlier processes, and keeps it for later ones.
+
     Parameters
     ----------
     runner : Runner
@@ -236,6 +242,7 @@ class Scheduler:
             self._most = min(self._most, runner.pages.states.n_slots // 2)
         self._hooks: tuple = ()
         self._rate = 0.0  # tokens of prompts per second
+        self.files: PageFiles | None = None
 
     @property
     def most(self) -> int:
@@ -461,6 +468,8 @@ class Scheduler:
             request.sequence = TokenSequence(runner)
             request.prefix, request.n_known = runner.prefixes.root, 0
             request.start()
+            if self.files is not None:
+                self.files.find(request.tokens[: request.first_wanted])
             self._running.append(request)
 
     def _prefer(self, wanted: Request) -> None:
@@ -612,6 +621,8 @@ class Scheduler:
                 self._runner.pages.share(r.prefix.page)
                 sequence.pages[at] = r.prefix.page
                 self._runner.pages.give(page)
+            if self.files is not None:
+                self.files.keep(r.prefix)
         n = len(sequence.ids)
         if n in r.stops or n % SNAPSHOT_TOKENS == 0:
             r.stops.discard(n)
@@ -621,6 +632,8 @@ class Scheduler:
         """Makes a sequence's state that of a prefix, which has all of its tokens."""
         if sequence.slot >= 0 and sequence.is_current and prefix is not None and prefix.slot < 0:
             prefix.snapshot = self._runner.snapshots.add(sequence.slot, len(sequence.ids))
+            if self.files is not None:
+                self.files.keep(prefix)
 
     def _cut(self, r: Request, n: int) -> None:
         """Lets a sequence forget all but its first n tokens, or some more in models with states."""
@@ -715,6 +728,8 @@ class Scheduler:
             self._running.clear()
             self._waiting.clear()
             self._submitted.clear()
+        if self.files is not None:
+            self.files.close()
 
 
 def _may_go_on(r: Request, wanted: Request) -> bool:

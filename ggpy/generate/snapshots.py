@@ -17,12 +17,15 @@ class Snapshot:
         -1 when others have needed the room.
     n_tokens : int
         After how many tokens.
+    is_kept : bool
+        Whether a file has it.
     """
 
-    __slots__ = ("n_tokens", "slot")
+    __slots__ = ("is_kept", "n_tokens", "slot")
 
     def __init__(self, slot: int, n_tokens: int):
         self.slot, self.n_tokens = slot, n_tokens
+        self.is_kept = False
 
 
 class Snapshots:

@@ -16,7 +16,6 @@ from ..generate.fields import Field, format_options, options_of, read
 from ..generate.generation import Generation
 from . import fields, messages, responses
 from .answers import Answer, usage_of
-from .cache import Cache
 from .chat import ChatWriter, conversation_of
 from .completions import CompletionWriter, continuations, gap_ids, prompt_ids, prompts_of
 from .conversation import Conversation, Plain, Prompt, replies
@@ -111,8 +110,6 @@ class Server:
             writer, answers = written(generations)
             progress = values.get("stream", False) and values.get("return_progress", False)
             stream = Stream(served.engine, generations, self.limits.seconds, progress)
-            if served.cache is not None:
-                stack.callback(_remember, served.cache, generations)
             stack.callback(stream.close)
             stack.callback(lambda: self.metrics.answered(usage_of(answers, n_prompts), answers))
             request.state.usage = lambda: usage_of(answers, n_prompts)
@@ -520,13 +517,6 @@ class Server:
         """GET /health"""
         self.models.check_started()
         return JSON({"status": "ok"})
-
-
-def _remember(cache: Cache, generations: Sequence[Generation]) -> None:
-    """What was evaluated of answers: all but the last token."""
-    for generation in generations:
-        if generation.ids:
-            cache.remember([*generation.prompt_ids, *generation.ids[:-1]])
 
 
 def _with_usage(values: Mapping[str, Any]) -> bool:

@@ -5,12 +5,18 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..generate.model import Model
-from .cache import Cache
 from .engine import Engine
 from .errors import APIError
+
+
+class Cache(NamedTuple):
+    """See `Model.keep_cache`."""
+
+    folder: Path
+    n_bytes: int
 
 
 class Served:
@@ -25,7 +31,7 @@ class Served:
     model, engine
         While it is loaded.
     cache : Cache or None
-        Keeps what it has computed while it isn't.
+        The folder that keeps what it computes, and how many bytes it may have.
     n_used : int
         Requests that use it now.
     n_answers : int
@@ -66,7 +72,7 @@ class Served:
         """Opens the file."""
         model = await asyncio.to_thread(lambda: Model(self.path, **self._how))
         if self.cache is not None:
-            await asyncio.to_thread(self.cache.load, model)
+            await asyncio.to_thread(model.keep_cache, *self.cache)
         self._model = model
         self._engine = Engine(asyncio.get_running_loop(), f"ggpy {self.name}")
 
@@ -74,8 +80,6 @@ class Served:
         """Closes the file; nobody uses it."""
         model, engine, self._model, self._engine = self.model, self.engine, None, None
         await asyncio.to_thread(engine.close)
-        if self.cache is not None:
-            await asyncio.to_thread(self.cache.save, model)
         await asyncio.to_thread(model.close)
 
 
