@@ -87,7 +87,10 @@ class Form:
 
     def __init__(self, source: Source, settings: Settings, digest: str, model: str):
         self.settings, self.digest, self.model = settings, settings.digest(digest), model
+        unread = next(iter(source), None)
         first = next((row.columns for row in source if not row.error), None)
+        if first is None and unread is not None:
+            raise Error(f"{source.name}: no row can be read; the first: {unread.error}")
         self.is_openai = first is not None and openai.is_request(first)
         if first is not None and not self.is_openai and not any(has_columns(row.columns) for row in source):
             raise Error(f"{source.name}: no row has a prompt or messages; the first has {', '.join(first) or 'nothing'}")
@@ -264,6 +267,8 @@ def _run(
         raise Error(f"shard {shard[0]} of {shard[1]}: the first is 1")
     path = Path(output)
     source = Source(rows)
+    if source.path is not None and path.exists() and path.samefile(source.path):
+        raise Error(f"{path}: the rows' own file; name another output")
     form = Form(source, settings, f"{model.digest} {model.n_ctx}", model.file.path.stem)
     if form.is_openai and is_parquet(path):
         raise Error(f"{path}: results of OpenAI's requests are JSON lines")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +18,9 @@ except ImportError:  # Windows
 
 Known = Callable[[Mapping[str, Any]], tuple[object, object]]
 _ROWS = 4096  # of a Parquet file that are written at once
+# An id may be torn.
+_ID = re.compile(rb'\{"id": (?:"(?:[^"\\]|\\.)*(?:"|\\?\Z)|-?\d*)')
+_SECOND = (b', "key": "', b', "custom_id": ')  # what follows the id in results
 
 
 class Output:
@@ -151,8 +155,12 @@ class Output:
 
 def _may_be_result(line: bytes) -> bool:
     """Whether a line that isn't whole is the beginning of a result, or was never written to the disk."""
-    start = line[:6]
-    return b'{"id":'.startswith(start) or not start.strip(b"\0")
+    line = line.rstrip(b"\0")
+    found = _ID.match(line)
+    if found is None:
+        return b'{"id": '.startswith(line)
+    rest = line[found.end() :]
+    return any(name.startswith(rest[: len(name)]) for name in _SECOND)
 
 
 def _write_parquet(path: Path, lines: Path) -> None:

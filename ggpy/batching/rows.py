@@ -1,6 +1,7 @@
 """Where a batch's rows come from: JSON lines, a Parquet file, or a list."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 from ..errors import Error, UnsupportedError
 
 _ROWS = 1024  # of a Parquet file that are read at once
+_MOST_BYTES = 16 << 20  # of a line
 
 
 class Row(NamedTuple):
@@ -76,13 +78,27 @@ def _checked(place: int, found: object) -> Row:
 
 def _json_rows(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
-        for place, line in enumerate(file, 1):
+        for place, line in enumerate(iter(lambda: file.readline(_MOST_BYTES), b""), 1):
+            if len(line) == _MOST_BYTES and not line.endswith(b"\n"):
+                while len(rest := file.readline(_MOST_BYTES)) == _MOST_BYTES and not rest.endswith(b"\n"):
+                    pass
+                yield Row(place, {}, f"a line of more than {_MOST_BYTES:,} bytes")
+                continue
             if not line.strip():
                 continue
             try:
-                yield _checked(place, json.loads(line.decode("utf-8-sig" if place == 1 else "utf-8")))
+                text = line.decode("utf-8-sig" if place == 1 else "utf-8")
+                yield _checked(place, json.loads(text, object_pairs_hook=_each_once))
             except (ValueError, RecursionError) as error:
                 yield Row(place, {}, f"no JSON: {error}")
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{json.dumps(next(name for name in found if names.count(name) > 1))} stands there twice")
+    return found
 
 
 def parquet() -> Any:
@@ -117,6 +133,8 @@ def parquet_columns(path: Path, names: Iterable[str] | None = None) -> Iterator[
 
     try:
         with reader.ParquetFile(path) as file:
+            if twice := [n for n, count in Counter(file.schema_arrow.names).items() if count > 1]:
+                raise Error(f"{path}: two columns {twice[0]!r}")
             columns = None if names is None else [n for n in names if n in file.schema_arrow.names]
             for batch in file.iter_batches(_ROWS, columns=columns):
                 yield from map(_without_nulls, batch.to_pylist())

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import ContextFullError, Error
@@ -242,12 +243,12 @@ def _text(events: list[Event], kind: str) -> str:
 
 
 def checked_messages(messages: Iterable[Message]) -> list[Message]:
-    """The messages as a list.
+    """The messages as a list, contents in parts as one text: many templates would write out the parts' Python.
 
     Raises
     ------
     Error
-        One isn't a mapping with a role.
+        One isn't a mapping with a role, has no content, unless it is the assistant's, or one that isn't text.
     """
     if isinstance(messages, (str, Mapping)):
         raise Error("messages are a list of mappings with role and content")
@@ -255,7 +256,26 @@ def checked_messages(messages: Iterable[Message]) -> list[Message]:
     for i, message in enumerate(checked):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise Error(f"message {i + 1} is no mapping with a role and content")
+        content = message.get("content")
+        if content is None and message["role"] != "assistant":
+            raise Error(f"message {i + 1}, of {message['role']!r}, has no content")
+        if not isinstance(content, (str, NoneType)):
+            checked[i] = {**message, "content": _joined(content, f"message {i + 1}")}
     return checked
+
+
+def _joined(content: object, where: str) -> str:
+    """The text of a content in parts."""
+    if not isinstance(content, Sequence):
+        raise Error(f"{where}: a content is a text, or a list of parts that are text, not {type(content).__name__}")
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise Error(f"{where}: a part of type {kind!r}; models see text alone")
+        texts.append(text)
+    return "\n".join(texts)
 
 
 def _without_oldest(messages: Sequence[Message]) -> list[Message]:

@@ -136,12 +136,16 @@ def test_bad_rows_have_errors_and_stop_nobody(model, tmp_path):
         '{"id": 20, "prompt": "x", "options": {"json_schema": true, "regex": "a"}}': "one of",
         '{"id": 21, "prompt": "x", "options": {"logit_bias": {"a": 1}}}': "logit_bias",
         '{"id": 22, "prompt": []}': "empty",
+        '{"id": 23, "prompt": "x", "prompt": "y"}': '"prompt" stands there twice',
+        '{"id": 24, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}': "type 'image_url'",
+        '{"id": 25, "messages": [{"role": "user", "content": {"text": "x"}}]}': "a content is a text",
+        '{"id": 26, "messages": [{"role": "user"}]}': "has no content",
         "[" * 100_000: "no JSON",
     }
-    rows = written(tmp_path / "in.jsonl", [*bad, *ROWS[23:]])
+    rows = written(tmp_path / "in.jsonl", [*bad, *ROWS[27:]])
     summary = ggpy.batch(model, rows, tmp_path / "out", temperature=0, ordered=True)
     found = read(tmp_path / "out")
-    assert summary.n_errors == len(bad) and summary.n_new == len(bad) + 17
+    assert summary.n_errors == len(bad) and summary.n_new == len(bad) + 13
     assert all(row.get("text") for row in found[len(bad) :])
     for result, words in zip(found, bad.values(), strict=False):
         assert words in result["error"] and "\n" not in result["error"], result
@@ -242,6 +246,22 @@ def test_parquet_in_and_out(model, tmp_path):
     ggpy.batch(model, ["text", *ROWS[:1]], tmp_path / "mixed.parquet")  # ids of both kinds are texts
     assert sorted(pq.read_table(tmp_path / "mixed.parquet")["id"].to_pylist()) == ["0", "row 1"]
     assert ggpy.batch(model, ["text", *ROWS[:1]], tmp_path / "mixed.parquet").n_new == 0
+    pq.write_table(pa.table([["a"], ["b"]], names=["prompt", "prompt"]), tmp_path / "twice.parquet")
+    with pytest.raises(ggpy.Error, match=r"twice\.parquet: two columns 'prompt'"):
+        ggpy.batch(model, tmp_path / "twice.parquet", tmp_path / "out.jsonl")
+
+
+def test_lines_of_any_kind(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("ggpy.batching.rows._MOST_BYTES", 64)
+    (tmp_path / "in").write_bytes(
+        b'\xef\xbb\xbf{"id": 1, "prompt": "x"}\r\n\n{"id": 2, "prompt": "\xff"}\n'
+        + b'{"id": 3, "prompt": "%s"}\n' % (b"x" * 500)
+        + b'{"id": 4, "prompt": "%s"}\n{"id": 5, "prompt": "\xe2\x80\xa8"}' % (b"x" * 40)
+    )
+    ggpy.batch(model, tmp_path / "in", tmp_path / "out", max_tokens=2, ordered=True)
+    found = by_id(tmp_path / "out")
+    assert [*found] == [1, "row 3", "row 4", 4, 5] and all(found[i]["text"] for i in (1, 4, 5))
+    assert "utf-8" in found["row 3"]["error"] and found["row 4"]["error"] == "a line of more than 64 bytes"
 
 
 def test_shards_together_are_the_whole(model, tmp_path):
@@ -271,6 +291,10 @@ def test_what_is_refused_is_refused_in_a_line(tmp_path, capsys):
     assert "I/N" in refused(tmp_path, capsys, demo, rows, "-o", out, "--shard", "1")
     assert "the first is 1" in refused(tmp_path, capsys, demo, rows, "-o", out, "--shard", "0/3")
     assert "regex" in refused(tmp_path, capsys, demo, rows, "-o", out, "--regex", "(")
+    rows = written(tmp_path / "in.jsonl", ROWS)
+    assert "own file" in refused(tmp_path, capsys, demo, rows, "-o", rows)
+    table = written(tmp_path / "in.csv", ["id,prompt", "1,x"])
+    assert "no row can be read; the first: no JSON" in refused(tmp_path, capsys, demo, table, "-o", out)
     wrong = written(tmp_path / "wrong.jsonl", [{"question": "Why?", "answer": 1}] * 3)
     assert "question, answer" in refused(tmp_path, capsys, demo, wrong, "-o", out)
     twice = written(tmp_path / "twice.jsonl", [*ROWS, ROWS[3]])
@@ -279,7 +303,7 @@ def test_what_is_refused_is_refused_in_a_line(tmp_path, capsys):
     broken.write_bytes(b"PAR1 nothing of the kind PAR1")
     assert "broken.parquet" in refused(tmp_path, capsys, demo, broken, "-o", out)
     assert not out.exists()
-    for content in ("My notes\n", '{"id": 1, "prompt": "x"}\n'):
+    for content in ("My notes\n", '{"id": 1, "prompt": "x"}\n', '{"id": 1, "prompt": "x"}', '{"id": "key"}'):
         out.write_text(content)
         assert "something else" in refused(tmp_path, capsys, demo, rows, "-o", out)
         assert out.read_text() == content
