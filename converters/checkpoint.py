@@ -324,6 +324,26 @@ class Config:
         value = self.values.get(key, self.defaults.get(key))
         return default if value is None else value
 
+    def part(self, key: str) -> dict[str, Any]:
+        """An object, empty where it is missing.
+
+        Raises
+        ------
+        ConversionError
+            Something else.
+        """
+        value = self.get(key, {})
+        if not isinstance(value, dict):
+            raise ConversionError(f"{self.path}: {key} must be an object, not {shown(value)}")
+        return value
+
+    def several(self, key: str) -> list[Any]:
+        """A list, empty where it is missing; the same errors as `part`."""
+        value = self.get(key, [])
+        if not isinstance(value, list):
+            raise ConversionError(f"{self.path}: {key} must be a list, not {shown(value)}")
+        return value
+
     def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
         """An integer of at most 31 bits, positive unless `least` says otherwise.
 

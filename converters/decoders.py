@@ -250,8 +250,8 @@ def _write_gemma(writer: gguf.GGUFWriter, config: Config, bidirectional: bool = 
 
 def _write_gemma3(writer: gguf.GGUFWriter, config: Config, bidirectional: bool = False) -> None:
     _write_gemma(writer, config, bidirectional)
-    nested = (config.get("rope_parameters") or {}).get("sliding_attention")
-    if nested is None:
+    nested = Config(config.part("rope_parameters"), config.path).part("sliding_attention")
+    if not nested:
         writer.add_rope_freq_base_swa(config.number("rope_local_base_freq", 10000.0))
     else:
         local = Config(nested, config.path)
@@ -341,11 +341,11 @@ def _write_granite(writer: gguf.GGUFWriter, config: Config) -> None:
 
 def _usual_granite_swa(config: Config) -> dict[str, Any]:
     """A rotary embedding for the layers that have one; windows in all but every fourth layer, from the first."""
-    n_layer, rope = config.integer("num_hidden_layers"), config.get("rope_parameters") or {}
+    n_layer, rope = config.integer("num_hidden_layers"), config.part("rope_parameters")
     values: dict[str, Any] = {}
     if config.get("layer_types") is None:
         values["layer_types"] = ["sliding_attention" if i % 4 else "full_attention" for i in range(n_layer)]
-    bases = {base for base in config.get("layer_rope_theta", []) if base}
+    bases = {base for base in config.several("layer_rope_theta") if base}
     if len(bases) > 1:
         raise UnsupportedError(f"{config.path}: layer_rope_theta of {len(bases)} values but 0; known: one")
     return values | ({"rope_parameters": rope | {"rope_theta": bases.pop()}} if bases else {})
@@ -356,7 +356,7 @@ def _write_granite_swa(writer: gguf.GGUFWriter, config: Config) -> None:
     if config.get("num_local_experts"):
         config.only("shared_intermediate_size", 0)
         write_expert_hparams(writer, config)
-    bases = config.get("layer_rope_theta", [])
+    bases = config.several("layer_rope_theta")
     if not all(bases):
         writer.add_array(f"{writer.arch}.attention.rope_pattern", [bool(base) for base in bases])
 
@@ -696,7 +696,7 @@ def _usual_mellum(config: Config) -> dict[str, Any]:
 
 
 def _write_mellum(writer: gguf.GGUFWriter, config: Config) -> None:
-    kinds = config.get("mlp_layer_types", [])
+    kinds = config.several("mlp_layer_types")
     if any(kind != "sparse" for kind in kinds):
         raise UnsupportedError(f"{config.path}: mlp_layer_types {shown(kinds)}; known: sparse in all layers")
     config.only("norm_topk_prob", True)
@@ -705,8 +705,8 @@ def _write_mellum(writer: gguf.GGUFWriter, config: Config) -> None:
         config.get(key)
     write_expert_hparams(writer, config)
     writer.add_expert_feed_forward_length(config.integer("moe_intermediate_size"))
-    nested = (config.get("rope_parameters") or {}).get("sliding_attention")
-    if nested is not None:
+    nested = Config(config.part("rope_parameters"), config.path).part("sliding_attention")
+    if nested:
         local = Config(nested, config.path)
         local.only("rope_type", "default")
         writer.add_rope_freq_base_swa(local.number("rope_theta", 10000.0))

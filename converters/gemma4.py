@@ -29,10 +29,10 @@ def _heads(config: Config) -> list[tuple[int, int]]:
     n, n_kv = config.integer("head_dim"), config.integer("num_key_value_heads")
     n_full = config.integer("global_head_dim", n)
     n_kv_full = config.integer("num_global_key_value_heads", n_kv)
-    by_layer = config.get("per_layer_config", {})
+    by_layer = Config(config.part("per_layer_config"), config.path)
     found = []
     for i, full in enumerate(_is_full(config)):
-        entry = Config(by_layer.get(str(i), by_layer.get(f"{i:02}", {})), config.path)
+        entry = Config(by_layer.part(str(i)) or by_layer.part(f"{i:02}"), config.path)
         default = (n_kv_full, n_full) if full else (n_kv, n)
         found.append((entry.integer("num_key_value_heads", default[0]), entry.integer("head_dim", default[1])))
     if len({n for (_, n), full in zip(found, _is_full(config), strict=True) if full}) > 1:
@@ -48,7 +48,7 @@ def _n_ff(config: Config) -> list[int]:
 
 
 def _rope(config: Config, kind: str) -> Config:
-    values = config.get("rope_parameters", {}).get(kind)
+    values = config.part("rope_parameters").get(kind)
     if not isinstance(values, dict):
         raise ConversionError(f"{config.path}: rope_parameters has nothing for {kind}")
     return Config(values, config.path)

@@ -7,6 +7,7 @@ import logging
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,22 +169,18 @@ def _steps(part: Any, parts: str) -> list[dict[str, Any]]:
 def _pre(checkpoint: Checkpoint, tokenizer: dict[str, Any]) -> str:
     """GGUF's name for how a tokenizer.json cuts texts: the first row of ggpy's table that cuts `CHECK_TEXTS` alike, one
     that begins texts alike if there is such."""
-    from tokenizers import Tokenizer
-
     # Only here: what reads GGUF's tokenizers stands to the right of what converts.
     from ggpy.generate.pretokenizers import ROWS
 
     where, model = checkpoint.folder / "tokenizer.json", tokenizer["model"]
-    try:
-        own = Tokenizer.from_file(str(where))
-    except Exception as error:  # the package raises plain Exceptions
-        raise ConversionError(f"{where}: not a tokenizer: {error}") from error
+    own = _opened(where, tokenizer)
     ignore_merges = bool(model.get("ignore_merges"))
     # Whether merges are ignored matters for tokens that no merge makes.
     made = {"".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]}
     added = {token["content"] for token in tokenizer.get("added_tokens") or []}
     matters = any(len(text) > 1 and text not in made and text not in added for text in model["vocab"])
-    wanted = [_cut(own.normalizer, own.pre_tokenizer, text) for text in CHECK_TEXTS]
+    with _refusing(where):
+        wanted = [_cut(own.normalizer, own.pre_tokenizer, text) for text in CHECK_TEXTS]
     adds_bos = _adds_first(tokenizer)
     differs = {names: (row.ignore_merges != ignore_merges, row.add_bos != adds_bos) for names, row in ROWS.items()}
     for names, row in sorted(ROWS.items(), key=lambda item: differs[item[0]]):
@@ -397,6 +394,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             at += 1
             value |= (byte & 0x7F) << shift
             shift += 7
+            if shift > 70:
+                raise ValueError(f"a number without end at byte {at}")
             if byte < 0x80:
                 return value
 
@@ -442,16 +441,12 @@ def read_encoder(checkpoint: Checkpoint) -> Encoder | None:
     """
     file = checkpoint.folder / "tokenizer.json"
     if file.is_file():
-        from tokenizers import Tokenizer
-
-        model = checkpoint.json("tokenizer.json").get("model")
+        settings = checkpoint.json("tokenizer.json")
+        model = settings.get("model")
         for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
             if isinstance(model, dict) and model.get("type", "BPE") == "BPE" and model.get(key):
                 raise UnsupportedError(f"{file}: its {key} {shown(model[key])} has no place in GGUF")
-        try:
-            tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the package raises plain Exceptions
-            raise ConversionError(f"{file}: not a tokenizer: {error}") from error
+        tokenizer = _opened(file, settings)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
@@ -460,11 +455,52 @@ def read_encoder(checkpoint: Checkpoint) -> Encoder | None:
     if file.is_file() and importlib.util.find_spec("sentencepiece") is not None:
         from sentencepiece import SentencePieceProcessor
 
-        try:
+        with _refusing(file):
             return Encoder(file, SentencePieceProcessor(model_file=str(file)).encode)
-        except (RuntimeError, OSError) as error:
-            raise ConversionError(f"{file}: not a SentencePiece model: {error}") from error
     return None
+
+
+#: how many times longer a step of tokenizer.json makes a text, where it isn't what it puts there
+_GROWTH = {"ByteLevel": 2, "NFC": 2, "NFD": 4, "NFKC": 4, "NFKD": 4, "Precompiled": 64}
+_MOST_GROWTH, _MOST_STEPS = 4096, 64
+
+
+def _opened(file: Path, settings: dict[str, Any]) -> Any:
+    """The tokenizer of the tokenizers package that a tokenizer.json describes.
+
+    Raises
+    ------
+    ConversionError
+        It can't be read, or its steps could make a text so long that it takes all memory.
+    """
+    from tokenizers import Tokenizer
+
+    with _refusing(file):
+        opened = Tokenizer.from_file(str(file))
+        steps = _steps(settings.get("normalizer"), "normalizers") + _steps(settings.get("pre_tokenizer"), "pretokenizers")
+        growth = 1
+        for step in steps:
+            growth *= _GROWTH.get(step["type"], 1 + len(step.get("content", step.get("prepend", ""))))
+            if growth >= _MOST_GROWTH or len(steps) > _MOST_STEPS:
+                raise ConversionError(f"{file}: its {len(steps)} steps of normalizing and splitting make texts too long")
+    return opened
+
+
+@contextmanager
+def _refusing(file: Path) -> Iterator[None]:
+    """Makes one of ours of any error of tokenizers and sentencepiece: plain Exceptions, messages that aren't UTF-8, and
+    panics of Rust, which are no Exceptions.
+
+    Raises
+    ------
+    ConversionError
+    """
+    try:
+        yield
+    except (Error, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ConversionError(f"{file}: not a tokenizer: {error}") from error
 
 
 def check_vocabulary(metadata: Mapping[str, Any], own: Encoder) -> list[str]:
@@ -490,7 +526,9 @@ def check_vocabulary(metadata: Mapping[str, Any], own: Encoder) -> list[str]:
         raise ConversionError(f"{own.file}: as GGUF it would be refused: {error}") from error
 
     def difference(text: str) -> str | None:
-        theirs, ours = own.encode(text), written.encode(text, special=True, bos=False)
+        with _refusing(own.file):
+            theirs = own.encode(text)
+        ours = written.encode(text, special=True, bos=False)
         if theirs == ours:
             return None
         at = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours)))

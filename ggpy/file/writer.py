@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
@@ -57,7 +58,7 @@ def write_files(
     Raises
     ------
     Error
-        The disk is too small or gets full, the file can't be written, or Ctrl-C was pressed.
+        The disk is too small or gets full, the file can't be written, a value isn't of its type, or Ctrl-C was pressed.
     """
     done = 0
     try:
@@ -69,7 +70,10 @@ def write_files(
                 aside = asides.enter_context(writing_aside(new.path))
                 with closing(new.writer):
                     new.writer.write_header_to_file(aside)
-                    new.writer.write_kv_data_to_file()
+                    try:
+                        new.writer.write_kv_data_to_file()
+                    except (struct.error, UnicodeEncodeError) as error:
+                        raise Error(f"{path}: its metadata would have a value that GGUF can't hold: {error}") from error
                     new.writer.write_ti_data_to_file()
                 with aside.open("ab") as out:
                     _pad(out, new.writer.data_alignment)

@@ -23,6 +23,7 @@ from ..file import GGUFFile, StringArray, writing_aside
 from ..file.mapped import Mapped
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+_MOST_EXPONENT = 30
 
 
 @dataclass
@@ -65,8 +66,11 @@ class ImportanceMatrix:
         sums, counts = self.sums[name], self.counts[name]
         with np.errstate(all="ignore"):
             means = np.where(counts[:, None] > 0, sums / counts[:, None], np.float32(1))
-        least = means.mean(axis=1, keepdims=True) * np.float32(1e-6)
-        return np.where(least > 0, np.maximum(means, least), np.float32(1)).astype(np.float32)
+        least = means.mean(axis=1, keepdims=True, dtype=np.float64) * 1e-6  # a sum of float32 might be too large for one
+        found = np.where(least > 0, np.maximum(means, least), 1)
+        # Encoders add up squares of these in float32. Beyond what activations are, a power of 2 brings them near 1.
+        exponents = np.frexp(found.max(axis=1, keepdims=True))[1]
+        return np.ldexp(found, np.where(np.abs(exponents) > _MOST_EXPONENT, -exponents, 0)).astype(np.float32)
 
 
 def read_imatrix(path: str | os.PathLike[str]) -> ImportanceMatrix:
@@ -75,7 +79,7 @@ def read_imatrix(path: str | os.PathLike[str]) -> ImportanceMatrix:
     Raises
     ------
     GGUFError
-        The file isn't one, a tensor lacks its partner, or values are negative, no numbers or too large.
+        The file isn't one, a tensor lacks its partner, or numbers and values are negative, none or too large.
     """
     mapped = Mapped(Path(path))
     beginning = bytes(mapped.buffer[:8])
@@ -83,6 +87,8 @@ def read_imatrix(path: str | os.PathLike[str]) -> ImportanceMatrix:
     is_old = len(beginning) == 8 and all(0 < n < 100_000 for n in struct.unpack("<2i", beginning))
     matrix = _read_old(mapped) if is_old else _read_gguf(path)
     mapped.close()
+    if not all(0 <= n < 1 << 32 for n in (matrix.n_chunks, matrix.chunk_size)):
+        raise GGUFError(f"{path}: of {matrix.n_chunks} chunks of {matrix.chunk_size} tokens")
     for name, sums in matrix.sums.items():
         counts = matrix.counts[name]
         for end, values in ((_SUMS, sums), (_COUNTS, counts)):

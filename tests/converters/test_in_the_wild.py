@@ -27,7 +27,9 @@ from ggpy.file import GGUFFile
 from ggpy.models.hparams import Hparams
 from ggpy.models.rope import read_rope
 from tests.models.checkpoints import ids, transformers_logits
+from tests.models.test_architectures import made
 
+from .conftest import save_tokenizer
 from .test_conversion import edit_config, edit_tensors, expected_tensors, written_floats
 from .test_families import MODELS, YARN, damaged, folder_of, llama_cpp_logprobs
 
@@ -612,3 +614,24 @@ def test_a_key_twice_is_refused(damaged_folder):
     path.write_text(path.read_text().rstrip("}\n ") + ', "rms_norm_eps": 1}')
     with pytest.raises(ConversionError, match="not a JSON file: the key 'rms_norm_eps' is there twice"):
         dry(damaged_folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("gemma4", {"per_layer_config": 6}, "per_layer_config must be an object, not 6"),
+        ("gemma4", {"per_layer_config": {"2": [28]}}, r"2 must be an object, not \[28\]"),
+        ("gemma4", {"rope_parameters": "default"}, "rope_parameters must be an object"),
+        ("granite_swa", {"layer_rope_theta": 900.0}, "layer_rope_theta must be a list"),
+        ("mellum", {"mlp_layer_types": True}, "mlp_layer_types must be a list"),
+        ("stablelm", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": -1}}, "that GGUF can't hold"),
+    ],
+)
+def test_values_of_another_kind_are_refused(name, changes, message, tmp_path):
+    made(name).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(Error, match=message):
+        convert(tmp_path, tmp_path / "out.gguf", "f32")
+    assert not (tmp_path / "out.gguf").exists()

@@ -104,6 +104,20 @@ def test_damaged_tokenizer_model_is_read_or_refused(data, keep, sentencepiece_mo
         assert "tokenizer.model" in str(error)
 
 
+def test_a_number_without_end_is_refused_at_once(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"\x80" * 10_000_000)
+    with pytest.raises(ConversionError, match="a number without end at byte 11"):
+        read_sentencepiece(tmp_path / "tokenizer.model")
+
+
+def test_what_sentencepiece_cant_even_say_is_refused(sentencepiece_folder):
+    """Its message quotes the piece that is there twice."""
+    path = sentencepiece_folder / "tokenizer.model"
+    path.write_bytes(path.read_bytes() + 2 * b"\x0a\x03\x0a\x01\xff")
+    with pytest.raises(ConversionError, match=r"tokenizer\.model: not a tokenizer: 'utf-8' codec"):
+        read_encoder(Checkpoint(sentencepiece_folder))
+
+
 def test_tokenizer_model_as_gguf_gives_sentencepieces_tokens(sentencepiece_folder, tmp_path):
     plan = convert(sentencepiece_folder, tmp_path / "model.gguf", "f32", dry_run=True)
     assert plan.metadata["tokenizer.ggml.model"] == "llama"
@@ -189,6 +203,42 @@ def test_unknown_splitting_is_refused_with_those_known(damaged_folder):
     tokenizer.save(str(damaged_folder / "tokenizer.json"))
     with pytest.raises(UnsupportedError, match=r"tokenizer\.json: splits text by .*Split.*gpt-2, .*smollm, .*llama-bpe"):
         metadata_of(damaged_folder)
+
+
+def replace(pattern, content):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+HARMFUL = {
+    "a panic of Rust": ("normalizer", {"type": "Precompiled", "precompiled_charsmap": 1}, "not a tokenizer: Precompiled"),
+    "a regular expression that tries for ever": (
+        "pre_tokenizer",
+        {"type": "Split", "pattern": {"Regex": r"(\w+\s*)+$x"}, "behavior": "Isolated", "invert": False},
+        "not a tokenizer: Onig",
+    ),
+    "a bomb of texts": (
+        "normalizer",
+        {"type": "Sequence", "normalizers": [replace({"String": "a"}, "a" * 100)] * 6},
+        "make texts too long",
+    ),
+    "a bomb of insertions": (
+        "normalizer",
+        {"type": "Sequence", "normalizers": [replace({"Regex": ""}, "a")] * 20},
+        "make texts too long",
+    ),
+    "a bomb of bytes": ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [BYTES] * 40}, "make texts too long"),
+}
+
+
+@pytest.mark.parametrize("name", HARMFUL)
+def test_what_a_tokenizer_takes_is_bounded(name, damaged_folder):
+    (key, value, message), metadata = HARMFUL[name], metadata_of(damaged_folder)
+    edit_json(damaged_folder / "tokenizer.json", **{key: value})
+    with pytest.raises(ConversionError, match=rf"tokenizer\.json: .*{message}"):
+        metadata_of(damaged_folder)
+    with pytest.raises(ConversionError, match=r"tokenizer\.json: "):
+        check_vocabulary(metadata, read_encoder(Checkpoint(damaged_folder)))
 
 
 @pytest.mark.parametrize("model", [models.WordLevel(unk_token="?"), models.BPE()])

@@ -1,16 +1,23 @@
 """Models whose metadata and weights are meant to do harm, and runs of all architectures that watch their memory."""
 
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 import ggpy
 from ggpy.errors import Error
 from tests.file.edit import Edited
+from tests.fuzz.seeds import of_all_types
 from tests.graph import guards
 
 from .checkpoints import converted, ids
 from .test_architectures import made as decoder
+from .test_encoder import checkpoint as encoder
 from .test_moe import made
+from .test_states import made as with_states
 
 NAN, INF = float("nan"), float("inf")
 
@@ -129,6 +136,29 @@ def test_every_step_of_other_decoders_writes_what_is_its_own(tmp_path, name):
     plain = run(path, kv_type="f16")
     with guards.guarded():
         assert run(path, kv_type="f16").tobytes() == plain.tobytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages that can't be read, as Linux makes them")
+def test_no_kernel_reads_beyond_a_weight(tmp_path):
+    """Of any type; of mixtures, states and encoders, too, behind each of whose buffers is a guard."""
+    paths = []
+    for name, make in (("V3", made), ("qwen3next", with_states), ("nemotron_h_moe, groups, latent", with_states)):
+        (tmp_path / name).mkdir()
+        paths.append(converted(tmp_path / name, make(name)))
+    encoder(tmp_path / "bert", "bert")
+    ggpy.convert(tmp_path / "bert", tmp_path / "bert.gguf", "f32")
+    (tmp_path / "wide").mkdir()
+    for i, content in enumerate(of_all_types(tmp_path / "wide")):
+        paths.append(tmp_path / f"wide-{i}.gguf")
+        paths[-1].write_bytes(content)
+    for where, given, ends in (
+        ("front", paths[-2:], 0),
+        ("back", [*paths, tmp_path / "bert.gguf"], 0),
+        ("short", paths[:1], -signal.SIGSEGV),
+    ):
+        command = [sys.executable, "-m", "tests.graph.walls", where, *map(str, given)]
+        found = subprocess.run(command, capture_output=True, text=True)
+        assert found.returncode == ends, found.stderr
 
 
 def test_guards_find_what_is_out_of_bounds(tmp_path, monkeypatch):

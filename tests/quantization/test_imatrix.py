@@ -14,6 +14,8 @@ from ggpy.quantization import ImportanceMatrix, Override, quantize_model, read_i
 
 from .shapes import write_gguf
 
+ONE = np.ones(1, np.float32)
+
 
 def matrix(rng):
     """Of a dense matrix and a stack of three, one of which met no token."""
@@ -189,3 +191,30 @@ def test_patterns_that_are_no_regular_expressions_are_refused(pattern):
     with pytest.raises(Error, match="is no regular expression") as caught:
         Override.parse(f"{pattern}=q8_0")
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("kind", ["q4_k", "q5_1", "q2_k", "iq4_xs"])
+@pytest.mark.parametrize("size", [1e38, 1e-30])
+def test_whatever_the_sums_are_what_is_encoded_is_finite(kind, size, tmp_path):
+    """With weights that mean the same: the bytes are those of sums near 1."""
+    rng, written = np.random.default_rng(3), []
+    values = {"blk.0.ffn_up.weight": rng.standard_normal((4, 256), np.float32)}
+    shapes = {name: value.shape for name, value in values.items()}
+    write_gguf(tmp_path / "model.gguf", {"llama.block_count": 1}, shapes, values, "llama")
+    sums = rng.uniform(0.5, 1, (1, 256)).astype(np.float32)
+    for scale in (2.0 ** np.floor(np.log2(size)), 1):
+        matrix = ImportanceMatrix({"blk.0.ffn_up.weight": (sums * scale).astype(np.float32)}, {"blk.0.ffn_up.weight": ONE})
+        write_imatrix(tmp_path / "m.gguf", matrix)
+        override = Override.parse(f"ffn_up={kind}")
+        quantize_model(tmp_path / "model.gguf", tmp_path / "out", "q8_0", imatrix=tmp_path / "m.gguf", overrides=[override])
+        written.append(gguf.GGUFReader(tmp_path / "out").tensors[0])
+    assert written[0].tensor_type.name == kind.upper()
+    assert np.isfinite(gguf.quants.dequantize(written[0].data, written[0].tensor_type)).all()
+    assert written[0].data.tobytes() == written[1].data.tobytes()
+
+
+def test_a_number_of_chunks_that_cannot_be_is_refused(tmp_path):
+    for n in (-1, -(2**31)):
+        (tmp_path / "m.dat").write_bytes(old_form({"a": np.ones(32, np.float32)}, tail=False) + struct.pack("<2i", n, 0))
+        with pytest.raises(GGUFError, match=f"of {n} chunks"):
+            read_imatrix(tmp_path / "m.dat")
