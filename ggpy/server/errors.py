@@ -65,13 +65,14 @@ def invalid(message: str, param: str | None = None) -> APIError:
 
 
 def too_long(n_prompt: int, n_ctx: int) -> APIError:
-    """The error of a prompt that doesn't fit."""
+    """The error of a prompt that doesn't fit, in words and by a code that clients know: they shorten the conversation."""
     return APIError(
         400,
-        f"the prompt has {n_prompt} tokens, the context holds {n_ctx}",
+        f"prompt is too long: {n_prompt} tokens > {n_ctx} maximum; it exceeds the available context size",
         "exceed_context_size_error",
         n_prompt_tokens=n_prompt,
         n_ctx=n_ctx,
+        code="context_length_exceeded",
     )
 
 

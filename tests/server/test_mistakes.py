@@ -1,6 +1,7 @@
 """What clients do wrong is told them, in their API's words."""
 
 import json
+import re
 import threading
 
 import pytest
@@ -97,7 +98,10 @@ def test_a_prompt_that_is_too_long_says_by_how_much(client):
     messages = [{"role": "user", "content": "word " * 3000}]
     error = client.post(CHAT, json={"messages": messages}).json()["error"]
     assert error["type"] == "exceed_context_size_error" and error["n_prompt_tokens"] > error["n_ctx"] == 1024
-    assert client.post(COMPLETION, json={"prompt": "word " * 3000}).json()["error"]["code"] == "exceed_context_size_error"
+    assert client.post(COMPLETION, json={"prompt": "word " * 3000}).json()["error"]["code"] == "context_length_exceeded"
+    # Claude Code and LiteLLM know it by these words.
+    message = client.post("/v1/messages", json={**HELLO, "messages": messages}).json()["error"]["message"]
+    assert re.search(r"prompt is too long: \d+ tokens > 1024", message)
 
 
 def test_places_and_methods_that_are_none(client):
