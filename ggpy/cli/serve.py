@@ -64,6 +64,7 @@ def serve(
         import uvicorn
 
         from ..server.app import application
+        from ..server.connections import config
         from ..server.guard import Limits
         from ..server.models import Cache, Served
     except ImportError as error:
@@ -101,8 +102,7 @@ def serve(
             server.should_exit = True
 
         app = application(served, most, limits, sampling_values(given), template_kwargs, end)
-        config = uvicorn.Config(app, host, port, access_log=False, log_config=None, server_header=False)
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(config(app, host, port))
         server.run()
     if failures:
         raise failures[0]

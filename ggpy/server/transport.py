@@ -22,7 +22,8 @@ _log = logging.getLogger("ggpy.server")
 T = TypeVar("T")
 
 _BODY_SECONDS = 60.0  # in which a body must have come
-_KEEP_ALIVE = 10.0  # seconds without an event, after which a comment is sent
+#: seconds without an event, after which a comment is sent
+KEEP_ALIVE = 10.0
 
 
 async def body_of(request: Request, most: int) -> dict[str, Any]:
@@ -90,7 +91,7 @@ async def _kept_alive(events: AsyncIterator[str]) -> AsyncIterator[str]:
     while True:
         task = asyncio.ensure_future(anext(events))
         try:
-            while not (await asyncio.wait({task}, timeout=_KEEP_ALIVE))[0]:
+            while not (await asyncio.wait({task}, timeout=KEEP_ALIVE))[0]:
                 yield ": still at work\n\n"
             yield task.result()
         except StopAsyncIteration:

@@ -11,6 +11,7 @@ import uvicorn
 
 from ggpy.hub import model_file
 from ggpy.server.app import application
+from ggpy.server.connections import config
 from ggpy.server.guard import Limits
 from ggpy.server.models import Served
 
@@ -19,7 +20,7 @@ from ggpy.server.models import Served
 def serving(served, limits=None, memory=1 << 40, defaults=None, ready=True, on_failure=None):
     """A client of a server with these models, by default when the first one is loaded."""
     app = application(served, memory, limits or Limits(), defaults or {}, None, on_failure)
-    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="warning", lifespan="on"))
+    server = uvicorn.Server(config(app, "127.0.0.1", 0))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     while not server.started:
