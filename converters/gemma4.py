@@ -12,8 +12,8 @@ import numpy as np
 from ggpy.errors import ConversionError
 
 from .checkpoint import Config, Rows
-from .decoders import GEMMA
 from .family import Family, Shapes, ffn_shapes, write_windows
+from .gemma import GEMMA
 
 
 def _is_full(config: Config) -> list[bool]:
