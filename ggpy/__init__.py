@@ -147,9 +147,9 @@ def load(
         How latent attention (DeepSeek) is computed: over cached latent vectors, or over keys and values of all heads,
         which takes several times the memory.
     kv_memory : int, optional
-        Bytes for the cached keys and values of all sequences, at most; by default what four contexts take, but no more
-        than a quarter of the machine's memory. What nobody uses is kept for prompts that begin alike, until the room is
-        needed.
+        Bytes for the cached keys and values of all sequences, at most; by default what four contexts take, or 32,768
+        tokens, but no more than a quarter of the machine's memory. What nobody uses is kept for prompts that begin alike,
+        until the room is needed.
     ram_budget : int, optional
         Bytes of memory that a mixture of experts bigger than that may take: experts are kept by use and read when their
         router has spoken. Costs time where the model fits.

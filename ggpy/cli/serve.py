@@ -63,6 +63,7 @@ def serve(
     try:
         import uvicorn
 
+        from ..generate.memory import machine_memory
         from ..server.app import application
         from ..server.connections import config
         from ..server.guard import Limits
@@ -82,7 +83,7 @@ def serve(
     hosts = [*(allowed_host or []), host]
     limits = Limits(api_key, max_queue, timeout, hosts=hosts)
     given = {n: v for n, v in sampling.items() if context.get_parameter_source(n) != _default_source()}
-    most = byte_count(memory) if memory is not None else _memory() * 4 // 5
+    most = byte_count(memory) if memory is not None else machine_memory() * 4 // 5
     template_kwargs = _template_kwargs(chat_template_kwargs)
     _log_as_json()
     with kernel_progress() as progress:
@@ -132,12 +133,6 @@ def _default_source() -> Any:
     from click.core import ParameterSource
 
     return ParameterSource.DEFAULT
-
-
-def _memory() -> int:
-    from ..generate.runner import _memory
-
-    return _memory()
 
 
 class _JSONFormatter(logging.Formatter):

@@ -1,5 +1,6 @@
 """How much memory a model takes, said before it takes it."""
 
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -121,12 +122,21 @@ def _n_tokens(file: "GGUFFile") -> int:
     return len(file.get("tokenizer.ggml.tokens", StringArray, default=()))
 
 
+def machine_memory() -> int:
+    """Bytes that all processes may take together: what the machine has, or the process's group of resources; 4 GB where the
+    system doesn't say."""
+    found = [limit for limit, _ in _groups()]
+    with suppress(AttributeError, ValueError, OSError):
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(found, default=4 << 30)
+
+
 def available_memory() -> int | None:
     """Bytes that this process may still take without pushing out others'; None where the system doesn't say.
 
     The least of what the machine has and what the process's group of resources allows.
     """
-    found = [n for n in (_of_machine(), *_of_groups()) if n is not None]
+    found = [n for n in (_of_machine(), *(free for _, free in _groups())) if n is not None]
     return min(found, default=None)
 
 
@@ -138,13 +148,15 @@ def _of_machine() -> int | None:
     return None
 
 
-def _of_groups() -> Iterable[int]:
+def _groups() -> Iterable[tuple[int, int]]:
+    """The limits of the process's groups of resources (v2, v1), and how much of each is free."""
     for limit, used, statistics in (
         ("memory.max", "memory.current", "memory.stat"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
     ):
         with suppress(OSError, ValueError):
             root = Path("/sys/fs/cgroup")
-            free = int((root / limit).read_text()) - int((root / used).read_text())
+            most = int((root / limit).read_text())
             facts = dict(line.split() for line in (root / statistics).read_text().splitlines())
-            yield free + int(facts.get("inactive_file", 0)) + int(facts.get("active_file", 0))
+            cached = int(facts.get("inactive_file", 0)) + int(facts.get("active_file", 0))
+            yield most, most - int((root / used).read_text()) + cached

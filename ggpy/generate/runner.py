@@ -17,6 +17,7 @@ from ..kernels.table import SLAB
 from ..models import Architecture, Output, ThinPair, build_graph, run_inputs
 from ..pipeline import Known, RemotePages
 from .expert_memory import ExpertMemory
+from .memory import machine_memory
 from .prefixes import Prefixes
 from .snapshots import Snapshots
 
@@ -31,10 +32,11 @@ if TYPE_CHECKING:
 _LOGITS = ("logits", "both")  # outputs with logits
 _LOGITS_BYTES = 64 << 20  # that a run may take for its logits
 _PROGRAMS = 6  # that are kept: for one token, for many, for embeddings; without hooks and with those of now
-#: contexts that the pages of keys and values hold, if a quarter of the machine's memory is enough for them
-_CONTEXTS = 4
+#: contexts, and tokens, that the pages of keys and values hold, if a quarter of the machine's memory is enough for them:
+#: short contexts are chosen by who has many, and 64 generations need 512 tokens each
+_CONTEXTS, _TOKENS = 4, 32_768
 _SHORT = 8  # tokens of a text for which encoders have pages enough
-#: slots of states beside each of them, and the fewest in all: two sequences, and what they were before a run
+#: slots of states beside each of these contexts, and the fewest in all: two sequences, and what they were before a run
 _SLOTS, _LEAST_SLOTS = 16, 4
 
 
@@ -54,8 +56,8 @@ class Runner:
     kv_type : {"F16", "Q8_0", "F32"}
         Of the cached keys and values.
     kv_memory : int, optional
-        Bytes for the pages of keys and values and the slots of states, at most; by default what four contexts take (one
-        beside a RAM budget), but no more than a quarter of the machine's memory.
+        Bytes for the pages of keys and values and the slots of states, at most; by default what four contexts take, or
+        32,768 tokens (one context beside a RAM budget), but no more than a quarter of the machine's memory.
     ram_budget : int, optional
         Bytes that the process may take; see `expert_memory`.
     progress : callable, optional
@@ -126,10 +128,11 @@ class Runner:
         if "positions" in graph and n_ctx > arch.n_ctx_train:
             raise Error(f"{file.path}: a context of {n_ctx}; the model has learned {arch.n_ctx_train} positions")
         piece_bytes = (Pages(0, kv_type).page_bytes(graph), slot_bytes(graph))
-        contexts = _CONTEXTS if ram_budget is None else 1
+        contexts, wanted = (_CONTEXTS, pages_of(_TOKENS)) if ram_budget is None else (1, 1)
         if self.is_encoder:  # many short texts go into a run
-            contexts = max(contexts, -(-n_batch // (_SHORT * pages_of(n_ctx))))
-        n_pages, n_slots = _counts(*piece_bytes, pages_of(n_ctx), contexts, None if kv_memory is None else int(kv_memory))
+            wanted = -(-n_batch // _SHORT)
+        wanted = max(wanted, contexts * pages_of(n_ctx))
+        n_pages, n_slots = _counts(*piece_bytes, pages_of(n_ctx), wanted, _SLOTS * contexts, kv_memory)
         kv_bytes = n_pages * piece_bytes[0] + n_slots * piece_bytes[1]
         self.has_states = n_slots > 0
         kind = Pages if stages is None else RemotePages
@@ -393,25 +396,18 @@ class Runner:
 
 
 def _counts(
-    page_bytes: int, slot_bytes: int, pages_per_context: int, contexts: int, kv_memory: int | None
+    page_bytes: int, slot_bytes: int, pages_per_context: int, n_pages: int, n_slots: int, kv_memory: int | None
 ) -> tuple[int, int]:
-    """How many pages and slots there are."""
-    n_slots = _SLOTS * contexts if slot_bytes else 0
+    """How many pages and slots there are; as many as are wanted, or as a limit of memory holds."""
+    if not slot_bytes:
+        n_slots = 0
     least = pages_per_context * page_bytes + min(n_slots, _LEAST_SLOTS) * slot_bytes
-    room = _memory() // 4 if kv_memory is None else min(kv_memory, _memory())
+    room = machine_memory() // 4 if kv_memory is None else min(int(kv_memory), machine_memory())
     if kv_memory is not None and room < least:
         raise Error(f"kv_memory of {kv_memory:,} bytes; {least:,} hold one context, less with a smaller n_ctx")
     if slot_bytes:
         n_slots = min(n_slots, _LEAST_SLOTS + max(room - least, 0) // 2 // slot_bytes)
     if not page_bytes:
-        return contexts * pages_per_context, n_slots
-    n_pages = max(pages_per_context, (room - n_slots * slot_bytes) // page_bytes)
-    return (n_pages if kv_memory is not None else min(n_pages, contexts * pages_per_context)), n_slots
-
-
-def _memory() -> int:
-    """Bytes of the machine's memory; where it can't be known, 4 GB."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 4 << 30
+        return n_pages, n_slots
+    most = max(pages_per_context, (room - n_slots * slot_bytes) // page_bytes)
+    return (most if kv_memory is not None else min(n_pages, most)), n_slots
