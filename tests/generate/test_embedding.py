@@ -99,7 +99,7 @@ def test_texts_and_generations_go_on_together(llama):
 
 def test_few_pages_are_enough(llama):
     with ggpy.load(llama, n_ctx=128, kv_type="f32") as model:
-        page = model.kv_bytes // (4 * 2)
+        page = model.kv_bytes // 512
     with ggpy.load(llama, n_ctx=128, kv_type="f32", kv_memory=2 * page) as model:
         few = model.embed(TEXTS)
         held = model.new_sequence()

@@ -27,7 +27,7 @@ def others(path, monkeypatch):
     with ggpy.load(path, n_ctx=64) as model:
         weights = sum(t.n_bytes for name, t in model.file.tensors.items() if "_exps." not in name)
         model.logits(ids(2))
-        return weights + model.kv_bytes // 4  # of four contexts
+        return weights + model.kv_bytes // 512  # of 512 pages
 
 
 EXPERT = 3 * 32 * 64 * 4  # gate, up and down in float32

@@ -35,7 +35,7 @@ SYSTEM = ids(150, seed=1)  # what prompts begin with: two pages and some
 
 def page_bytes(path, kv_type):
     with ggpy.load(path, n_ctx=64, n_threads=1, kv_type=kv_type) as model:
-        return model.kv_bytes // 4
+        return model.kv_bytes // 512
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -97,7 +97,7 @@ def test_echo_goes_on_when_pages_are_few(tmp_path):
     """Generations that are sent away come back, and no log-probability is lost."""
     path = converted(tmp_path, made("qwen3"), "q8_0")
     with ggpy.load(path, n_ctx=320, n_batch=64, n_threads=1) as big:
-        page = big.kv_bytes // 20
+        page = big.kv_bytes // 512
         expected = [
             big.generate(ids(250, seed=i), max_tokens=40, temperature=0, echo=True, logprobs=0).run() for i in range(4)
         ]

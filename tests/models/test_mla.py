@@ -78,7 +78,7 @@ def test_caches_hold_what_the_form_says(model):
     for mla, n in (("absorbed", 32 + 16), ("naive", 4 * (32 + 16 + 64))):
         with ggpy.load(paths["split"], n_ctx=256, mla=mla) as ours:
             ours.logits(ids(4))
-            assert ours.kv_bytes == 4 * 256 * 3 * n * 2  # 4 contexts, 3 layers of float16
+            assert ours.kv_bytes == 32768 * 3 * n * 2  # tokens, 3 layers of float16
 
 
 def test_quantized_files_are_as_close_to_the_truth_in_both_forms(tmp_path):
