@@ -13,6 +13,7 @@ ORDER = {
     "printable": 0,
     "errors": 0,
     "cpus": 0,
+    "installed": 0,
     "quant": 1,
     "simd": 2,
     "kernels": 3,

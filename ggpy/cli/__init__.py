@@ -53,6 +53,14 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"ggpy: {_one_line(error)}", file=sys.stderr)
         sys.exit(1)
+    except Exception as error:
+        # A traceback says little to somebody whose packages are too old.
+        from ..installed import missing_packages
+
+        if debug or not (missing := missing_packages()):
+            raise
+        print(f"ggpy: {_one_line(error)}; ggpy needs {', '.join(missing)}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _one_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import Error
+from ..installed import missing_packages
 from .common import KVType, byte_count, find_model, kernel_progress
 from .sampling import sampling_values, with_sampling_flags
 
@@ -60,6 +61,8 @@ def serve(
 
     Sampling options and those of chat templates are for requests that don't say otherwise.
     """
+    if missing := missing_packages("serve"):
+        raise Error(f"serving needs {', '.join(missing)}: pip install 'ggpy[serve]'")
     try:
         import uvicorn
 

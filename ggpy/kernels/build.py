@@ -25,7 +25,8 @@ from typing import Any
 
 from ..cpus import usable_cpus
 from ..errors import Error
-from ..simd.target import target
+from ..installed import missing_packages
+from ..simd.target import cpu_is_arm, target
 from . import faults
 from .table import KERNELS
 
@@ -229,6 +230,8 @@ class _Worker:
         if not answered:
             self.close()
             reason = self._stderr[-1] if self._stderr else f"its process ended with code {self._process.returncode}"
+            if missing := missing_packages():
+                reason = f"{reason}; ggpy needs {', '.join(missing)}"
             raise Error(f"kernel {name} did not compile: {reason}")
 
     def close(self) -> None:
@@ -334,7 +337,8 @@ class _Loaded:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         self._llvm = llvm
-        self._jit = llvm.create_lljit_compiler()
+        # LLVM's older linker, which would be used, puts parts of an ARM object further apart than its code can reach.
+        self._jit = llvm.create_lljit_compiler(use_jit_link=cpu_is_arm() and sys.platform != "win32")
         self._libraries: dict[str, Any] = {}
         self._lock = threading.Lock()
         if faults.IS_SUPPORTED:

@@ -56,6 +56,8 @@ def _host() -> tuple[str, dict[str, bool]]:
         features = {}
     if features.get("amx-tile") and not _may_use_tiles():
         features = {f: on and not f.startswith("amx") for f, on in features.items()}
+    if _arm_has_dot_products():
+        features["dotprod"] = True
     return llvm.get_host_cpu_name(), features
 
 
@@ -68,6 +70,21 @@ def _may_use_tiles() -> bool:
         return False
     arch_prctl, ask_for_permission, tile_data = 158, 0x1023, 18
     return ctypes.CDLL(None).syscall(arch_prctl, ask_for_permission, tile_data) == 0
+
+
+def _arm_has_dot_products() -> bool:
+    """Whether this is an ARM processor with `sdot`: LLVM's list leaves that out on Linux and macOS."""
+    import ctypes
+    import sys
+
+    if not cpu_is_arm():
+        return False
+    if sys.platform == "linux":
+        hardware, dot_products = 16, 1 << 20  # AT_HWCAP, HWCAP_ASIMDDP of the kernel's headers
+        getauxval = ctypes.CDLL(None).getauxval
+        getauxval.argtypes, getauxval.restype = [ctypes.c_ulong], ctypes.c_ulong
+        return bool(getauxval(hardware) & dot_products)
+    return sys.platform == "darwin"  # all of Apple's own
 
 
 def target() -> Target:
@@ -91,7 +108,8 @@ def target() -> Target:
         cpu = "x86-64-v3" if any(_host()[1].get(f) for f in ("avx512f",)) else cpu
     elif form == "portable" and cpu_is_x86():
         return Target(form, "x86-64", "")
-    return Target(form, cpu, ",".join(f"+{f}" for f, on in sorted(features.items()) if on))
+    # What is off is said, too: a system may keep what the processor's name stands for from its programs.
+    return Target(form, cpu, ",".join(f"{'+' if on else '-'}{f}" for f, on in sorted(features.items())))
 
 
 def cpu_is_x86() -> bool:
@@ -99,6 +117,13 @@ def cpu_is_x86() -> bool:
     import platform
 
     return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def cpu_is_arm() -> bool:
+    """Whether the host is a 64-bit ARM."""
+    import platform
+
+    return platform.machine().lower() in ("aarch64", "arm64")
 
 
 def cpu_is_amd() -> bool:

@@ -20,7 +20,7 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import intrinsic as _intrinsic
 from numba.extending import lower_builtin, models, register_model
 
-from .target import cpu_is_amd, cpu_is_x86, target
+from .target import cpu_is_amd, cpu_is_arm, cpu_is_x86, target
 
 TARGET = target()
 LANES = TARGET.lanes
@@ -932,7 +932,7 @@ def load_transposed(tyctx, address, stride, n):
 # --- dot products of bytes ------------------------------------------------------------------------------------------
 
 _BYTES = ir.VectorType(_I8, 4 * LANES)
-_HAS_ARM_DOT = not cpu_is_x86() and TARGET.has("dotprod")
+_HAS_ARM_DOT = cpu_is_arm() and TARGET.has("dotprod")
 HAS_VNNI = LANES == 16 or (TARGET.form == "avx2" and TARGET.has("avxvnni"))
 # What 8-bit weights are biased by to be unsigned: `vpdpbusd` wants one unsigned side; other forms multiply signed bytes.
 BIAS_8BIT = 128 if HAS_VNNI else 0
@@ -970,6 +970,14 @@ def _dot(b, acc, w, x, signed: bool):
     return b.add(acc, b.add(p0, p1))
 
 
+def _given_dword(b, address, g: int):
+    """LANES times the dword at `address + 4 g`, one of a number that 4 divides."""
+    if _HAS_ARM_DOT:  # `sdot` picks one of four itself
+        four = _load(b, _offset(b, address, 16 * (g // 4)), I32.ir_type)
+        return _shuffle(b, four, four, [g % 4] * LANES)
+    return _splat(b, _load(b, _offset(b, address, 4 * g), _I32), LANES)
+
+
 def _dotter(signed):
     @intrinsic
     def dot_tile(tyctx, acc, w, address):
@@ -978,8 +986,7 @@ def _dotter(signed):
         def codegen(ctx, b, sig, a):
             out = a[0]
             for g, v in enumerate(_members(b, w, a[1])):
-                x = _splat(b, _load(b, _offset(b, a[2], 4 * g), _I32), LANES)
-                out = _dot(b, out, v, x, signed)
+                out = _dot(b, out, v, _given_dword(b, a[2], g), signed)
             return out
 
         return I32(I32, w, ADDRESS), codegen
@@ -999,8 +1006,7 @@ def _dotter(signed):
             for g in range(count):
                 w = _load(b, _offset(b, a[1], 4 * LANES * g), I32.ir_type)
                 for t, x in enumerate(tokens):
-                    value = _splat(b, _load(b, _offset(b, x, 4 * g), _I32), LANES)
-                    accs[t] = _dot(b, accs[t], w, value, signed)
+                    accs[t] = _dot(b, accs[t], w, _given_dword(b, x, g), signed)
             return _join(b, acc, accs)
 
         return acc(acc, ADDRESS, n, ADDRESS, ADDRESS), codegen
@@ -1090,8 +1096,8 @@ def lookup_16(values):
 
     def by_instruction(b, v):
         table = ir.Constant(_BYTES, values * (LANES // 4))
-        name = {16: "avx512.pshuf.b.512", 8: "avx2.pshuf.b"}[LANES]
-        return _call(b, f"llvm.x86.{name}", _BYTES, [table, v])
+        name = {16: "x86.avx512.pshuf.b.512", 8: "x86.avx2.pshuf.b", 4: "aarch64.neon.tbl1.v16i8"}[LANES]
+        return _call(b, f"llvm.{name}", _BYTES, [table, v])
 
     def by_halving(b, v):
         """Each bit of the index, the lowest first, picks from the pairs that are left."""
@@ -1101,7 +1107,7 @@ def lookup_16(values):
             left = [b.select(bit, left[i + 1], left[i]) for i in range(0, len(left), 2)]
         return left[0]
 
-    emit = by_halving if TARGET.form == "portable" else by_instruction
+    emit = by_halving if TARGET.form == "portable" and not cpu_is_arm() else by_instruction
 
     @intrinsic
     def lookup(tyctx, x):
@@ -1167,8 +1173,9 @@ def spin_hint(tyctx):
 
 @intrinsic
 def clock(tyctx):
-    """The CPU's cycle (time stamp) counter."""
-    return types.int64(), lambda ctx, b, sig, a: _call(b, "llvm.readcyclecounter", _I64, [])
+    """The CPU's time stamp counter; on ARM that of time, since programs may not read that of cycles."""
+    name = "llvm.readcyclecounter" if cpu_is_x86() else "llvm.readsteadycounter"
+    return types.int64(), lambda ctx, b, sig, a: _call(b, name, _I64, [])
 
 
 @intrinsic
