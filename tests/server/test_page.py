@@ -174,3 +174,51 @@ def test_a_tools_result_goes_back(page):
     assert messages[-1] == {"role": "tool", "content": "rain", "tool_call_id": "call_1"}
     assert messages[-2]["tool_calls"] == [call]
     ended(page)
+
+
+def test_calls_are_shown_as_they_grow_and_those_that_break_off_are_none(page):
+    """The server's answer is given here, piece by piece."""
+    page.evaluate("""() => {
+        window.push = null;
+        window.fetched = window.fetch;
+        window.sent = [];
+        window.fetch = (path, options) => {
+            if (!path.startsWith("v1/chat")) return window.fetched(path, options);
+            window.sent.push(JSON.parse(options.body));
+            const text = new TextEncoder();
+            const body = new ReadableStream({start(to) {
+                const write = data => to.enqueue(text.encode("data: " + JSON.stringify(data) + "\\n\\n"));
+                window.push = delta => delta ? write({choices: [{index: 0, delta}]}) : to.close();
+            }});
+            return Promise.resolve(new Response(body, {status: 200}));
+        };
+    }""")
+    say(page, "Weather?")
+    page.wait_for_function("Boolean(window.push)")
+
+    def push(index, arguments, name=None):
+        call = {"index": index, "function": {"arguments": arguments}}
+        call |= {"id": f"call_{index}", "type": "function"} if name else {}
+        call["function"] |= {"name": name} if name else {}
+        page.evaluate("call => window.push({tool_calls: [call]})", call)
+
+    push(0, "", "weather")
+    push(0, '{"city": "Os')
+    shown = page.locator(".call pre")
+    expect(shown).to_have_text('{"city": "Os')
+    assert page.locator(".call input").count() == 0
+    push(0, 'lo"}')
+    expect(shown).to_have_text('{\n  "city": "Oslo"\n}')
+    push(1, "", "weather")
+    push(1, '{"city": "')
+    page.evaluate("window.push(null)")
+    ended(page)
+    assert page.locator(".call").count() == 2 and page.locator(".call input").count() == 1
+    assert "broken off" in page.locator(".call").nth(1).inner_text()
+    page.fill(".call input", "rain")
+    page.press(".call input", "Enter")
+    page.wait_for_function("window.sent.length == 2")
+    sent = page.evaluate("window.sent[1].messages")
+    assert [call["id"] for call in sent[1]["tool_calls"]] == ["call_0"] and sent[2]["tool_call_id"] == "call_0"
+    page.evaluate("window.push(null)")
+    ended(page)
