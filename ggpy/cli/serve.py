@@ -26,10 +26,15 @@ def serve(
             metavar="[MODEL]...",
         ),
     ] = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen at; 0.0.0.0: others can reach it, too.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")] = 8080,
     api_key: Annotated[
-        str, typer.Option("--api-key", envvar="GGPY_API_KEY", help="What clients must show.", show_default=False)
+        str,
+        typer.Option(
+            "--api-key", envvar="GGPY_API_KEY", help="What clients must show, as their API key.", show_default=False
+        ),
     ] = "",
     alias: Annotated[str | None, typer.Option("--alias", help="The name of the only model.")] = None,
     ctx: Annotated[int | None, typer.Option("-c", "--ctx", min=1, help="Tokens of context, for each answer.")] = None,
@@ -43,13 +48,14 @@ def serve(
     ] = None,
     cache_dir: Annotated[
         Path | None,
-        typer.Option("--cache-dir", help="Folder that keeps what was computed, also for the next start."),
+        typer.Option("--cache-dir", help="Folder that keeps conversations' keys and values, also for the next start."),
     ] = None,
     cache_size: Annotated[str, typer.Option("--cache-size", help="What its files may take.")] = "4G",
     max_queue: Annotated[int, typer.Option("--max-queue", min=0, help="Answers that may wait for their turn.")] = 64,
     timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds that an answer may take.")] = 3600.0,
     allowed_host: Annotated[
-        list[str] | None, typer.Option("--allowed-host", help="A name that clients may ask for; may be repeated.")
+        list[str] | None,
+        typer.Option("--allowed-host", help="This machine's name, if clients ask for it by one; may be repeated."),
     ] = None,
     chat_template_kwargs: Annotated[
         str,
@@ -57,7 +63,9 @@ def serve(
     ] = "{}",
     **sampling: Any,
 ) -> None:
-    """Serve models over HTTP, by the APIs of OpenAI and Anthropic.
+    """Serve models over HTTP, by the APIs of OpenAI and Anthropic, with a page to talk to.
+
+    After `ggpy serve model.gguf` the page is at http://127.0.0.1:8080, and OpenAI's API at http://127.0.0.1:8080/v1.
 
     Sampling options and those of chat templates are for requests that don't say otherwise.
     """
