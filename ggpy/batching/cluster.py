@@ -33,20 +33,22 @@ class Cluster:
     ray : module
     path : str
         The model's file, the same on all nodes.
+    digest : str
+        The model's.
     how : mapping
         For `Model`. Each worker has `n_threads`, by default as many as the smallest node has processors.
     """
 
-    def __init__(self, ray: Any, path: str, how: Mapping[str, Any]):
-        self._ray, self._path, self._how = ray, path, dict(how)
+    def __init__(self, ray: Any, path: str, digest: str, how: Mapping[str, Any]):
+        self._ray, self._path, self._digest, self._how = ray, path, digest, dict(how)
         self._nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) >= 1]
-        if not self._nodes:
-            raise Error("the Ray cluster has no node with a processor")
         if self._how.get("n_threads") is None:
+            if not self._nodes:
+                raise Error("the Ray cluster has no node with a processor yet; n_threads (-t) says how many a worker takes")
             self._how["n_threads"] = int(min(n["Resources"]["CPU"] for n in self._nodes))
 
-    def check(self, digest: str) -> None:
-        """Sees to it that each node has this version of ggpy and this model.
+    def check(self) -> None:
+        """Sees to it that each node has this version of ggpy and this model. `Worker` does so on nodes that come later.
 
         Raises
         ------
@@ -69,17 +71,16 @@ class Cluster:
                 continue
             except (RayError, GetTimeoutError) as failed:
                 raise Error(f"{name}: {cause(failed)}") from None
-            if version != __version__:
-                raise Error(f"{name} has ggpy {version}, this process {__version__}")
-            if error:
+            if version == __version__ and error:
                 raise Error(f"{name}: {error}")
-            if seen != digest:
-                raise Error(f"{name}: {self._path} is another model there")
+            _check_same(name, version, __version__, self._path, seen == self._digest)
 
     def answers(self, tasks: Iterator[Task]) -> Iterator[list[tuple[Task, Answer]]]:
         """The answers to tasks, in any order, block by block."""
         from ray.data import ActorPoolStrategy, DataContext
         from ray.exceptions import RayError
+
+        from .. import __version__
 
         waiting: dict[int | str, Task] = {}
         blocks = []
@@ -105,7 +106,7 @@ class Cluster:
             batch_size=1,
             compute=pool,
             num_cpus=n_threads,
-            fn_constructor_args=(self._path, self._how),
+            fn_constructor_args=(self._path, self._how, __version__, self._digest),
         )
         try:
             for batch in found.iter_batches(batch_size=None, prefetch_batches=0):
@@ -128,18 +129,35 @@ def cluster(address: str, model: "Model", how: Mapping[str, Any]) -> Iterator[Cl
         There is no such cluster, or a node has another version of ggpy or another model.
     """
     with connected(address) as ray:
-        found = Cluster(ray, str(model.file.path.resolve()), how)
-        found.check(model.digest)
+        found = Cluster(ray, str(model.file.path.resolve()), model.digest, how)
+        found.check()
         yield found
 
 
 class Worker:
-    """A model, open in a process of Ray's. Blocks come in several threads, and the model computes them together."""
+    """A model, open in a process of Ray's. Blocks come in several threads, and the model computes them together.
 
-    def __init__(self, path: str, how: Mapping[str, Any]):
-        from .. import load
+    Parameters
+    ----------
+    path : str
+    how : mapping
+        For `Model`.
+    version, digest : str
+        ggpy's and the model's, as the calling process has them.
+
+    Raises
+    ------
+    Error
+        This node has others.
+    """
+
+    def __init__(self, path: str, how: Mapping[str, Any], version: str, digest: str):
+        from ray.util import get_node_ip_address
+
+        from .. import __version__, load
 
         self._model = load(path, **how)
+        _check_same(f"node {get_node_ip_address()}", __version__, version, path, self._model.digest == digest)
 
     def __call__(self, batch: Mapping[str, Sequence[bytes]]) -> dict[str, list[bytes]]:
         """The answers to blocks of tasks."""
@@ -148,6 +166,14 @@ class Worker:
             pairs = [pair for some in answers(self._model, pickle.loads(data)) for pair in some]
             found.append(pickle.dumps([(task.id, answer) for task, answer in pairs]))
         return {"answers": found}
+
+
+def _check_same(node: str, version: str, own: str, path: str, is_same_model: bool) -> None:
+    """Raises Error if a node has another version of ggpy than the calling process, or another model."""
+    if version != own:
+        raise Error(f"{node} has ggpy {version}, this process {own}")
+    if not is_same_model:
+        raise Error(f"{node}: {path} is another model there")
 
 
 def _look(path: str, how: Mapping[str, Any]) -> tuple[str, str, str]:
