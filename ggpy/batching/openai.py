@@ -2,12 +2,13 @@
 
 import base64
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ..errors import Error
-from ..generate.fields import CHAT, COMPLETION, EMBEDDINGS, Field, format_options, options_of, read
+from ..generate.fields import CHAT, COMPLETION, EMBEDDINGS, RESPONSES, Field, format_options, options_of, read
 from .rows import Row
 from .tasks import Kind, Settings, Task, failed, id_of, is_id, is_ids, made
 
@@ -15,15 +16,16 @@ from .tasks import Kind, Settings, Task, failed, id_of, is_id, is_ids, made
 _URLS: dict[str, tuple[Kind, str, Mapping[str, Field]]] = {
     "/v1/completions": ("text", "prompt", COMPLETION),
     "/v1/chat/completions": ("chat", "messages", CHAT),
+    "/v1/responses": ("chat", "input", RESPONSES),
     "/v1/embeddings": ("embed", "input", EMBEDDINGS),
 }
 
 #: fields that say more than an option does
-_READ = ("logprobs", "top_logprobs", "response_format", "encoding_format")
+_READ = ("logprobs", "top_logprobs", "response_format", "text", "encoding_format", "instructions")
 #: fields that are columns of ours
 _SAME = ("tools", "chat_template_kwargs")
 #: fields that don't change the answer
-_IGNORED = ("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+_IGNORED = ("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "include")
 #: fields that must have a value, which is what there is
 _FIXED: dict[str, Sequence[object]] = {
     "n": (1,),
@@ -32,6 +34,8 @@ _FIXED: dict[str, Sequence[object]] = {
     "echo": (False,),
     "parallel_tool_calls": (True,),
     "tool_choice": ("auto",),
+    "background": (False,),
+    "truncation": ("disabled",),
 }
 
 
@@ -58,18 +62,49 @@ def task_of(row: Row, settings: Settings, digest: str) -> Task:
             raise Error(f"body has no {column}")
         own = _options(body, column, fields)
         given = body[column]
+        digest = f"{digest} {url}"
         if kind == "embed":
             given = [given] if isinstance(given, str) or (given and is_ids(given)) else given
             if not isinstance(given, list) or not given or not all(isinstance(g, str) or is_ids(g) for g in given):
                 raise Error("input is a text, token ids or a list of them")
-            return Task(id, made(id, kind, given, {}, settings, digest).key, kind, given, own)
+            return Task(id, made(id, kind, given, {}, settings, digest).key, kind, given, own, url=url)
         if kind == "text" and not isinstance(given, str) and not is_ids(given):
             raise Error("prompt is one text, or its token ids")
-        if kind == "chat" and not isinstance(given, list):
-            raise Error("messages are a list")
-        return made(id, kind, given, own, settings, digest)
+        if url == "/v1/responses":
+            given = _items(given, own.pop("instructions", None))
+            own |= {"tools": [_nested(tool) for tool in own["tools"]]} if "tools" in own else {}
+        if kind == "chat":
+            given = _messages(given)
+        return replace(made(id, kind, given, own, settings, digest), url=url)
     except Error as error:
         return failed(id, row, str(error), digest)
+
+
+def _messages(given: object) -> list[Any]:
+    if not isinstance(given, list):
+        raise Error("messages are a list")
+    is_developer = [isinstance(m, Mapping) and m.get("role") == "developer" for m in given]
+    return [{**m, "role": "system"} if renamed else m for m, renamed in zip(given, is_developer, strict=True)]
+
+
+def _items(given: object, instructions: str | None) -> list[Any]:
+    """The messages that a response is wanted to."""
+    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    if not isinstance(items, list):
+        raise Error("input is a text or a list of messages")
+    for i, item in enumerate(items):
+        kind = item.get("type", "message") if isinstance(item, Mapping) else type(item).__name__
+        if kind != "message":
+            raise Error(f"input[{i}] of type {kind!r} can't be had, only messages")
+    system = [] if instructions is None else [{"role": "system", "content": instructions}]
+    return [*system, *({"role": item.get("role"), "content": item.get("content")} for item in items)]
+
+
+def _nested(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A function as chat completions have it."""
+    if tool.get("type") != "function":
+        raise Error(f"a tool of type {tool.get('type')!r} can't be had")
+    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
 
 
 def _options(body: Mapping[str, Any], column: str, fields: Mapping[str, Field]) -> dict[str, Any]:
@@ -84,13 +119,14 @@ def _options(body: Mapping[str, Any], column: str, fields: Mapping[str, Field]) 
                 raise Error(f"{name} isn't known")
         values = read(said, {name: field for name, field in fields.items() if name not in _FIXED})
         own = {**options_of(values, fields), **format_options(values.get("response_format"))}
+        own |= format_options(values.get("text", {}).get("format"), "text.format")
     except Error as error:
         raise Error(f"body: {error}") from None
     # A number in completions; in chats, whether there are any, and how many of the likeliest beside.
     logprobs = values.get("top_logprobs", values.get("logprobs"))
     if logprobs is not None and logprobs is not False:
         own["logprobs"] = 0 if logprobs is True else logprobs
-    return own | {name: values[name] for name in (*_SAME, "encoding_format") if name in values}
+    return own | {name: values[name] for name in (*_SAME, "encoding_format", "instructions") if name in values}
 
 
 # Results
@@ -101,9 +137,10 @@ def result_of(task: Task, answer: Mapping[str, Any], model: str) -> dict[str, An
     if task.error:
         error = {"code": "invalid_request", "message": task.error}
         return {"id": f"batch_req_{task.key}", "custom_id": task.id, "response": None, "error": error}
-    status, body = 200, _BODIES[task.kind](task, answer, model)
-    if "error" in answer:
-        status = 400
+    status = 400 if "error" in answer else 200
+    if status == 200:
+        body = _BODIES[task.url](task, answer, model)
+    else:
         body = {"error": {"message": answer["error"], "type": "invalid_request_error", "param": None, "code": None}}
     response = {"status_code": status, "request_id": f"req_{task.key}", "body": body}
     return {"id": f"batch_req_{task.key}", "custom_id": task.id, "response": response, "error": None}
@@ -167,4 +204,50 @@ def _embeddings(task: Task, answer: Mapping[str, Any], model: str) -> dict[str, 
     return {"object": "list", "data": data, "model": model, "usage": {"prompt_tokens": prompt, "total_tokens": prompt}}
 
 
-_BODIES = {"text": _completion, "chat": _chat, "embed": _embeddings}
+def _response(task: Task, answer: Mapping[str, Any], model: str) -> dict[str, Any]:
+    def item(kind: str, prefix: str, /, **facts: Any) -> dict[str, Any]:
+        return {"id": f"{prefix}_{task.key}", "type": kind, "status": "completed", **facts}
+
+    def part(kind: str, text: str, **more: Any) -> list[dict[str, Any]]:
+        return [{"type": kind, "text": text, **more}]
+
+    is_whole = answer["finish_reason"] == "stop"
+    status = "completed" if is_whole else "incomplete"
+    output = []
+    if "thinking" in answer:
+        output.append(item("reasoning", "rs", summary=[], content=part("reasoning_text", answer["thinking"])))
+    if answer["text"] or "tool_calls" not in answer:
+        logprobs = [{**_token(p), "top_logprobs": [_token(t) for t in p["top"]]} for p in answer.get("logprobs", [])]
+        content = part("output_text", answer["text"], annotations=[], logprobs=logprobs)
+        output.append(item("message", "msg", status=status, role="assistant", content=content))
+    for call in answer.get("tool_calls", []):
+        output.append(item("function_call", f"fc_{call['id']}", call_id=f"call_{call['id']}", **call["function"]))
+    usage = _usage(answer)
+    return {
+        "id": f"resp_{task.key}",
+        "object": "response",
+        "created_at": 0,
+        "status": status,
+        "incomplete_details": None if is_whole else {"reason": "max_output_tokens"},
+        "error": None,
+        "model": model,
+        "output": output,
+        "usage": {
+            "input_tokens": usage["prompt_tokens"],
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": usage["total_tokens"],
+        },
+        "tools": [{"type": "function", "strict": None, **tool["function"]} for tool in task.options.get("tools") or ()],
+        "tool_choice": "auto",
+        "parallel_tool_calls": True,
+    }
+
+
+_BODIES = {
+    "/v1/completions": _completion,
+    "/v1/chat/completions": _chat,
+    "/v1/responses": _response,
+    "/v1/embeddings": _embeddings,
+}

@@ -69,6 +69,8 @@ class Task:
     labels : tuple of str
     error : str
         Why there can't be an answer; "" if there can be.
+    url : str
+        Where OpenAI's API has such requests, if it is one.
     """
 
     id: int | str
@@ -78,6 +80,7 @@ class Task:
     options: Mapping[str, Any] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     error: str = ""
+    url: str = ""
 
     @property
     def name(self) -> str:

@@ -165,6 +165,18 @@ CHAT = {
     "add_generation_prompt": Field(BOOL),
     "continue_final_message": Field(BOOL),
 }
+RESPONSES = {
+    **CONVERSATION,
+    "input": Field(one_of(TEXT, list_of(OBJECT))),
+    "instructions": Field(TEXT),
+    "tool_choice": Field(one_of(TEXT, OBJECT)),
+    "parallel_tool_calls": Field(BOOL),
+    "text": Field(OBJECT),
+    "reasoning": Field(OBJECT),
+    "metadata": Field(OBJECT),
+    "previous_response_id": Field(TEXT),
+    "top_logprobs": Field(whole(0, 20)),
+}
 _MIXED = list_of(one_of(whole(0), TEXT), 1)
 PROMPT = one_of(TEXT, OBJECT, _MIXED, list_of(one_of(TEXT, OBJECT, _MIXED), 1))
 COMPLETION = {

@@ -12,6 +12,7 @@ from ..generate.fields import (
     GENERATION,
     OBJECT,
     PROMPT,
+    RESPONSES,
     TEXT,
     Field,
     list_of,
@@ -19,25 +20,13 @@ from ..generate.fields import (
     whole,
 )
 
-__all__ = ["CHAT", "COMPLETION", "EMBEDDINGS"]  # OpenAI's
+__all__ = ["CHAT", "COMPLETION", "EMBEDDINGS", "RESPONSES"]  # OpenAI's
 
 MESSAGES = {
     **CONVERSATION,
     "system": Field(one_of(TEXT, list_of(OBJECT))),
     "tool_choice": Field(OBJECT),
     "thinking": Field(OBJECT),
-}
-RESPONSES = {
-    **CONVERSATION,
-    "input": Field(one_of(TEXT, list_of(OBJECT))),
-    "instructions": Field(TEXT),
-    "tool_choice": Field(one_of(TEXT, OBJECT)),
-    "parallel_tool_calls": Field(BOOL),
-    "text": Field(OBJECT),
-    "reasoning": Field(OBJECT),
-    "metadata": Field(OBJECT),
-    "previous_response_id": Field(TEXT),
-    "top_logprobs": Field(whole(0, 20)),
 }
 TOKENIZE = {
     "model": Field(TEXT),

@@ -195,11 +195,17 @@ def test_openai_lines(model, tmp_path):
         request("h", "/v1/completions", prompt="In the", strange=1),
         request("i", "/v1/images", prompt="In the"),
         "no json",
+        request("k", "/v1/responses", input="Hello", instructions="Be brief.", max_output_tokens=3, temperature=0),
+        request("l", "/v1/responses", input=chat, max_output_tokens=60, text={"format": {"type": "json_object"}}),
+        request("m", "/v1/responses", input=[{"type": "item_reference", "id": "x"}]),
+        request("n", "/v1/responses", input="Hello", previous_response_id="resp_1"),
+        request("o", "/v1/responses", input="Hello", tools=[{"type": "web_search"}]),
+        request("p", "/v1/chat/completions", messages=[{"role": "developer", "content": "Be brief."}, *chat], max_tokens=3),
     ]
     written(tmp_path / "in.jsonl", rows)
     summary = ggpy.batch(model, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     found = {line["custom_id"]: line for line in read(tmp_path / "out.jsonl")}
-    assert len(found) == 10 and summary.n_errors == 5
+    assert len(found) == 16 and summary.n_errors == 8
     assert all(set(line) == {"id", "custom_id", "response", "error"} for line in found.values())
     body = {id: line["response"]["body"] for id, line in found.items() if line["response"]}
     done = model.generate("In the", max_tokens=3, temperature=0, logprobs=1).run()
@@ -214,9 +220,40 @@ def test_openai_lines(model, tmp_path):
 
     assert base64.b64decode(body["d"]["data"][0]["embedding"]) == vectors[0].tobytes()
     assert body["e"]["choices"][0]["message"]["content"].startswith("{")
-    for id, words in {"f": "n 2", "g": "temperature", "h": "strange", "i": "/v1/images", "row 10": "no JSON"}.items():
+    said = model.chat([{"role": "system", "content": "Be brief."}, *chat], max_tokens=3, temperature=0).answer
+    assert body["k"]["output"][0]["content"][0]["text"] == said and body["k"]["status"] == "incomplete"
+    assert body["l"]["output"][0]["content"][0]["text"].startswith("{")
+    refused = {"f": "n 2", "g": "temperature", "h": "strange", "i": "/v1/images", "row 10": "no JSON"}
+    for id, words in {**refused, "m": "item_reference", "n": "previous_response_id", "o": "web_search"}.items():
         assert found[id]["response"] is None and words in found[id]["error"]["message"]
     assert ggpy.batch(model, tmp_path / "in.jsonl", tmp_path / "out.jsonl").n_new == 0
+
+
+def test_openai_lines_are_of_its_types():
+    pytest.importorskip("openai")
+    from openai.types import Completion, CreateEmbeddingResponse
+    from openai.types.chat import ChatCompletion
+    from openai.types.responses import Response
+
+    from ggpy.batching import openai
+
+    piece = {"token": 1, "text": "\u00e9", "logprob": -0.5, "top": [{"token": 2, "text": "b", "logprob": -1.0}]}
+    text = {"text": "x", "finish_reason": "stop", "prompt_tokens": 3, "completion_tokens": 2, "logprobs": [piece]}
+    call = {"id": "a1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    tools = [{"type": "function", "name": "f", "parameters": {"type": "object"}}]
+    for url, type_, column, answer, more in (
+        ("/v1/completions", Completion, "prompt", text, {}),
+        ("/v1/chat/completions", ChatCompletion, "messages", {**text, "thinking": "y", "tool_calls": [call]}, {}),
+        ("/v1/responses", Response, "input", {**text, "thinking": "y", "tool_calls": [call]}, {"tools": tools}),
+        ("/v1/responses", Response, "input", {**text, "finish_reason": "length"}, {}),
+        ("/v1/embeddings", CreateEmbeddingResponse, "input", {"embeddings": [[0.5]], "prompt_tokens": 3}, {}),
+    ):
+        given = [{"role": "user", "content": "Hi"}] if column == "messages" else "Hi"
+        task = openai.task_of(Row(1, request("a", url, **{column: given}, **more)), Settings(), "")
+        assert not task.error
+        line = openai.result_of(task, answer, "demo")
+        assert line["error"] is None and line["response"]["status_code"] == 200
+        type_.model_validate(line["response"]["body"])
 
 
 # Files

@@ -67,6 +67,17 @@ def test_nodes_with_another_version_or_model_are_refused(nodes, tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
+def test_a_node_that_comes_later_is_refused_by_its_worker():
+    from ggpy.batching.cluster import Worker
+    from ggpy.hub import model_file
+
+    path = str(model_file("demo"))
+    with pytest.raises(ggpy.Error, match=r"^node \S+ has ggpy [\d.]+, this process 9\.9$"):
+        Worker(path, LOAD, "9.9", "another")
+    with pytest.raises(ggpy.Error, match=r"^node \S+: \S+\.gguf is another model there$"):
+        Worker(path, LOAD, ggpy.__version__, "another")
+
+
 def test_no_cluster_is_an_error_in_a_line(tmp_path):
     for address, words in (
         ("127.0.0.1:9", "no Ray cluster at 127.0.0.1:9"),
