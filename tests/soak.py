@@ -1,12 +1,14 @@
 """A long time of everything at once: memory, descriptors and threads stay as they are, and so does every text.
 
     python -m tests.soak --minutes 30
+    python -m tests.soak --loads 500
 
 One process keeps some models open (latent attention with experts, states, one with and without a LoRA adapter, the demo
 model) and does one random thing after the other; what is done follows from `--seed` alone. Each result is a function of the
 model and a small number, so that it is compared with the first of its kind, whatever went on beside it. A line a minute
 says how much memory the process has (resident, its own share of it, its own alone), its descriptors and its threads. Growth
-beyond MOST_SLOPE once it is warm, or one descriptor or thread more, is a failure.
+beyond MOST_SLOPE once it is warm, or one descriptor or thread more, is a failure. `--loads` opens and closes models only,
+half of them by the collector; growth of more than MOST_LOADED MB after the first fifth is one, too.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import time
 from pathlib import Path
 
 MOST_SLOPE = 0.5  # MB a minute, of memory that is the process's own
+MOST_LOADED = 2
 WARM = 1 / 3  # of the time: caches and pages of four contexts fill up first
 N_CTX = 192
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "boolean"}}, "required": ["a"]}
@@ -38,7 +41,9 @@ class World:
         self.rng = random.Random(seed)
         self.seeds, self.folder = seeds, seeds / "scratch"
         self.folder.mkdir(exist_ok=True)
-        self.names = [*sorted(path.stem for path in seeds.glob("*.gguf")), "adapted"]
+        self.names = sorted(path.stem for path in seeds.glob("*.gguf"))
+        if (seeds / "adapter").exists():
+            self.names.append("adapted")
         self.models = {name: self.load(name) for name in self.names}
         self.generations, self.sequences = [], []
         self.seen = {}
@@ -311,6 +316,21 @@ def soak(seeds, minutes, seed=0, say=print):
     return world.counts, grown
 
 
+def loads(seeds, n, say=print):
+    """Opens and closes models n times; what grew."""
+    world = World(seeds, 0)
+    for i in range(n + 1):
+        if i in (n // 5, n):
+            found = usage()
+            say(
+                f"{i} loads: RSS {found[0]:.1f} MB, PSS {found[1]:.1f} MB, own {found[2]:.1f} MB, {found[3:]} descriptors, threads"
+            )
+            first = found if i < n else first
+        another(world, world.names[i % len(world.names)], i)
+    grown = [name for name, a, b in zip(("RSS", "PSS", "own"), first, found, strict=False) if b > a + MOST_LOADED]
+    return grown + ["descriptors or threads"] * (first[3:] != found[3:])
+
+
 def make_seeds(folder):
     """The models, made by transformers and PEFT in a process whose memory doesn't count."""
     subprocess.run([sys.executable, "-W", "ignore", "-m", "tests.soak", "--make", str(folder)], check=True)
@@ -336,6 +356,7 @@ def _make(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--loads", type=int, default=0, help="open and close models so often instead")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -344,7 +365,10 @@ def main():
         return
     with tempfile.TemporaryDirectory() as folder:
         make_seeds(Path(folder))
-        _, grown = soak(Path(folder), options.minutes, options.seed, lambda line: print(line, flush=True))
+        if options.loads:
+            grown = loads(Path(folder), options.loads)
+        else:
+            _, grown = soak(Path(folder), options.minutes, options.seed, lambda line: print(line, flush=True))
     for line in grown:
         print(f"grows: {line}")
     sys.exit(bool(grown))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import GGUFError
+from ..errors import Error, GGUFError
 from ..kernels import faults
 
 
@@ -61,11 +61,11 @@ class Mapped:
 
         Raises
         ------
-        ValueError
+        Error
             The file was closed.
         """
         if self._buffer is None:
-            raise ValueError(f"{self.path} is closed")
+            raise Error(f"{self.path}: the file is closed")
         return self._buffer
 
     def prefetch(self, offset: int, n_bytes: int) -> None:

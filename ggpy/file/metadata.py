@@ -157,7 +157,7 @@ class Metadata(Mapping[str, Any]):
     Parameters
     ----------
     mapped : object with an attribute `buffer`
-        The file; `buffer` raises ValueError once it is closed.
+        The file; `buffer` raises Error once it is closed.
     entries : dict
         Key -> place of its value.
     """

@@ -357,12 +357,12 @@ class Model:
         """
         if isinstance(texts, str):
             raise Error("embed takes a list of texts; for one: embed([text])")
+        self._runner.check()
         kind = pooling or pooling_of(self.file, self._runner.is_encoder)
         if kind == "rank" and pooling is None:
             raise Error(f"{self.file.path}: a reranker, which gives scores: see Model.rerank")
         if kind not in POOLINGS:
             raise Error(f"pooling {kind!r}; there are {', '.join(POOLINGS)}")
-        self._runner.check()
         ids = [self.tokenizer.encode(t) if isinstance(t, str) else _token_ids(t) for t in texts]
         for tokens in ids:
             self._runner.check_ids(tokens)

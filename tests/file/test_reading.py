@@ -11,7 +11,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ggpy.errors import GGUFError, UnsupportedError
+from ggpy.errors import Error, GGUFError, UnsupportedError
 from ggpy.file import GGUFFile, StringArray
 
 from . import make
@@ -243,7 +243,7 @@ def test_a_closed_file_says_so(opened):
         lambda: file.tensors["f32"].dequantize(),
         lambda: file.metadata["general.architecture"],
     ):
-        with pytest.raises(ValueError, match="closed"):
+        with pytest.raises(Error, match="closed"):
             use()
 
 

@@ -4,7 +4,7 @@ import gguf
 import numpy as np
 import pytest
 
-from ggpy.errors import GGUFError
+from ggpy.errors import Error, GGUFError
 from ggpy.file import GGUFFile
 
 from .make import gguf as gguf_bytes
@@ -44,7 +44,7 @@ def test_closing_closes_all_parts(split):
     with GGUFFile(split[0]) as file:
         pass
     for tensor in file.tensors.values():
-        with pytest.raises(ValueError, match="closed"):
+        with pytest.raises(Error, match="closed"):
             tensor.dequantize()
 
 

@@ -369,7 +369,7 @@ def test_a_hook_cannot_use_the_model(model):
         other.run()
 
 
-def test_a_closed_model_says_so(dense):
+def test_a_closed_model_says_so(dense, tmp_path):
     model = ggpy.load(dense, n_ctx=128, n_threads=2)
     generation, sequence = model.generate(ids(5), max_tokens=50), model.new_sequence()
     sequence.extend(ids(3))
@@ -381,9 +381,17 @@ def test_a_closed_model_says_so(dense):
         lambda: sequence.extend(ids(1)),
         lambda: model.logits(ids(3)),
         lambda: model.generate(ids(3)),
+        lambda: model.embed([ids(3)]),
+        lambda: model.hidden_states(ids(3)),
+        lambda: model.score(ids(3), [ids(2)]),
+        lambda: list(model.generate_batch([ids(3)])),
+        lambda: model.save_cache(tmp_path / "cache", ids(3)),
         model.new_sequence,
     ):
         with pytest.raises(ggpy.Error, match="the model is closed"):
+            use()
+    for use in (lambda: model.chat([]), lambda: model.metadata["general.name"]):
+        with pytest.raises(ggpy.Error, match="closed"):
             use()
 
 
