@@ -318,17 +318,16 @@ def soak(seeds, minutes, seed=0, say=print):
 
 def loads(seeds, n, say=print):
     """Opens and closes models n times; what grew."""
-    world = World(seeds, 0)
+    world, found = World(seeds, 0), []
     for i in range(n + 1):
         if i in (n // 5, n):
-            found = usage()
-            say(
-                f"{i} loads: RSS {found[0]:.1f} MB, PSS {found[1]:.1f} MB, own {found[2]:.1f} MB, {found[3:]} descriptors, threads"
-            )
-            first = found if i < n else first
+            found.append(usage())
+            rss, pss, own, files, threads = found[-1]
+            say(f"{i} loads: RSS {rss:.1f} MB, PSS {pss:.1f} MB, own {own:.1f} MB, {files} descriptors, {threads} threads")
         another(world, world.names[i % len(world.names)], i)
-    grown = [name for name, a, b in zip(("RSS", "PSS", "own"), first, found, strict=False) if b > a + MOST_LOADED]
-    return grown + ["descriptors or threads"] * (first[3:] != found[3:])
+    first, last = found
+    grown = [name for name, a, b in zip(("RSS", "PSS", "own"), first, last, strict=False) if b > a + MOST_LOADED]
+    return grown + ["descriptors or threads"] * (first[3:] != last[3:])
 
 
 def make_seeds(folder):
