@@ -34,4 +34,4 @@ def test_everything_at_once_gives_the_same(seeds):
     """The growth of so short a time says nothing; texts and errors do."""
     (seeds / "demo.gguf").symlink_to(model_file("demo"))
     counts, _ = soak.soak(seeds, 3 / 60)
-    assert sum(counts.values()) > 5
+    assert counts

@@ -44,6 +44,16 @@ END_NAMES = (
     *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
     *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>"),
 )
+#: Tokens around the parts of a text to be filled in, by their names: control tokens, though files often say otherwise.
+_FIM_NAMES = (
+    *("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<\uff5cfim\u2581begin\uff5c>", "<PRE>", "\u2581<PRE>"),
+    *("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<\uff5cfim\u2581hole\uff5c>", "<SUF>", "\u2581<SUF>"),
+    *("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<\uff5cfim\u2581end\uff5c>", "<MID>", "\u2581<MID>"),
+    *("<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>", "<|prefix|>", "<|suffix|>", "<|middle|>"),
+)
+# In Phi-3's texts white space behind control tokens isn't there. Files know it by their model's name alone.
+_STRIPPING_MODELS = ("phi-3", "phi3")
+_NOT_STRIPPING = ("<unk>", "<s>", "<|endoftext|>")
 # gpt-oss and solar-open, known by these, end their messages with `<|end|>` but not their turns.
 _MESSAGES_END = ({"<|return|>", "<|call|>"}, {"<|flush|>", "<|calls|>"})
 
@@ -163,6 +173,8 @@ class Tokenizer:
         self._byte_level = pre is not None and pre.byte_level
         vocab = self._vocabulary()
         ends = self._mark_ends(vocab, typed)
+        name = metadata.get("general.name")
+        self._strips = isinstance(name, str) and any(part in name.lower() for part in _STRIPPING_MODELS)
 
         first, last, unknown = _SPECIAL.get(kind, (None, None, None))
         self.bos = fields.token_id("bos_token_id", n_vocab, first)
@@ -243,7 +255,7 @@ class Tokenizer:
         return vocab
 
     def _mark_ends(self, vocab: dict[str, int], typed: bool) -> set[int]:
-        """Ids of `END_NAMES`, made control tokens: some files take them for user-defined ones.
+        """Ids of `END_NAMES`, made control tokens like those of `_FIM_NAMES`: some files take them for user-defined ones.
 
         A normal token of such a name (`</s>` in qwen2) is text, unless the file has no types at all.
         """
@@ -251,7 +263,8 @@ class Tokenizer:
         ends = {name: i for name, i in ends.items() if not typed or self._types[i] != NORMAL}
         if any(names <= ends.keys() for names in _MESSAGES_END):
             ends.pop("<|end|>", None)
-        for i in ends.values():
+        marks = {vocab[name] for name in _FIM_NAMES if name in vocab and self._types[vocab[name]] == USER_DEFINED}
+        for i in {*ends.values(), *marks}:
             self._types[i] = CONTROL
         return set(ends.values())
 
@@ -271,7 +284,9 @@ class Tokenizer:
                 tokenizer.pre_tokenizer = pre_tokenizer
             tokenizer.add_tokens(
                 [
-                    AddedToken(self._spelling(i), normalized=False)
+                    AddedToken(
+                        self._spelling(i), normalized=False, rstrip=self._strips and self._tokens[i] not in _NOT_STRIPPING
+                    )
                     for i, type_ in enumerate(self._types)
                     if type_ in types and self._tokens[i]
                 ]

@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import io
+import itertools
 import json
 import random
 import subprocess
@@ -203,7 +204,7 @@ def write_vocabulary(path, metadata):
         add(value)
     for key, value in metadata.items():
         value = value.tolist() if isinstance(value, np.ndarray) else value
-        if not key.startswith("tokenizer."):
+        if not key.startswith(("tokenizer.", "general.name")):
             continue
         if key.endswith("charsmap"):
             writer.add_precompiled_charsmap(bytes(byte & 255 for byte in value))
@@ -366,6 +367,32 @@ def test_spm_equals_llama_cpp_around_special_tokens(tmp_path):
     oracle.close()
 
 
+@pytest.mark.parametrize("name", ["Phi-3 mini", "phi3", "Phi 4"])
+def test_white_space_behind_phi_3s_control_tokens_is_dropped(tmp_path, name):
+    model = trained_spm()
+    metadata = spm_metadata(model) | {"general.name": name}
+    for text, type_, piece in (
+        ("<|end|>", CONTROL, "the"),
+        ("<|user|>", USER_DEFINED, "and"),
+        ("<fim_prefix>", USER_DEFINED, "in"),
+    ):
+        i = model.piece_to_id("\u2581" + piece)
+        metadata["tokenizer.ggml.tokens"][i], metadata["tokenizer.ggml.token_type"][i] = text, type_
+    write_vocabulary(tmp_path / "vocabulary.gguf", metadata)
+    oracle, tokenizer = LlamaCpp(tmp_path / "vocabulary.gguf"), Tokenizer.from_metadata(metadata)
+    texts = (
+        "<|user|>\n a<|end|>  \t\nb",
+        "</s>  x <s>  y<unk> z",
+        "a  <|end|>",
+        "<fim_prefix> a",
+        "<|end|> <|end|> <|user|>  ",
+    )
+    for text, special in itertools.product(texts, (True, False)):
+        assert tokenizer.encode(text, special, bos=False) == oracle.encode(text, special), (text, special)
+    oracle.close()
+    assert (tokenizer.encode("<|end|>  a") == tokenizer.encode("<|end|>a")) == name.lower().startswith(("phi-3", "phi3"))
+
+
 def test_control_tokens_are_recognised_only_when_asked_for():
     tokenizer = smollm2()
     assert tokenizer.encode("a<|im_end|>") == [*tokenizer.encode("a"), 2]
@@ -434,6 +461,8 @@ def test_end_tokens_are_ids_and_names():
     ).end_tokens
     # `</s>` is a normal token, which may be HTML.
     assert ends == {0, 1, len(tokens), len(tokens) + 2}
+    normal = Tokenizer.from_metadata(bpe_metadata(token_type=[NORMAL] * len(tokens), eos_token_id=0))
+    assert normal.eos == 0 and 0 in normal.end_tokens
 
 
 def test_end_of_a_message_ends_no_turn_of_gpt_oss():
