@@ -371,13 +371,9 @@ def test_spm_equals_llama_cpp_around_special_tokens(tmp_path):
 def test_white_space_behind_phi_3s_control_tokens_is_dropped(tmp_path, name):
     model = trained_spm()
     metadata = spm_metadata(model) | {"general.name": name}
-    for text, type_, piece in (
-        ("<|end|>", CONTROL, "the"),
-        ("<|user|>", USER_DEFINED, "and"),
-        ("<fim_prefix>", USER_DEFINED, "in"),
-    ):
-        i = model.piece_to_id("\u2581" + piece)
-        metadata["tokenizer.ggml.tokens"][i], metadata["tokenizer.ggml.token_type"][i] = text, type_
+    marks = {"<|end|>": CONTROL, "<|user|>": USER_DEFINED, "<fim_prefix>": USER_DEFINED, "<|endoftext|>": CONTROL}
+    for i, (text, type_) in enumerate(marks.items()):
+        metadata["tokenizer.ggml.tokens"][-1 - i], metadata["tokenizer.ggml.token_type"][-1 - i] = text, type_
     write_vocabulary(tmp_path / "vocabulary.gguf", metadata)
     oracle, tokenizer = LlamaCpp(tmp_path / "vocabulary.gguf"), Tokenizer.from_metadata(metadata)
     texts = (
