@@ -27,10 +27,10 @@ Read: TypeAlias = Callable[[str, int, Schemas, bool], tuple[Calls, int]]
 
 # Values
 
-_STRING_OR_MARK = re.compile(r'"(?:[^"\\]|\\.)*("|\\?\Z)|[\[\]{}:,]', re.S)
+_STRING_OR_MARK = re.compile(r'"(?:[^"\\]+|\\.)*("|\\?\Z)|[\[\]{}:,]', re.S)
 # As much of a string as is certain: no half of an escape, nor of a character that is written as two.
 _WHOLE_CHARACTERS = re.compile(
-    r'"(?:[^"\\]|\\[^u]|\\u[dD][89abAB][\da-fA-F]{2}\\u[\da-fA-F]{4}|\\u(?![dD][89abAB])[\da-fA-F]{4})*', re.S
+    r'"(?:[^"\\]+|\\[^u]|\\u[dD][89abAB][\da-fA-F]{2}\\u[\da-fA-F]{4}|\\u(?![dD][89abAB])[\da-fA-F]{4})*', re.S
 )
 _SPACE = re.compile(r"\s*")
 

@@ -54,7 +54,7 @@ class PageFiles:
 
     def __init__(self, runner: "Runner", folder: Path, n_bytes: int):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(0o700, parents=True, exist_ok=True)  # conversations are private
         except OSError as error:
             raise Error(f"{folder}: {error.strerror}") from None
         self._runner, self._folder, self._n_bytes = runner, folder, n_bytes
@@ -201,10 +201,10 @@ class PageFiles:
         while (work := self._queue.get()) is not None:
             path, arrays = work
             n_bytes = sum(a.nbytes for a in arrays.values())
-            if written + n_bytes > self._n_bytes // _ROOM_PARTS:
-                self._make_room(n_bytes)
-                written = 0
             try:
+                if written + n_bytes > self._n_bytes // _ROOM_PARTS:
+                    self._make_room(n_bytes)
+                    written = 0
                 if n_bytes <= self._n_bytes:
                     self._write(path, arrays)
                     written += n_bytes
@@ -212,7 +212,8 @@ class PageFiles:
                 _log.warning("%s: not kept: %s", path.name, error)
             with self._lock:
                 self._n_waiting -= n_bytes
-        self._make_room(0)
+        with suppress(OSError):
+            self._make_room(0)
 
     def _write(self, path: Path, arrays: dict[str, np.ndarray]) -> None:
         from safetensors.numpy import save_file

@@ -265,6 +265,12 @@ class _Giver:
         self._given = None
 
 
+def _next_look(n: int, n_held: int) -> int:
+    """How long a text of n characters must be, to be looked at again, where its last ones may be a call: a long one is read
+    again only when it has grown, else its time would be quadratic."""
+    return n + n_held // 64 if n_held > 4096 else 0
+
+
 class ReplyParser:
     """Tells thoughts, answer and calls apart in a text that arrives in pieces.
 
@@ -319,9 +325,7 @@ class ReplyParser:
         events: list[Event] = []
         while self._step(events, final):
             pass
-        # A long call is read again only when it has grown: else its time would be quadratic.
-        held = len(self._held)
-        self._look_at = held + held // 64 if held > 4096 else 0
+        self._look_at = _next_look(len(self._held), len(self._held))
         return [event for event in events if event.text or event.kind == "call"]
 
     def _step(self, events: list[Event], final: bool) -> bool:
@@ -550,12 +554,20 @@ class ForcedCalls:
     def __init__(self, growing: bool = False) -> None:
         self._giver = _Giver(growing)
         self._text = ""
-        self._at = 0
+        self._at = self._look_at = 0
         self._called = False
 
     def push(self, text: str) -> list[Event]:
         """Takes the next piece; what is certain now."""
         self._text += text
+        return self._all() if len(self._text) >= self._look_at else []
+
+    def flush(self) -> list[Event]:
+        """What was cut off before it was a call is text, if nothing was called."""
+        events = self._all()
+        return events if self._called or not self._text else [*events, Event("content", self._text)]
+
+    def _all(self) -> list[Event]:
         events: list[Event] = []
         while begun := BEGUN.search(self._text, self._at):
             name = loads(begun["name"])
@@ -566,11 +578,8 @@ class ForcedCalls:
                 break
             self._giver.whole(events, [Event("call", dumps(loads(self._text[begun.end() : stop])), name)])
             self._at, self._called = stop, True
+        self._look_at = _next_look(len(self._text), len(self._text) - self._at)
         return events
-
-    def flush(self) -> list[Event]:
-        """What was cut off before it was a call is text, if nothing was called."""
-        return [Event("content", self._text)] if not self._called and self._text else []
 
 
 def parse_reply(text: str, family: Family, tools: Iterable[Mapping[str, Any]] | None = (), prompt: str = "") -> list[Event]:

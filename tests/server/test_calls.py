@@ -91,6 +91,17 @@ def test_arguments_come_while_they_are_generated(kind, forced):
     assert all(len(pieces) > 20 for _, pieces in got)
 
 
+@pytest.mark.parametrize("forced", [False, True])
+def test_long_calls_are_looked_at_seldom(forced):
+    words = {"text": "x" * 100_000}
+    parser = ForcedCalls(growing=True) if forced else ReplyParser(FAMILIES["hermes"], TOOLS, growing=True)
+    call = json.dumps({"name": "map", "arguments": words})
+    text = f"[{call}]" if forced else f"<tool_call>{call}</tool_call>"
+    events = [event for at in range(0, len(text), 4) for event in parser.push(text[at : at + 4])] + parser.flush()
+    assert json.loads("".join(event.text for event in events)) == words
+    assert len(events) < 2000
+
+
 @pytest.mark.parametrize("kind", ["chat", "messages", "responses"])
 def test_a_call_that_breaks_off_is_none(kind):
     text = '<tool_call>{"name": "weather", "arguments": {"city": "Köln "am" Rhein"}}</tool_call>'
