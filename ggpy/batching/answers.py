@@ -13,7 +13,7 @@ from .tasks import Task
 
 #: What a task gives: a dict that JSON can hold. `error`, or
 #: text, finish_reason, prompt_tokens, completion_tokens; thinking, tool_calls, logprobs where there are any;
-#: embeddings, prompt_tokens; label, scores.
+#: embeddings, prompt_tokens; label, scores, prompt_tokens.
 Answer: TypeAlias = dict[str, Any]
 
 _TOGETHER = 64  # tasks without a text of their own that are computed together
@@ -128,20 +128,21 @@ def _texts(task: Task) -> Sequence[Any]:
 
 
 def _labelled(model: Model, group: Sequence[Task]) -> list[Answer]:
-    pairs = []
+    pairs, lengths = [], []
     for task in group:
         prompt, tokenizer = task.given, model.tokenizer
         if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
             # A reply begins with a token of its own, whatever a template ends with.
             prompt = tokenizer.encode_prompt(model.chat_prompt(prompt))
         is_text = isinstance(prompt, str)
+        lengths.append(len(tokenizer.encode(prompt) if is_text else prompt))
         pairs += [(prompt, label if is_text else tokenizer.encode_inside(label)) for label in task.labels]
     scores = iter(model.score_batch(pairs))
     found: list[Answer] = []
-    for task in group:
+    for task, length in zip(group, lengths, strict=True):
         logprobs = {label: next(scores).logprob for label in task.labels}
         own = [{"label": label, "logprob": logprob} for label, logprob in logprobs.items()]
-        found.append({"label": max(logprobs, key=logprobs.__getitem__), "scores": own})
+        found.append({"label": max(logprobs, key=logprobs.__getitem__), "scores": own, "prompt_tokens": length})
     return found
 
 

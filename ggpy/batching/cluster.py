@@ -12,7 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Error
-from ..pipeline.actors import cause, connected
+from ..pipeline.actors import cause, connected, nodes_for
 from .answers import Answer, answers
 from .tasks import Task
 
@@ -41,7 +41,7 @@ class Cluster:
 
     def __init__(self, ray: Any, path: str, digest: str, how: Mapping[str, Any]):
         self._ray, self._path, self._digest, self._how = ray, path, digest, dict(how)
-        self._nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) >= 1]
+        self._nodes = nodes_for(ray, self._how.get("n_threads"), 1)
         if self._how.get("n_threads") is None:
             if not self._nodes:
                 raise Error("the Ray cluster has no node with a processor yet; n_threads (-t) says how many a worker takes")

@@ -53,6 +53,22 @@ def connected(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
+def nodes_for(ray: Any, n_threads: int | None, n: int) -> list[dict[str, Any]]:
+    """The nodes that have processors. There may be none yet, where they come as they are needed.
+
+    Raises
+    ------
+    Error
+        They haven't enough for n processes with so many threads each, which would wait for ever.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    room = n if n_threads is None else sum(int(node["Resources"]["CPU"] // n_threads) for node in nodes)
+    if nodes and room < n:
+        what = f"{room} of {n} processes" if n > 1 else "no process"
+        raise Error(f"the Ray cluster has room for {what} with {n_threads} threads; a smaller n_threads (-t) may do")
+    return nodes
+
+
 def cause(error: BaseException) -> str:
     """What Ray wraps in its own errors and their traces."""
     while (inner := getattr(error, "cause", None) or error.__cause__) is not None and inner is not error:
@@ -75,6 +91,11 @@ class Actors:
     def __init__(self, address: str, hows: Sequence[How]):
         self._stack, self._hows = ExitStack(), list(hows)
         self._ray = self._stack.enter_context(connected(address))
+        try:
+            nodes_for(self._ray, hows[0].n_threads, len(hows))
+        except BaseException:
+            self._stack.close()
+            raise
         self._actors: list[Any] = [None] * len(hows)
         self._results: list[Any] = [None] * len(hows)
 

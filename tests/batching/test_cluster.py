@@ -64,6 +64,9 @@ def test_nodes_with_another_version_or_model_are_refused(nodes, tmp_path, monkey
     monkeypatch.setattr(ggpy.Model, "digest", "another")
     with pytest.raises(ggpy.Error, match=r"^node \S+: \S+\.gguf is another model there$"):
         ggpy.batch("demo", ROWS, tmp_path / "out", load=LOAD, ray=nodes.address)
+    for how, words in (({"n_threads": 9}, "no process with 9 threads"), ({"stages": 2}, "1 of 2 processes with 1 threads")):
+        with pytest.raises(ggpy.Error, match=words):
+            ggpy.batch("demo", ROWS, tmp_path / "out", load={**LOAD, **how}, ray=nodes.address)
     assert not (tmp_path / "out").exists()
 
 
