@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import lm_eval
 from lm_eval.tasks import TaskManager
+from transformers import AutoTokenizer
 
 import ggpy.measure.lm_eval  # noqa: F401 — so that the harness knows ggpy
 
@@ -56,7 +57,10 @@ def results(backend: str, options: argparse.Namespace) -> dict[str, Any]:
     if backend == "ggpy":
         return lm_eval.simple_evaluate("ggpy", model_args=f"path={options.model},n_ctx={options.ctx}", **how)
     with serving(options.model, options.ctx) as url:
-        arguments = f"model=any,base_url={url},tokenizer={options.checkpoint},num_concurrent=8,max_length={options.ctx}"
+        tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
+        bos = tokenizer("a").input_ids[0] == tokenizer.bos_token_id  # the harness leaves it out unless it is told
+        arguments = f"model=any,base_url={url},tokenizer={options.checkpoint},add_bos_token={bos}"
+        arguments += f",num_concurrent=8,max_length={options.ctx}"
         return lm_eval.simple_evaluate("local-completions", model_args=arguments, batch_size=1, **how)
 
 

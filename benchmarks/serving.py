@@ -5,8 +5,10 @@
 
 Each client asks, reads the stream to its end, and asks again: a common system prompt, one of six questions, an answer of
 16, 64 or 128 tokens. `--rude` adds to it: clients that leave in the middle of an answer or read slowly, JSON that isn't
-any, prompts too long, bodies of 100 MB. Figures: tokens of whole answers per second, the time to the first token, the time
-between two, and the memory of the server's process.
+any, prompts too long, bodies of 100 MB; at last TERM while answers are under way, which must be finished.
+Figures: tokens of whole answers per second, the time to the first token, the time between two, the memory of the server's
+process after a quarter of the time and at the end, and what went wrong: answers refused or broken off, mistakes that went
+through.
 """
 
 import argparse
@@ -74,15 +76,19 @@ async def ask(client: httpx.AsyncClient, rng: random.Random, result: Result, rud
     leaves, dawdles = rude and rng.random() < 0.08, rude and rng.random() < 0.05
     last = time.perf_counter()
     times: list[float] = result.first
-    n = 0
+    n, whole = 0, False
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
             result.errors.append(f"{response.status_code} {(await response.aread())[:200]!r}")
             return
         async for line in response.aiter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
+            whole = whole or line == "data: [DONE]"
+            if not line.startswith("data: {"):
                 continue
             event = json.loads(line[6:])
+            if "error" in event:
+                result.errors.append(f"{event['error']}")
+                return
             if event["choices"] and event["choices"][0]["delta"].get("content"):
                 now = time.perf_counter()
                 times.append(now - last)
@@ -94,6 +100,8 @@ async def ask(client: httpx.AsyncClient, rng: random.Random, result: Result, rud
                     await asyncio.sleep(0.2)
                     last = time.perf_counter()
     result.n_tokens += n
+    if not whole:
+        result.errors.append(f"broken off after {n} tokens")
 
 
 async def polite(client: httpx.AsyncClient, seed: int, end: float, result: Result, rude: bool) -> None:
@@ -120,6 +128,22 @@ async def mistaken(client: httpx.AsyncClient, end: float, result: Result) -> Non
         await asyncio.sleep(3)
 
 
+async def terminated(client: httpx.AsyncClient, process: psutil.Process, result: Result) -> None:
+    """Ends the server while it answers: it must finish what it has begun, and be gone then."""
+    last = Result()
+    asked = [asyncio.ensure_future(ask(client, random.Random(i), last, False)) for i in range(4)]
+    while not all(task.done() for task in asked) and len(last.first) < len(asked):
+        await asyncio.sleep(0.01)
+    process.terminate()
+    ended = await asyncio.gather(*asked, return_exceptions=True)
+    result.errors += [f"at the end: {fault}" for fault in [*last.errors, *filter(None, ended)]]
+    for _ in range(600):
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            return
+        await asyncio.sleep(0.1)
+    result.errors.append("TERM didn't end it within a minute")
+
+
 async def load(base: str, process: psutil.Process, options: argparse.Namespace) -> tuple[Result, float]:
     """All clients at once; what they saw, and the seconds."""
     result = Result()
@@ -135,7 +159,10 @@ async def load(base: str, process: psutil.Process, options: argparse.Namespace) 
     async with httpx.AsyncClient(base_url=base, timeout=600, limits=limits) as client:
         work = [polite(client, i, end, result, options.rude) for i in range(options.clients)]
         await asyncio.gather(*work, watch(), *([mistaken(client, end, result)] if options.rude else []))
-    return result, time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        if options.rude:
+            await terminated(client, process, result)
+    return result, seconds
 
 
 def command(engine: str, port: int, options: argparse.Namespace) -> list[str]:
