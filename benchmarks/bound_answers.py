@@ -47,7 +47,7 @@ def number(rng: random.Random) -> dict[str, Any]:
     if rng.random() < 0.6:
         return {"type": "integer", "minimum": least, "maximum": most}
     low, high = ("exclusiveMinimum", "exclusiveMaximum") if rng.random() < 0.5 else ("minimum", "maximum")
-    return {"type": "number", low: least - 0.5, high: most + 0.25}
+    return {"type": "number", low: least - 0.5, high: most + 0.25, "multipleOf": 0.25}
 
 
 def choice(rng: random.Random) -> dict[str, Any]:

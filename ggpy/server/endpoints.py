@@ -15,7 +15,7 @@ from ..errors import Error
 from ..generate.fields import Field, format_options, options_of, read
 from ..generate.generation import Generation
 from . import fields, messages, responses
-from .answers import Answer, usage_of
+from .answers import Answer, Usage, usage_of
 from .chat import ChatWriter, conversation_of
 from .completions import CompletionWriter, continuations, gap_ids, prompt_ids, prompts_of
 from .conversation import Conversation, Plain, Prompt, replies
@@ -345,15 +345,21 @@ class Server:
                 vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
             coded = values.get("encoding_format") == "base64"
             data = [base64.b64encode(v.astype("<f4").tobytes()).decode() if coded else v.tolist() for v in vectors]
-            n = sum(map(len, ids))
             return {
                 "object": "list",
                 "model": served.name,
                 "data": [{"object": "embedding", "index": i, "embedding": v} for i, v in enumerate(data)],
-                "usage": {"prompt_tokens": n, "total_tokens": n},
+                "usage": self._evaluated(request, sum(map(len, ids))),
             }
 
         return JSON(await connected(request, self.computed(request, values, embed)))
+
+    def _evaluated(self, request: Request, n: int) -> dict[str, int]:
+        """Counts the tokens of texts that aren't gone on with; the usage that the answer states."""
+        usage = Usage(n, 0, 0, 0)
+        self.metrics.answered(usage, ())
+        request.state.usage = lambda: usage
+        return {"prompt_tokens": n, "total_tokens": n}
 
     async def rerank(self, request: Request) -> Response:
         """POST /v1/rerank"""
@@ -368,6 +374,8 @@ class Server:
         def rank(served: Served) -> Any:
             model = served.model
             scores = model.rerank(values["query"], texts).tolist()
+            n = sum(len(model.tokenizer.encode(text)) for text in [values["query"], *texts])
+            usage = self._evaluated(request, n)
             best = sorted(range(len(texts)), key=lambda i: -scores[i])[: values.get("top_n", len(texts))]
             if "texts" in values:  # as Text Embeddings Inference has it
                 with_text = values.get("return_text", False)
@@ -377,8 +385,6 @@ class Server:
                 {"index": i, "relevance_score": scores[i], **({"document": {"text": texts[i]}} if with_text else {})}
                 for i in best
             ]
-            n = sum(len(model.tokenizer.encode(text)) for text in [values["query"], *texts])
-            usage = {"prompt_tokens": n, "total_tokens": n}
             return {"object": "list", "model": served.name, "results": results, "usage": usage}
 
         return JSON(await connected(request, self.computed(request, values, rank)))

@@ -195,6 +195,9 @@ def test_prometheus_is_told_what_was_done(client):
     client.post("/v1/completions", json={"prompt": "Once", "max_tokens": 5, "ignore_eos": True})
     assert value("ggpy_completion_tokens_total") == before + 5
     assert value(r'ggpy_requests_total\{path="/v1/completions",status="200"\}') >= 1
+    before = value("ggpy_prompt_tokens_total")
+    used = client.post("/v1/embeddings", json={"input": ["Once", "upon a time"]}).json()["usage"]["prompt_tokens"]
+    assert value("ggpy_prompt_tokens_total") == before + used > before
     client.get("/no/such/path")
     assert value(r'ggpy_requests_total\{path="other",status="404"\}') >= 1
 
