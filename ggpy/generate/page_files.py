@@ -106,13 +106,13 @@ class PageFiles:
 
     def _load(self, known: list[Prefix], path: list[Prefix]) -> None:
         runner, pages, prefixes = self._runner, self._runner.pages, self._runner.prefixes
-        held = [prefix.page for prefix in known[1:]]
+        held, form = [prefix.page for prefix in known[1:]], pages.read([])
         for page in held:
             pages.share(page)
         try:
             at = known[-1]
             for prefix in path[len(known) :]:
-                arrays = self._get(self._path(prefix, _PAGE), pages.read([]), prefix.ids)
+                arrays = self._get(self._path(prefix, _PAGE), form, prefix.ids)
                 if arrays is None:
                     return
                 held.append(runner.take_page())
