@@ -74,8 +74,10 @@ def load_sequence(sequence: "TokenSequence", runner: "Runner", path: Path) -> No
                 stored = file.get_slice(name)
                 found[name] = (stored.get_dtype(), tuple(stored.get_shape()))
             n = _n_ids(found.pop("ids", ("", ())))
-            expected = {name: ("U8", (pages_of(n), a.shape[1])) for name, a in runner.pages.read([]).items()}
-            expected |= {name: ("U8", (int(n > 0), a.shape[1])) for name, a in runner.pages.states.read([]).items()}
+            with runner.lock:  # other processes may have them
+                pages, states = runner.pages.read([]), runner.pages.states.read([])
+            expected = {name: ("U8", (pages_of(n), a.shape[1])) for name, a in pages.items()}
+            expected |= {name: ("U8", (int(n > 0), a.shape[1])) for name, a in states.items()}
             if found != expected:
                 raise Error(f"{path}: damaged: its arrays have other shapes than a sequence of {n} tokens")
             if n > runner.n_ctx:

@@ -105,6 +105,20 @@ def test_a_batch_through_stages(tmp_path):
     assert (tmp_path / "one").read_bytes() == (tmp_path / "many").read_bytes()
 
 
+def test_sequences_are_saved_and_loaded_while_others_run(both, tmp_path):
+    one, many = both
+    expected = texts(one, temperature=0)
+    with many.new_sequence() as sequence, ThreadPoolExecutor(1) as pool:
+        sequence.extend([*range(70)])
+        wanted = one.logits([*range(70), 7])[-1]
+        found = pool.submit(texts, many, temperature=0)
+        while not found.done():
+            sequence.save(tmp_path / "saved")
+            with many.load_sequence(tmp_path / "saved") as other:
+                assert np.array_equal(other.extend([7]), wanted)
+        assert found.result() == expected
+
+
 @pytest.mark.parametrize(
     "name, stages", [("qwen35", 2), ("mamba2", 3), ("lfm2", 3), ("granitehybrid", 2), ("nemotron_h", 3)]
 )
