@@ -52,6 +52,8 @@ FILE_TYPES = {
     "TQ1_0": FileType(36, "TQ1_0"),
     "TQ2_0": FileType(37, "TQ2_0"),
 }
+#: llama.cpp's mixes of block types that ggpy runs and has no encoder for: grids of points, which take a search of their own
+_ONLY_RUN = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M")
 #: leaves every tensor as it is
 COPY = "COPY"
 #: other names for the same
@@ -234,6 +236,10 @@ def file_type(name: str, copy: bool = True) -> str:
     upper = name.upper()
     found = _ALIASES.get(upper, upper)
     known = (*FILE_TYPES, COPY) if copy else tuple(FILE_TYPES)
+    if found in _ONLY_RUN:
+        raise UnsupportedError(
+            f"{found}: ggpy runs such files, but has no encoder for their blocks; IQ4_XS, Q3_K_S, Q2_K can be made"
+        )
     if found not in known:
         raise UnsupportedError(f"unknown file type {name!r}; known are {', '.join(known)}")
     return found

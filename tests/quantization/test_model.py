@@ -343,6 +343,7 @@ def test_the_command_says_what_was_lost_before_and_where_importance_lacks(source
     "arguments, message",
     [
         (["{f}/in.gguf", "{f}/out.gguf", "q9"], "unknown file type 'q9'"),
+        (["{f}/in.gguf", "{f}/out.gguf", "iq2_m"], "IQ2_M: ggpy runs such files, but has no encoder"),
         (["{f}/in.gguf", "{f}/out.gguf", "q4_0", "--tensor-type", "ffn"], "PATTERN=TYPE"),
         (["{f}/in.gguf", "{f}/out.gguf", "q4_0", "--imatrix", "{f}/in.gguf"], "not an importance matrix"),
         (["{f}/in.gguf", "{f}/no/out.gguf", "q4_0"], "no"),
