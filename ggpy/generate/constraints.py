@@ -10,6 +10,7 @@ import json
 import re
 import reprlib
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
@@ -125,7 +126,10 @@ class Constraints:
 
     def __init__(self, tokenizer: Tokenizer, n_vocab: int):
         self._tokenizer, self._n_vocab = tokenizer, n_vocab
-        self._vocabulary = _Vocabulary(tokenizer, n_vocab).trie
+        vocabulary = _Vocabulary(tokenizer, n_vocab)
+        self._vocabulary = vocabulary.trie
+        # The two hold each other where the collector doesn't see it, and with them as much as the file's vocabulary takes.
+        weakref.finalize(self, vars(vocabulary).pop, "trie").atexit = False
         self._pool = ThreadPoolExecutor(usable_cpus(), "ggpy masks")
 
     def constraint(
@@ -212,7 +216,8 @@ class _Vocabulary:
         """The tokens of a text that a grammar forces."""
         ids = self._tokenizer.encode_inside(text)
         kept = all(i < len(self.tokens) for i in ids) and b"".join(self.tokens[i] for i in ids) == text.encode()
-        return ids if kept else self.trie.greedy_tokenize(text)  # tokenizers may change what they are given
+        trie = getattr(self, "trie", None)  # a generation may outlive its model
+        return ids if kept or trie is None else trie.greedy_tokenize(text)  # tokenizers may change what they are given
 
 
 def _from_json_schema(schema: JSONSchema) -> str:

@@ -13,4 +13,4 @@ FUTEX = (
 
 #: rounds of some 15 nanoseconds: longer than balanced waits, where each thread has a processor; and where there are fewer,
 #: so that who waits stands in others' way
-MOST_SPINS, LEAST_SPINS = 3_000, 50
+MOST_SPINS, LEAST_SPINS = 6_000, 50

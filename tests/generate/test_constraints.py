@@ -1,6 +1,7 @@
 """Text that keeps to schemas, regular expressions and grammars: checked by jsonschema, re, and llama.cpp's grammars."""
 
 import ctypes
+import gc
 import json
 import re
 
@@ -10,7 +11,7 @@ import pydantic
 import pytest
 
 import ggpy
-from ggpy.generate.constraints import Constraints
+from ggpy.generate.constraints import Constraints, _Vocabulary
 from ggpy.generate.streaming import StreamDecoder
 from ggpy.generate.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, Tokenizer
 from tests.generate.test_tokenizer import (
@@ -440,6 +441,20 @@ def test_ends(model):
     next(cancelled)
     cancelled.cancel()
     assert cancelled.finish_reason == "cancelled" and not list(cancelled)
+
+
+def test_a_vocabulary_goes_with_its_model():
+    def alive():
+        gc.collect()
+        return sum(type(thing) is _Vocabulary for thing in gc.get_objects())
+
+    before, made = alive(), Constraints(Tokenizer.from_metadata(bpe_metadata()), 512)
+    assert alive() == before + 1
+    constraint = made.constraint(json_schema={"const": "a b"})
+    del made
+    assert constraint.forced()
+    del constraint
+    assert alive() == before
 
 
 def test_a_generation_that_has_ended_holds_no_grammar(model):
