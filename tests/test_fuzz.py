@@ -17,7 +17,7 @@ RUNS = {
     "imatrix": 200,
     "logits": 200,
     "sequence": 80,
-    "server": 50,
+    "pages": 50,
     "batch": 100,
 }
 
@@ -34,4 +34,4 @@ def seeds(tmp_path_factory):
 def test_changed_files_run_or_are_refused(seeds, kind):
     campaign = Campaign(kind, range(RUNS[kind]), seeds)
     assert not campaign.failures and campaign.counts.total() == RUNS[kind]
-    assert campaign.counts["ran"] and (campaign.counts["refused"] or kind == "server")
+    assert campaign.counts["ran"] and (campaign.counts["refused"] or kind == "pages")

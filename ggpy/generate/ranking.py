@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import GGUFError, UnsupportedError
+from ..file import StringArray
 from .embedding import embed
 
 if TYPE_CHECKING:
@@ -43,9 +44,9 @@ class Ranker:
         kind = file.get(f"{arch}.classifier.pooling_type", int, default=_MEAN if is_modern else _CLS)
         self.pooling = "last" if not is_encoder else "mean" if kind == _MEAN else "cls"
         self._eps = file.get(f"{arch}.attention.layer_norm_epsilon", float, default=0.0)
-        labels = file.metadata.get(f"{arch}.classifier.output_labels")
+        labels = file.get(f"{arch}.classifier.output_labels", (StringArray,), default=())
         # Of yes and no the first one's probability counts.
-        self._yes_or_no = labels is not None and list(labels) == ["yes", "no"]
+        self._yes_or_no = list(labels) == ["yes", "no"]
         n_outputs = 2 if self._yes_or_no else 1
         has_out = "cls.output.weight" in file.tensors
         self._dense = self._weights("cls", n_embd if has_out else n_outputs, n_embd)
@@ -120,4 +121,5 @@ def rerank(runner: "Runner", scheduler: "Scheduler", ranker: Ranker, pairs: Sequ
     scores = np.empty(len(pairs), np.float32)
     for i, vector in embed(runner, scheduler, pairs, ranker.pooling, normalize=False, what="documents"):
         scores[i] = ranker.score(vector[0])
+    runner.check_finite(scores)
     return scores

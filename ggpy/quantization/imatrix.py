@@ -117,7 +117,7 @@ def _read_gguf(path: str | os.PathLike[str]) -> ImportanceMatrix:
                     raise GGUFError(f"{path}: {name + end!r} is missing or not F32")
                 parts.append(tensor.dequantize())
             counts[name] = parts[1].reshape(-1)
-            if not counts[name].size or parts[0].size % counts[name].size:
+            if not parts[0].size or not counts[name].size or parts[0].size % counts[name].size:
                 raise GGUFError(f"{path}: {name!r} has {parts[0].size} sums for {counts[name].size} counts")
             sums[name] = parts[0].reshape(counts[name].size, -1)
         datasets = list(file.get("imatrix.datasets", (StringArray,), ()))

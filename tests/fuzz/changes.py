@@ -77,7 +77,7 @@ def change_vocabulary(rng, model, _):
     key = rng.choice(lists)
     raw, texts = model.keys[key][8 + len(key.encode()) + 16 :], []
     at = 0
-    while at < len(raw):
+    while at + 8 <= len(raw):
         (n,) = struct.unpack_from("<Q", raw, at)
         texts.append(raw[at + 8 : at + 8 + n])
         at += 8 + n

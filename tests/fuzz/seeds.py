@@ -37,7 +37,8 @@ WIDE = {
     "num_key_value_heads": 1,
     "max_position_embeddings": 128,
 }
-PROMPT = list(range(5, 75))  # fills more than one page
+PROMPT = list(range(5, 205))  # fills three pages
+HOW = {"n_ctx": 256, "n_threads": 1, "n_batch": 64}
 
 
 def make_seeds(folder, every=False):
@@ -47,7 +48,7 @@ def make_seeds(folder, every=False):
     """
     import ggpy
 
-    for name in ("models", "checkpoints", "tokenizers", "sequences"):
+    for name in ("models", "checkpoints", "tokenizers", "sequences", "pages"):
         (folder / name).mkdir()
     _models(folder)
     if every:
@@ -216,8 +217,10 @@ def _logits_and_sequences(folder):
     from ggpy.measure.perplexity import measure_perplexity
 
     for name in ("V3", "lfm2moe", "qwen2"):
-        with ggpy.load(folder / f"models/{name}.gguf", n_ctx=128, n_threads=1, n_batch=16) as model:
-            model.save_cache(folder / "sequences" / name, PROMPT)
+        with ggpy.load(folder / f"models/{name}.gguf", **HOW) as model:
+            model.save_cache(folder / "sequences" / name, PROMPT[:70])
+            model.keep_cache(folder / "pages" / name)
+            model.generate(PROMPT, max_tokens=2).run()
             if name == "V3":
                 measure_perplexity(model, np.arange(64, dtype=np.int32).reshape(2, 32), save=folder / "logits")
 
@@ -228,5 +231,5 @@ def _batch(folder):
 
     rows = [{"id": i if i % 2 else f"row {i}", "prompt": [5 + i, 6], "options": {"max_tokens": 2}} for i in range(6)]
     (folder / "rows.json").write_text(json.dumps(rows))
-    with ggpy.load(folder / "models/qwen2.gguf", n_ctx=128, n_threads=1, n_batch=16) as model:
+    with ggpy.load(folder / "models/qwen2.gguf", **HOW) as model:
         batch(model, rows, folder / "results.jsonl", ordered=True)

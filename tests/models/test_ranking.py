@@ -23,6 +23,7 @@ import ggpy
 from converters import convert
 from ggpy.generate.ranking import pair_of
 from tests.converters.conftest import train_tokenizer
+from tests.file.edit import Edited
 
 from .checkpoints import random_model
 from .test_encoder import MODERN, N_CTX, ROBERTA, SIZES, byte_pairs, unigrams, word_pieces
@@ -161,6 +162,44 @@ def test_qwen3_rerankers_say_yes_or_no(tmp_path, said_by):
             ids = pair_of(model.file, model._runner, model.tokenizer, text, "x")
             assert model.detokenize(ids).count(text) == (1 if text == "{document}" else 3)
             assert ids.count(model.tokenizer.eos) == 2
+
+
+def edited(path, edit):
+    """A GGUF file, changed."""
+    model = Edited.read(path.read_bytes())
+    edit(model)
+    path.write_bytes(model.bytes())
+
+
+def test_a_rerankers_template_is_no_program(tmp_path):
+    """Nothing in it is run (CVE-2026-5760 in another engine)."""
+    qwen3_reranker(tmp_path)
+    (tmp_path / "README.md").write_text("# Qwen3-Reranker-0.6B\n")
+    convert(tmp_path, tmp_path / "model.gguf", "f32")
+    template = "{{ 7 * 7 }}{% for i in x %}{query} {document}"
+    edited(tmp_path / "model.gguf", lambda model: model.set("tokenizer.chat_template.rerank", "string", template))
+    with ggpy.load(tmp_path / "model.gguf", n_ctx=256) as model:
+        ids = pair_of(model.file, model._runner, model.tokenizer, "a", "b")
+        assert model.detokenize(ids) == template.replace("{query}", "a").replace("{document}", "b")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda model: model.set("bert.classifier.output_labels", "uint32", 7), "output_labels' must be StringArray"),
+        (lambda model: model.fill("cls.output.weight", np.nan), "the model's values aren't finite: the file is damaged"),
+        (lambda model: model.fill("cls.output.bias", np.inf), "the model's values aren't finite: the file is damaged"),
+    ],
+)
+def test_damaged_heads_are_refused(edit, message, tmp_path):
+    checkpoint(tmp_path, "bert")
+    convert(tmp_path, tmp_path / "model.gguf", "f32")
+    edited(tmp_path / "model.gguf", edit)
+    with (
+        ggpy.load(tmp_path / "model.gguf", n_ctx=64, kv_type="f32") as model,
+        pytest.raises(ggpy.Error, match=rf"model\.gguf: .*{message}"),
+    ):
+        model.rerank(QUERY, DOCUMENTS[:1])
 
 
 def test_rerankers_with_other_answers_are_refused(tmp_path):

@@ -83,6 +83,7 @@ def test_columns_without_activations_keep_a_little_weight():
         ({"general.type": "imatrix"}, {"w.in_sum2": (1, 2)}, "'w.counts' is missing"),
         ({"general.type": "imatrix"}, {"w.in_sum2": (1, 2), "w.counts": (1, 1), "v.counts": (1, 1)}, "'v.counts' has no"),
         ({"general.type": "imatrix"}, {"w.in_sum2": (1, 3), "w.counts": (2, 1)}, "3 sums for 2 counts"),
+        ({"general.type": "imatrix"}, {"w.in_sum2": (1, 0), "w.counts": (1, 1)}, "0 sums for 1 counts"),
         ({"general.type": "imatrix"}, {"v": (2,)}, "'v' has no partner"),
     ],
 )
