@@ -7,7 +7,6 @@ import logging
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import gguf
 from gguf import TokenType
 
-from ggpy.errors import ConversionError, Error, UnsupportedError
+from ggpy.errors import ConversionError, Error, UnsupportedError, refusing
 
 from .checkpoint import Checkpoint, read_bytes, shown
 from .encoder_vocabulary import ENCODER_MODELS, write_encoder_vocabulary
@@ -179,7 +178,7 @@ def _pre(checkpoint: Checkpoint, tokenizer: dict[str, Any]) -> str:
     made = {"".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]}
     added = {token["content"] for token in tokenizer.get("added_tokens") or []}
     matters = any(len(text) > 1 and text not in made and text not in added for text in model["vocab"])
-    with _refusing(where):
+    with refusing(ConversionError, f"{where}: not a tokenizer"):
         wanted = [_cut(own.normalizer, own.pre_tokenizer, text) for text in CHECK_TEXTS]
     adds_bos = _adds_first(tokenizer)
     differs = {names: (row.ignore_merges != ignore_merges, row.add_bos != adds_bos) for names, row in ROWS.items()}
@@ -455,7 +454,7 @@ def read_encoder(checkpoint: Checkpoint) -> Encoder | None:
     if file.is_file() and importlib.util.find_spec("sentencepiece") is not None:
         from sentencepiece import SentencePieceProcessor
 
-        with _refusing(file):
+        with refusing(ConversionError, f"{file}: not a tokenizer"):
             return Encoder(file, SentencePieceProcessor(model_file=str(file)).encode)
     return None
 
@@ -475,7 +474,7 @@ def _opened(file: Path, settings: dict[str, Any]) -> Any:
     """
     from tokenizers import Tokenizer
 
-    with _refusing(file):
+    with refusing(ConversionError, f"{file}: not a tokenizer"):
         opened = Tokenizer.from_file(str(file))
         steps = _steps(settings.get("normalizer"), "normalizers") + _steps(settings.get("pre_tokenizer"), "pretokenizers")
         growth = 1
@@ -484,23 +483,6 @@ def _opened(file: Path, settings: dict[str, Any]) -> Any:
             if growth >= _MOST_GROWTH or len(steps) > _MOST_STEPS:
                 raise ConversionError(f"{file}: its {len(steps)} steps of normalizing and splitting make texts too long")
     return opened
-
-
-@contextmanager
-def _refusing(file: Path) -> Iterator[None]:
-    """Makes one of ours of any error of tokenizers and sentencepiece: plain Exceptions, messages that aren't UTF-8, and
-    panics of Rust, which are no Exceptions.
-
-    Raises
-    ------
-    ConversionError
-    """
-    try:
-        yield
-    except (Error, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise ConversionError(f"{file}: not a tokenizer: {error}") from error
 
 
 def check_vocabulary(metadata: Mapping[str, Any], own: Encoder) -> list[str]:
@@ -526,7 +508,7 @@ def check_vocabulary(metadata: Mapping[str, Any], own: Encoder) -> list[str]:
         raise ConversionError(f"{own.file}: as GGUF it would be refused: {error}") from error
 
     def difference(text: str) -> str | None:
-        with _refusing(own.file):
+        with refusing(ConversionError, f"{own.file}: not a tokenizer"):
             theirs = own.encode(text)
         ours = written.encode(text, special=True, bos=False)
         if theirs == ours:

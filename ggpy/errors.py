@@ -11,6 +11,9 @@
     └── ContextFullError       more tokens than the context holds
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from .printable import one_line
 
 _MOST = 1000  # characters of a message, whatever names and values it quotes
@@ -45,3 +48,21 @@ class GraphError(Error):
 
 class ContextFullError(Error):
     """A request needs more positions than the context holds."""
+
+
+@contextmanager
+def refusing(kind: type[Error], what: str) -> Iterator[None]:
+    """Makes one of ours of any error of packages in other languages: bare Exceptions, messages that aren't UTF-8, and
+    panics of Rust, which are no Exceptions.
+
+    Raises
+    ------
+    Error
+        Of this kind; the message begins with `what`.
+    """
+    try:
+        yield
+    except (Error, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise kind(f"{what}: {error}") from error

@@ -72,7 +72,7 @@ def write_files(
                     new.writer.write_header_to_file(aside)
                     try:
                         new.writer.write_kv_data_to_file()
-                    except (struct.error, UnicodeEncodeError) as error:
+                    except (struct.error, OverflowError, UnicodeEncodeError) as error:
                         raise Error(f"{path}: its metadata would have a value that GGUF can't hold: {error}") from error
                     new.writer.write_ti_data_to_file()
                 with aside.open("ab") as out:

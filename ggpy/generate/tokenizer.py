@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from ..errors import TokenizerError, UnsupportedError
+from ..errors import TokenizerError, UnsupportedError, refusing
 from .pretokenizers import PRETOKENIZERS, PreTokenizer
 
 if TYPE_CHECKING:
@@ -315,7 +315,7 @@ class Tokenizer:
             merges = _merges_by_score(vocab, fields.array("scores", float, self.n_vocab), self._types)
         else:
             merges = _split_merges(fields.array("merges", str))
-        try:
+        with refusing(TokenizerError, "tokenizer.ggml.merges don't fit tokenizer.ggml.tokens"):
             return models.BPE(
                 vocab,
                 merges,
@@ -324,8 +324,6 @@ class Tokenizer:
                 byte_fallback=not self._byte_level,
                 ignore_merges=pre is not None and pre.ignore_merges,
             )
-        except Exception as error:  # the package raises bare Exceptions
-            raise TokenizerError(f"tokenizer.ggml.merges don't fit tokenizer.ggml.tokens: {error}") from None
 
     def _cuts(
         self, pre: PreTokenizer | None, fields: _Fields, space_prefix: bool
@@ -346,10 +344,8 @@ class Tokenizer:
             if fields.flag("remove_extra_whitespaces", False):
                 spaces = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), *spaces]
             charsmap = fields.data("precompiled_charsmap")
-            try:
+            with refusing(TokenizerError, "tokenizer.ggml.precompiled_charsmap"):
                 first = [normalizers.Precompiled(charsmap)] if charsmap else []
-            except Exception as error:  # the package raises bare Exceptions
-                raise TokenizerError(f"tokenizer.ggml.precompiled_charsmap: {error}") from None
             return normalizers.Sequence([*first, *spaces]), None
         escaped = normalizers.Sequence(spaces)
         if pre is None:
@@ -367,10 +363,8 @@ class Tokenizer:
             (f"\0{text}" if type_ in hidden else text, max(score, lowest))
             for text, score, type_ in zip(self._tokens, scores, self._types, strict=True)
         ]
-        try:
+        with refusing(TokenizerError, "tokenizer.ggml.scores"):
             return models.Unigram(pieces, unknown, False)
-        except Exception as error:  # the package raises bare Exceptions
-            raise TokenizerError(f"tokenizer.ggml.scores: {error}") from None
 
     def encode(self, text: str, special: bool = True, bos: bool | None = None) -> list[int]:
         """Token ids of a text.
@@ -393,10 +387,12 @@ class Tokenizer:
         if bos and self.bos is None:
             raise TokenizerError("this model has no BOS token (tokenizer.ggml.bos_token_id)")
         tokenizer = self._with_control if special else self._plain
-        try:
-            ids = tokenizer.encode(text, add_special_tokens=False).ids
-        except (TypeError, UnicodeEncodeError):
-            raise TokenizerError(f"can't encode {type(text).__name__} {text!r:.60}: not a string of Unicode text") from None
+        with refusing(TokenizerError, "the vocabulary is damaged"):
+            try:
+                ids = tokenizer.encode(text, add_special_tokens=False).ids
+            except (TypeError, UnicodeEncodeError):
+                words = f"{type(text).__name__} {text!r:.60}: not a string of Unicode text"
+                raise TokenizerError(f"can't encode {words}") from None
         first, last = self.bos, self.eos
         if first is not None and (bos or (bos is None and self.add_bos and ids[:1] != [first])):
             ids.insert(0, first)
@@ -421,7 +417,8 @@ class Tokenizer:
 
     def encode_inside(self, text: str) -> list[int]:
         """Token ids of a text that goes on with another: nothing is put in front, names of control tokens are text."""
-        return self._inside.encode(text, add_special_tokens=False).ids
+        with refusing(TokenizerError, "the vocabulary is damaged"):
+            return self._inside.encode(text, add_special_tokens=False).ids
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for; for control tokens, the UTF-8 of their names.

@@ -18,6 +18,7 @@ from converters.vocabulary import CHECK_TEXTS, check_vocabulary, read_encoder, r
 from ggpy.errors import ConversionError, Error, UnsupportedError
 from ggpy.generate.pretokenizers import PRETOKENIZERS, ROWS
 from ggpy.generate.tokenizer import Tokenizer as WrittenTokenizer
+from tests.models.test_encoder import checkpoint as encoder
 
 from .conftest import CHAT_TEMPLATE, SPLITTINGS, TRAINING_TEXT, train_tokenizer
 
@@ -492,3 +493,12 @@ def test_byte_pairs_of_another_spelling_are_refused(key, damaged_folder, tmp_pat
     path.write_text(json.dumps(values))
     with pytest.raises(UnsupportedError, match=f"its {key} .* has no place in GGUF"):
         convert(damaged_folder, tmp_path / "model.gguf", "f32", dry_run=True)
+
+
+def test_scores_that_gguf_cannot_hold_are_refused(tmp_path):
+    encoder(tmp_path, "xlm-roberta")
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    model["vocab"][50][1] = -1e300
+    edit_json(tmp_path / "tokenizer.json", model=model)
+    with pytest.raises(Error, match=r"out\.gguf: .*a value that GGUF can't hold"):
+        convert(tmp_path, tmp_path / "out.gguf", "f32")

@@ -175,6 +175,8 @@ def pages(rng, seeds, folder):
     try:
         found = model.generate(PROMPT, max_tokens=2, temperature=0).run().ids
     finally:
+        model._scheduler.files.close()
+        model._scheduler.files = None
         model._runner.prefixes.clear()
     if found != expected(path) and not is_summed:
         raise AssertionError(f"{found} instead of {expected(path)}")

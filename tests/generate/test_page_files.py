@@ -141,3 +141,13 @@ def test_a_folder_that_cannot_be_made_is_told(load, tmp_path):
     (tmp_path / "file").write_text("x")
     with load() as model, pytest.raises(Error, match="file"):
         model.keep_cache(tmp_path / "file")
+
+
+def test_a_folder_that_goes_away_takes_nothing_with_it(load, tmp_path):
+    with load() as model:
+        model.keep_cache(tmp_path / "pages")
+        (tmp_path / "pages").rmdir()
+        said(model, PROMPT[:200])
+        (tmp_path / "pages").mkdir()
+        said(model, ids(200, seed=1))
+    assert list((tmp_path / "pages").iterdir())

@@ -510,6 +510,9 @@ def test_spm_spells_unknown_characters_in_bytes():
     assert tokenizer.decode(ids[:3]) == "\ufffd"
 
 
+LONGEST = max(trained_bpe()[0], key=len)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -524,6 +527,7 @@ def test_spm_spells_unknown_characters_in_bytes():
         ({"merges": None}, r"tokenizer\.ggml\.merges is missing"),
         ({"merges": ["ab"]}, r"tokenizer\.ggml\.merges has 'ab', which is no pair"),
         ({"merges": ["\u4e00 \u4e8c"]}, r"tokenizer\.ggml\.merges don't fit"),
+        ({"merges": [f"{LONGEST} {LONGEST}"]}, r"tokenizer\.ggml\.merges don't fit .*out of range"),  # a panic of Rust
         ({"bos_token_id": "x"}, r"tokenizer\.ggml\.bos_token_id should be a token id"),
         ({"add_bos_token": "yes"}, r"tokenizer\.ggml\.add_bos_token should be a boolean"),
     ],
