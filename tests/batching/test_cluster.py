@@ -105,6 +105,11 @@ def test_layers_on_several_nodes(nodes, tmp_path):
             next(generation)
         ray.kill(many._runner._stages._links._actors[0])
         assert generation.run().text == expected
+        with many.new_sequence() as sequence:
+            sequence.extend(tokens)
+            sequence.save(tmp_path / "saved")
+        with many.load_sequence(tmp_path / "saved") as a, one.load_sequence(tmp_path / "saved") as b:
+            assert np.array_equal(a.extend([7]), b.extend([7]))
     with ggpy.load("demo", **LOAD) as one:
         ggpy.batch(one, ROWS[:20], tmp_path / "one", ordered=True)
     ggpy.batch("demo", ROWS[:20], tmp_path / "many", ordered=True, ray=nodes.address, load={**LOAD, "stages": 2})
