@@ -29,7 +29,7 @@ PATTERNS = (
     "^\\+?[1-9]\\d{6,11}$",
     "^v\\d{1,2}\\.\\d{1,2}(\\.\\d{1,3})?$",
 )
-FORMATS = ("date", "time", "date-time", "uuid", "ipv4")
+FORMATS = ("date", "uuid", "ipv4")
 
 
 def text(rng: random.Random) -> dict[str, Any]:
