@@ -514,7 +514,8 @@ def check_vocabulary(metadata: Mapping[str, Any], own: Encoder) -> list[str]:
         if theirs == ours:
             return None
         at = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours)))
-        a, b = (" ".join(repr(tokens[i]) for i in ids[at : at + 3]) or "nothing" for ids in (theirs, ours))
+        named = [[repr(tokens[i]) if i < len(tokens) else f"token {i}" for i in ids[at : at + 3]] for ids in (theirs, ours)]
+        a, b = (" ".join(names) or "nothing" for names in named)
         return f"for {text!r}, {b} instead of {a} at {at}"
 
     for text in CHECK_TEXTS:

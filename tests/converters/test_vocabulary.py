@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from converters import convert
 from converters.checkpoint import Checkpoint
-from converters.vocabulary import CHECK_TEXTS, check_vocabulary, read_encoder, read_sentencepiece, write_vocabulary
+from converters.vocabulary import CHECK_TEXTS, Encoder, check_vocabulary, read_encoder, read_sentencepiece, write_vocabulary
 from ggpy.errors import ConversionError, Error, UnsupportedError
 from ggpy.generate.pretokenizers import PRETOKENIZERS, ROWS
 from ggpy.generate.tokenizer import Tokenizer as WrittenTokenizer
@@ -502,3 +502,9 @@ def test_scores_that_gguf_cannot_hold_are_refused(tmp_path):
     edit_json(tmp_path / "tokenizer.json", model=model)
     with pytest.raises(Error, match=r"out\.gguf: .*a value that GGUF can't hold"):
         convert(tmp_path, tmp_path / "out.gguf", "f32")
+
+
+def test_tokens_beyond_the_vocabulary_are_told(damaged_folder):
+    own = Encoder(damaged_folder / "tokenizer.json", lambda text: [10**6])
+    with pytest.raises(ConversionError, match="instead of token 1000000 at 0"):
+        check_vocabulary(metadata_of(damaged_folder), own)
