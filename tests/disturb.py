@@ -34,7 +34,7 @@ def make(model, what, seed):
     if what == "batch":
         return sorted((g.index, g.ids) for g in model.generate_batch([PROMPT, PROMPT * 2, "In the"], **options))
     if what == "embed":
-        return model.embed([PROMPT, "a" * seed, "In the beginning"]).tobytes()
+        return model.embed([PROMPT, "a" * (seed + 1), "In the beginning"]).tobytes()
     return generation(model, what, options).run().ids
 
 
@@ -51,6 +51,7 @@ def one_more():
 def interrupts(path, rounds, rng):
     import ggpy
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what they start behind them ignore it
     kinds = ("text", "schema", "lookup", "batch", "embed")
     with ggpy.load(path, n_ctx=256, n_threads=2) as model:
         right, seconds = {}, {}
