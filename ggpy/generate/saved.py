@@ -1,8 +1,9 @@
 """Sequences in files: their tokens, keys and values, as safetensors with the model's digest."""
 
 import hashlib
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .sequence import TokenSequence
 
 _FORMAT = "ggpy sequence 1"
+_DTYPES = {"uint8": "U8", "int32": "I32"}
 _SAMPLE = 4096  # bytes at each end of a tensor that stand for it
 
 
@@ -36,9 +38,6 @@ def digest(runner: "Runner") -> str:
 
 def save_sequence(sequence: "TokenSequence", runner: "Runner", path: Path) -> None:
     """See `TokenSequence.save`."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
     runner.check()
     if runner.hooks:
         raise Error(f"{path}: not written; the model has hooks, which may have changed the sequence's values")
@@ -47,11 +46,18 @@ def save_sequence(sequence: "TokenSequence", runner: "Runner", path: Path) -> No
         arrays = runner.pages.read(sequence.pages[: pages_of(len(sequence.ids))])
         arrays |= runner.pages.states.read([sequence.slot] if sequence.slot >= 0 else [])
         arrays["ids"] = np.array(sequence.ids, np.int32)
-    try:
-        with writing_aside(path) as aside:
-            save_file(arrays, aside, {"format": _FORMAT, "model": digest(runner)})
-    except SafetensorError as error:  # a full disk among others
-        raise Error(f"{path}: can't be written: {error}") from None
+    # The package's own function writes to a file of another name first, which stays where the process is killed.
+    head: dict[str, Any] = {"__metadata__": {"format": _FORMAT, "model": digest(runner)}}
+    end = 0
+    for name, array in arrays.items():
+        start, end = end, end + array.nbytes
+        head[name] = {"dtype": _DTYPES[array.dtype.name], "shape": array.shape, "data_offsets": [start, end]}
+    text = json.dumps(head).encode()
+    text += b" " * (-len(text) % 8)
+    with writing_aside(path) as aside, aside.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array).data)
 
 
 def load_sequence(sequence: "TokenSequence", runner: "Runner", path: Path) -> None:
