@@ -18,7 +18,7 @@ from ..errors import ContextFullError, Error
 from ..file import writing_aside
 from ..kernels.table import SLAB
 from .prefixes import Prefix
-from .saved import digest
+from .saved import digest, write_arrays
 
 if TYPE_CHECKING:
     from .runner import Runner
@@ -216,10 +216,8 @@ class PageFiles:
             self._make_room(0)
 
     def _write(self, path: Path, arrays: dict[str, np.ndarray]) -> None:
-        from safetensors.numpy import save_file
-
         with writing_aside(path) as aside:
-            save_file(arrays, aside, {"format": _FORMAT, "model": self._model, "sum": _sum(arrays)})
+            write_arrays(aside, arrays, {"format": _FORMAT, "model": self._model, "sum": _sum(arrays)})
 
     def _make_room(self, n_bytes: int) -> None:
         """Removes the files used longest ago, until so many bytes more may come and a part of the budget is free."""

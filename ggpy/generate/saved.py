@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,15 +47,21 @@ def save_sequence(sequence: "TokenSequence", runner: "Runner", path: Path) -> No
         arrays = runner.pages.read(sequence.pages[: pages_of(len(sequence.ids))])
         arrays |= runner.pages.states.read([sequence.slot] if sequence.slot >= 0 else [])
         arrays["ids"] = np.array(sequence.ids, np.int32)
-    # The package's own function writes to a file of another name first, which stays where the process is killed.
-    head: dict[str, Any] = {"__metadata__": {"format": _FORMAT, "model": digest(runner)}}
+    with writing_aside(path) as aside:
+        write_arrays(aside, arrays, {"format": _FORMAT, "model": digest(runner)})
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes arrays of bytes or int32 as safetensors. The package's own function writes to a file of another name first,
+    which stays where the process is killed."""
+    head: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, array in arrays.items():
         start, end = end, end + array.nbytes
         head[name] = {"dtype": _DTYPES[array.dtype.name], "shape": array.shape, "data_offsets": [start, end]}
     text = json.dumps(head).encode()
     text += b" " * (-len(text) % 8)
-    with writing_aside(path) as aside, aside.open("wb") as file:
+    with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in arrays.values():
             file.write(np.ascontiguousarray(array).data)
