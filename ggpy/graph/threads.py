@@ -13,8 +13,17 @@ import numpy as np
 from ..cpus import usable_cpus
 from ..errors import Error
 from ..kernels.build import KERNEL_TYPE, Progress, load
-from ..kernels.table import SYNC_LINE, SYNC_LOCK, SYNC_RELEASE, SYNC_TAKE, SYNC_WORKERS, SYNC_YIELD
-from ..kernels.waiting import FUTEX, LEAST_SPINS, MOST_SPINS, SYNC_MOST_SPINS, SYNC_SYSCALL
+from ..kernels.table import (
+    SYNC_LINE,
+    SYNC_LOCK,
+    SYNC_MOST_SPINS,
+    SYNC_RELEASE,
+    SYNC_SYSCALL,
+    SYNC_TAKE,
+    SYNC_WORKERS,
+    SYNC_YIELD,
+)
+from ..kernels.waiting import FUTEX, LEAST_SPINS, MOST_SPINS
 
 _SPINS = 30_000  # about a millisecond without work before a worker leaves the processor to others
 _SECONDS_TO_END = 2.0  # that closing waits for the workers

@@ -25,6 +25,7 @@ SPAN_BYTES = 20  # of a span in `spans`
 #: int64 slots of a team's shared memory (see `tape`), in lines that its threads don't share without need
 SYNC_LINE = 8
 SYNC_ARRIVALS = 0
+SYNC_SLEEPERS, SYNC_SPINS, SYNC_MOST_SPINS, SYNC_SYSCALL = range(1, 5)  # how threads wait for them; see `waiting`
 SYNC_CALLS, SYNC_ENDING = SYNC_LINE, SYNC_LINE + 1
 SYNC_REQUEST = 2 * SYNC_LINE  # the four parameters of `run_tape`
 SYNC_BASE, SYNC_YIELD, SYNC_TAKE, SYNC_RELEASE = range(SYNC_REQUEST + 4, SYNC_REQUEST + 8)

@@ -3,7 +3,8 @@
 `tape` holds three int64 a step: the kernel's address, its parameters' address, and whether the threads must meet before it.
 `sync` is the team's shared memory, in cache lines of 64 bytes; `table` has the slots' numbers:
 
-    arrivals     how often a thread has come to a barrier, which only grows; how threads wait there (`waiting`)
+    arrivals     how often a thread has come to a barrier, which only grows; how many sleep there, for how many rounds one
+                 waits awake, now and at most (`waiting`), and C's `syscall`
     calls        how many runs have been asked for; whether the workers shall end
     request      `run_tape`'s parameters, arrivals before the run, C functions: to yield the processor, to take a lock, to
                  release it
@@ -41,13 +42,17 @@ from .table import (
     SYNC_ENDING,
     SYNC_LINE,
     SYNC_LOCK,
+    SYNC_MOST_SPINS,
     SYNC_RELEASE,
     SYNC_REQUEST,
+    SYNC_SLEEPERS,
+    SYNC_SPINS,
+    SYNC_SYSCALL,
     SYNC_TAKE,
     SYNC_WORKERS,
     SYNC_YIELD,
 )
-from .waiting import FUTEX, LEAST_SPINS, SYNC_MOST_SPINS, SYNC_SLEEPERS, SYNC_SPINS, SYNC_SYSCALL
+from .waiting import FUTEX, LEAST_SPINS
 
 
 @function

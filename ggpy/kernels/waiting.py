@@ -1,10 +1,7 @@
-"""What threads that wait at a barrier are told, beside what stands in `table`: more slots in the line of arrivals."""
+"""How threads wait at a barrier: first awake, for so many rounds, then asleep where the system can."""
 
 import os
 import sys
-
-#: how many sleep; rounds before a thread leaves the processor, now and at most; C's `syscall`
-SYNC_SLEEPERS, SYNC_SPINS, SYNC_MOST_SPINS, SYNC_SYSCALL = 1, 2, 3, 4
 
 #: the number of Linux's system call `futex`; 0 where threads can't sleep so, and go on yielding
 FUTEX = (
