@@ -65,6 +65,16 @@ def test_an_unexpected_error_names_the_package_that_is_too_old(monkeypatch, caps
         cli.main(["run"])
 
 
+def test_the_version_names_what_is_too_old(monkeypatch, capsys):
+    """An older typer takes every command for --version."""
+    here(monkeypatch, numba="0.66", numpy="1.25.2")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    printed = capsys.readouterr()
+    assert printed.out.startswith("ggpy ") and printed.err == "ggpy: ggpy needs numpy 1.26 or newer (1.25.2 is here)\n"
+    assert ended.value.code == 1
+
+
 def test_serving_says_what_it_lacks(monkeypatch, capsys):
     here(monkeypatch, numba="1", numpy="2", starlette="0.30")
     with pytest.raises(SystemExit):

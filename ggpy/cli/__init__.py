@@ -90,8 +90,12 @@ def _app(arguments: list[str]) -> None:
     ) -> None:
         if version:
             from .. import __version__
+            from ..errors import Error
+            from ..installed import missing_packages
 
             print(f"ggpy {__version__}")
+            if missing := missing_packages():  # an older typer takes every command for this option
+                raise Error(f"ggpy needs {', '.join(missing)}")
             raise typer.Exit
 
     # Only the command that is called is imported; help needs all.
