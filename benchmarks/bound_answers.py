@@ -2,7 +2,7 @@
 
     python benchmarks/bound_answers.py [http://127.0.0.1:8080] [--answers 500] [--calls 200] [--clients 16] [--seed 0]
 
-Schemas are drawn at random: objects in objects, lists with limits, enums, patterns, bounded numbers, unions, references.
+Schemas are drawn at random: objects in objects, lists with limits, enums, patterns, formats, numbers, unions, references.
 Half of the answers are streamed. Calls are required in one half, of a named tool in the other. `jsonschema` judges.
 """
 
@@ -29,7 +29,7 @@ PATTERNS = (
     "^\\+?[1-9]\\d{6,11}$",
     "^v\\d{1,2}\\.\\d{1,2}(\\.\\d{1,3})?$",
 )
-FORMATS = ("date", "uuid", "ipv4")
+FORMATS = ("date", "time", "date-time", "duration", "uuid", "ipv4")
 
 
 def text(rng: random.Random) -> dict[str, Any]:
@@ -46,6 +46,8 @@ def number(rng: random.Random) -> dict[str, Any]:
     most = least + rng.choice([0, 1, 7, 100, 100000])
     if rng.random() < 0.6:
         return {"type": "integer", "minimum": least, "maximum": most}
+    if rng.random() < 0.3:
+        return {"type": rng.choice(["integer", "number"])}
     low, high = ("exclusiveMinimum", "exclusiveMaximum") if rng.random() < 0.5 else ("minimum", "maximum")
     return {"type": "number", low: least - 0.5, high: most + 0.25, "multipleOf": 0.25}
 
@@ -126,7 +128,7 @@ async def answer(client: httpx.AsyncClient, seed: int) -> str:
         "model": "any",
         "messages": [{"role": "user", "content": f"Describe a {rng.choice(WORDS)} as JSON."}],
         "response_format": {"type": "json_schema", "json_schema": {"name": "it", "schema": bound}},
-        "max_tokens": 700,
+        "max_tokens": 2000,
         "seed": seed,
         "temperature": rng.choice([0, 0.7, 1.2]),
         "stream": bool(seed % 2),

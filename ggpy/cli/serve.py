@@ -76,7 +76,7 @@ def serve(
 
         from ..generate.memory import machine_memory
         from ..server.app import application
-        from ..server.connections import config
+        from ..server.connections import bound, config
         from ..server.guard import Limits
         from ..server.models import Cache, Served
     except ImportError as error:
@@ -97,7 +97,8 @@ def serve(
     most = byte_count(memory) if memory is not None else machine_memory() * 4 // 5
     template_kwargs = _template_kwargs(chat_template_kwargs)
     _log_as_json()
-    with kernel_progress() as progress:
+    # Before anything that takes time: the port may be somebody else's.
+    with bound(host, port) as at, kernel_progress() as progress:
         served = [
             Served(
                 name,
@@ -115,7 +116,10 @@ def serve(
 
         app = application(served, most, limits, sampling_values(given), template_kwargs, end)
         server = uvicorn.Server(config(app, host, port))
-        server.run()
+        at.listen(server.config.backlog)
+        name = f"[{host}]" if ":" in host else host
+        logging.getLogger("ggpy.server").info("running on http://%s:%d", name, at.getsockname()[1])
+        server.run([at])
     if failures:
         raise failures[0]
     if not server.started:

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..cpus import usable_cpus
 from ..errors import Error
@@ -29,6 +30,14 @@ if TYPE_CHECKING:
 
 # Space between JSON's parts: one, or a new line and its indentation. Without bound, models go on with space for ever.
 _SPACE = r" |\n[ \t]{0,20}"
+# Without bound they go on with digits for ever, too. All integers of 64 bits have no more, nor needs a float64.
+_MOST_DIGITS = 20
+_DIGITS = re.compile(rb"[0-9]*")
+# How long texts of formats that may have digits without end can be: seconds have nine behind the point.
+_LONGEST_FORMATS = {"time": 24, "date-time": 35, "duration": 32}
+# Keywords of schemas whose values are schemas: one or a list, or an object of them.
+_SCHEMAS = ("items", "additionalItems", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf")
+_NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 # llguidance compiles grammars by recursion, a chain of rules by as deep a one: a stack for the longest chain that a text
 # can have, where it takes up to 700 bytes for each character, and a limit to that.
 _STACK_PER_CHARACTER, _LEAST_STACK, _LONGEST = 1400, 1 << 22, 1_000_000
@@ -50,14 +59,56 @@ class _Next(NamedTuple):
     added: Logits | None
 
 
+class _Numbers:
+    """Where one generation is in the numbers of its JSON: they end after 20 digits in a row, wherever they may.
+
+    Parameters
+    ----------
+    n_digits : array (n_vocab,) of uint8
+        With how many digits each token begins.
+    """
+
+    def __init__(self, n_digits: NDArray[np.uint8]):
+        self._n_digits, self._longest = n_digits, int(n_digits.max(initial=0))
+        self._in_text = self._escaped = False
+        self._run = 0  # digits in a row, outside of texts
+
+    def take(self, data: bytes) -> None:
+        """Takes what the next token writes."""
+        for byte in data:
+            self._run = self._run + 1 if not self._in_text and byte in b"0123456789" else 0
+            if self._escaped:
+                self._escaped = False
+            elif byte == ord('"'):
+                self._in_text = not self._in_text
+            else:
+                self._escaped = self._in_text and byte == ord("\\")
+
+    def limit(self, added: Logits) -> None:
+        """Leaves out tokens with too many digits, unless no others may come next."""
+        if self._in_text or self._run + self._longest <= _MOST_DIGITS:
+            return
+        others = (added == 0) & (self._run + self._n_digits.astype("i4") <= _MOST_DIGITS)
+        if others.any():
+            added[~others] = -np.inf
+
+
 class Constraint:
     """What the next token of one generation may be.
 
     Its text keeps to the grammar because every token is one that the grammar allows; `mask`, then `accept`, for each.
     """
 
-    def __init__(self, matcher: LLMatcher, n_vocab: int, pool: ThreadPoolExecutor, tokenizer: Tokenizer):
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        n_vocab: int,
+        pool: ThreadPoolExecutor,
+        tokenizer: Tokenizer,
+        numbers: _Numbers | None = None,
+    ):
         self._matcher, self._n_vocab, self._pool, self._tokenizer = matcher, n_vocab, pool, tokenizer
+        self._numbers = numbers
         self._next: Future[_Next] = pool.submit(self._compute)
 
     def forced(self) -> list[int]:
@@ -87,6 +138,8 @@ class Constraint:
             raise self._error()
         if self._matcher.is_stopped():
             return True
+        if self._numbers is not None and token < self._tokenizer.n_vocab:
+            self._numbers.take(self._tokenizer.token_bytes(token))
         if len(forced) > 1:
             del forced[0]
         else:
@@ -102,6 +155,8 @@ class Constraint:
         if matcher.is_error():  # the bits are those of the end tokens
             raise self._error()
         added = _ADDED.take(bits, axis=0).ravel()[: self._n_vocab]
+        if self._numbers is not None:
+            self._numbers.limit(added)
         n_allowed = np.count_nonzero(added == 0)
         if not n_allowed:
             raise Error(_NO_TOKEN)
@@ -128,6 +183,7 @@ class Constraints:
         self._tokenizer, self._n_vocab = tokenizer, n_vocab
         vocabulary = _Vocabulary(tokenizer, n_vocab)
         self._vocabulary = vocabulary.trie
+        self._n_digits = np.array([min(len(_DIGITS.match(t)[0]), 255) for t in vocabulary.tokens], np.uint8)  # type: ignore[index]
         # The two hold each other where the collector doesn't see it, and with them as much as the file's vocabulary takes.
         weakref.finalize(self, vars(vocabulary).pop, "trie").atexit = False
         self._pool = ThreadPoolExecutor(usable_cpus(), "ggpy masks")
@@ -147,14 +203,14 @@ class Constraints:
         if len(names) > 1:
             raise Error(f"give one of json_schema, regex and grammar, not {' and '.join(names)}")
         if json_schema is not None:
-            return self._made("json_schema", _from_json_schema(json_schema))
+            return self._made("json_schema", _from_json_schema(json_schema), numbers=_Numbers(self._n_digits))
         if regex is not None:
             return self._made("regex", _from_regex(regex))
         if grammar is not None:
             return self._made("grammar", *_from_grammar(grammar))
         return None
 
-    def _made(self, name: str, grammar: str, in_lark: bool = False) -> Constraint:
+    def _made(self, name: str, grammar: str, in_lark: bool = False, numbers: _Numbers | None = None) -> Constraint:
         from llguidance import LLMatcher
 
         made: list[LLMatcher | Exception] = []
@@ -171,7 +227,7 @@ class Constraints:
             raise Error(f"{name}: {_one_line(str(matcher))}")
         if matcher.is_error():
             raise Error(f"{name}: {_one_line(matcher.get_error(), in_lark)}")
-        constraint = Constraint(matcher, self._n_vocab, self._pool, self._tokenizer)
+        constraint = Constraint(matcher, self._n_vocab, self._pool, self._tokenizer, numbers)
         try:
             constraint.forced()
         except Error as error:
@@ -235,7 +291,7 @@ def _from_json_schema(schema: JSONSchema) -> str:
     if not isinstance(schema, Mapping):
         raise Error(f"json_schema: a schema is an object, not {reprlib.repr(schema)}")
     try:
-        text = json.dumps(dict(schema), allow_nan=False)
+        text = json.dumps(_bounded(dict(schema)), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise Error(f"json_schema: {error}") from None
     _check_text("json_schema", "a schema", text)
@@ -243,6 +299,21 @@ def _from_json_schema(schema: JSONSchema) -> str:
         return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _SPACE})
     except ValueError as error:
         raise Error(f"json_schema: {_one_line(str(error))}") from None
+
+
+def _bounded(schema: object) -> object:
+    """A schema, or a list of them, whose texts of formats have an end."""
+    if isinstance(schema, list):
+        return [_bounded(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {}
+    for key, value in schema.items():
+        if key in _NAMED_SCHEMAS and isinstance(value, dict):
+            value = {name: _bounded(one) for name, one in value.items()}
+        made[key] = _bounded(value) if key in _SCHEMAS else value
+    longest = _LONGEST_FORMATS.get(schema["format"]) if isinstance(schema.get("format"), str) else None
+    return made if longest is None or "minLength" in made else {"maxLength": longest, **made}
 
 
 def _from_regex(regex: str) -> str:

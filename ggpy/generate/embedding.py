@@ -151,7 +151,7 @@ def embed(
         if not ids:
             raise Error(f"{what}[{i}] has no tokens")
         if len(ids) > runner.n_ctx:
-            raise ContextFullError(f"{what}[{i}] has {len(ids)} tokens, the context holds {runner.n_ctx}")
+            raise ContextFullError(f"{what}[{i}] is too large: {len(ids)} tokens, the context holds {runner.n_ctx}")
     todo = enumerate(texts)
     begun: list[_Text] = []  # one at most: it, or the rest of it, comes with the next run
     n_done = 0

@@ -5,6 +5,7 @@ import base64
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from datetime import date
 from typing import Any, TypeVar
 
 import numpy as np
@@ -68,7 +69,8 @@ class Server:
 
     def prompt(self, served: Served, conversation: Conversation, constrained: bool = False) -> Prompt:
         """The prompt of a conversation."""
-        kwargs = {**self.template_kwargs, **conversation.template_kwargs}
+        today = {"date_string": date.today().strftime("%d %b %Y")}  # Llama 3's templates know a day of 2024 otherwise
+        kwargs = {**today, **self.template_kwargs, **conversation.template_kwargs}
         return Prompt(served.model, replace(conversation, template_kwargs=kwargs), constrained)
 
     def _reply(
@@ -513,7 +515,7 @@ class Server:
     async def metrics_text(self, request: Request) -> Response:
         """GET /metrics"""
         self.metrics.answers.set(sum(served.n_answers for served in self.models.served.values()))
-        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(self.metrics.text(), headers=self.metrics.headers)
 
     async def page(self, request: Request) -> Response:
         """GET /"""

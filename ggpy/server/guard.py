@@ -20,6 +20,7 @@ from .transport import error_response
 _log = logging.getLogger("ggpy.server")
 
 _PUBLIC = ("/", "/health", "/v1/health")  # what needs no key
+_POLLED = ("/health", "/v1/health", "/metrics")  # what supervisors ask all the time: not worth a line, unless refused
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ class Guard:
         if (usage := scope["state"].get("usage")) is not None:
             facts |= usage()._asdict()
         self._metrics.request(scope["path"] if scope["path"] in self._paths else "other", status, seconds)
-        _log.info("request", extra={"facts": facts})
+        level = logging.DEBUG if scope["path"] in _POLLED and status in (200, 503) else logging.INFO
+        _log.log(level, "request", extra={"facts": facts})
 
 
 def _host_name(host: str) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -47,6 +48,16 @@ def test_a_server_without_a_model_serves_the_demo_and_lets_answers_finish_when_i
         records = [json.loads(line) for line in rest if line.startswith("{")]
         (record,) = [r for r in records if r.get("id") == "my-own"]
         assert record["status"] == 200 and record["completion"] == 100
+        assert "/health" not in {r.get("path") for r in records}
     finally:
         server.kill()
         server.wait()
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "ggpy", "serve", str(tmp_path / "missing.gguf"), "--port", port]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and f"can't listen at 127.0.0.1, port {port}: " in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1 and "missing.gguf" not in ended.stderr

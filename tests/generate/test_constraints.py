@@ -154,6 +154,60 @@ def test_any_json_object(vocabularies):
         assert sum(text is not None for text in texts) > 1
 
 
+class Digits:
+    """Logits of whoever wants to go on with digits, for ever."""
+
+    def __init__(self, vocabulary):
+        tokenizer, self._constraints = vocabulary
+        tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.n_vocab)]
+        self._logits = np.array([len(re.match(rb"[0-9.]*", t)[0]) for t in tokens], np.float32)
+        self._decoder = StreamDecoder(tokenizer, whole=True)
+
+    def text(self, schema):
+        constraint, text = self._constraints.constraint(json_schema=schema), ""
+        for _ in range(300):
+            forced = constraint.forced()
+            token = forced[0] if forced else int(np.argmax(constraint.masked(self._logits)))
+            text += self._decoder.push(token)
+            if constraint.accept(token):
+                return text + self._decoder.flush()
+        raise AssertionError(f"no end: {text}")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "number"},
+        {"type": "integer"},
+        {"type": "integer", "minimum": 5},
+        {"type": "number", "exclusiveMinimum": 0.5, "maximum": 7.25},
+        {"type": "number", "multipleOf": 0.25},
+        {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
+        {"properties": {"a": {"anyOf": [{"type": "number"}]}}, "required": ["a"], "additionalProperties": False},
+        {"type": "string", "format": "time"},
+        {"$ref": "#/$defs/t", "$defs": {"t": {"type": "string", "format": "date-time"}}},
+        {"type": "array", "prefixItems": [{"type": "string", "format": "duration"}], "items": False, "minItems": 1},
+    ],
+)
+def test_who_writes_digits_for_ever_comes_to_an_end(vocabularies, schema):
+    text = Digits(vocabularies["bpe"]).text(schema)
+    assert valid(text, schema)
+    assert re.search("[0-9]{9}", text)
+    if schema.get("type") in ("number", "integer"):
+        assert max(map(len, re.findall("[0-9]+", text))) == 20
+
+
+def test_digits_that_a_schema_wants_are_no_concern(vocabularies):
+    for schema in (
+        {"const": 10**25},
+        {"enum": [10**25, f"{10**25}"]},
+        {"type": "integer", "minimum": 10**17, "multipleOf": 3},
+        {"type": "string", "pattern": "^[0-9]{40}$"},
+        {"const": {"\\": '"', "a": [0, "1"]}},
+    ):
+        assert valid(Digits(vocabularies["bpe"]).text(schema), schema)
+
+
 def test_schemas_may_be_texts_and_classes(vocabularies):
     for how in (Place, json.dumps(Place.model_json_schema())):
         rng = np.random.default_rng(2)

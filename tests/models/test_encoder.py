@@ -187,7 +187,7 @@ def test_what_encoders_cannot_do_is_refused(bert):
         ):
             with pytest.raises(ggpy.UnsupportedError, match=r"model\.gguf: an encoder.*Model\.embed"):
                 call()
-        with pytest.raises(ggpy.ContextFullError, match=rf"texts\[0\] has 341 tokens, the context holds {N_CTX}"):
+        with pytest.raises(ggpy.ContextFullError, match=rf"texts\[0\] is too large: 341 tokens, the context holds {N_CTX}"):
             model.embed([[5] * 341])
     with pytest.raises(ggpy.Error, match=f"context of 1000; the model has learned {N_CTX} positions"):
         ggpy.load(bert, n_ctx=1000)

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from datetime import date, datetime, timedelta
 from types import SimpleNamespace
 
 import numpy as np
@@ -119,7 +120,7 @@ def test_a_prompt_without_the_beginning_of_an_answer(demo):
         assert text(messages=ending, add_generation_prompt=False) == "[user]Hello[bot]Well"
 
 
-def test_the_servers_template_kwargs_are_for_requests_that_have_none(demo):
+def test_the_servers_template_kwargs_and_todays_date_are_for_requests_that_have_none(demo):
     messages = [{"role": "user", "content": "Hello"}]
     with ggpy.load(demo) as model:
         model.chat_template = ChatTemplate("{{ enable_thinking }} {{ effort }}")
@@ -130,6 +131,9 @@ def test_the_servers_template_kwargs_are_for_requests_that_have_none(demo):
 
         assert text() == "False low"
         assert text(chat_template_kwargs={"enable_thinking": True}) == "True low"
+        model.chat_template = ChatTemplate("{{ date_string or '26 Jul 2024' }}")
+        assert datetime.strptime(text(), "%d %b %Y").date() in (date.today(), date.today() - timedelta(1))
+        assert text(chat_template_kwargs={"date_string": "1 Jan 1970"}) == "1 Jan 1970"
 
 
 @pytest.mark.parametrize("given", ["[]", "{", "1"])
@@ -198,6 +202,11 @@ def test_prometheus_is_told_what_was_done(client):
     before = value("ggpy_prompt_tokens_total")
     used = client.post("/v1/embeddings", json={"input": ["Once", "upon a time"]}).json()["usage"]["prompt_tokens"]
     assert value("ggpy_prompt_tokens_total") == before + used > before
+    before = [value(f"llamacpp:{name}_total") for name in ("prompt_tokens", "prompt_tokens_cached", "tokens_predicted")]
+    timings = [client.post("/completion", json=BODY).json()["timings"] for _ in range(2)]
+    after = [value(f"llamacpp:{name}_total") for name in ("prompt_tokens", "prompt_tokens_cached", "tokens_predicted")]
+    sums = [sum(t[name] for t in timings) for name in ("prompt_n", "cache_n", "predicted_n")]
+    assert np.subtract(after, before).tolist() == sums and sums[1] > 0
     client.get("/no/such/path")
     assert value(r'ggpy_requests_total\{path="other",status="404"\}') >= 1
 
