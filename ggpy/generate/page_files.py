@@ -93,11 +93,11 @@ class PageFiles:
         path = list(known)
         for ids in pieces[len(known) - 1 :]:
             path.append(Prefix(-1, ids, path[-1]))
-            if not self._path(path[-1], _PAGE).exists():
+            if not self._path(path[-1], _PAGE).is_file():
                 path.pop()
                 break
         if runner.has_states:
-            while len(path) > 1 and path[-1].slot < 0 and not self._path(path[-1], _STATE).exists():
+            while len(path) > 1 and path[-1].slot < 0 and not self._path(path[-1], _STATE).is_file():
                 path.pop()
         if len(path) > len(known) or (runner.has_states and len(path) > 1 and path[-1].slot < 0):
             self._load(known[: len(path)], path)

@@ -332,6 +332,9 @@ def new_data(
 
 def in_order(tasks: Iterable[Callable[[], np.ndarray]], n_threads: int) -> Generator[np.ndarray, None, None]:
     """The results of tasks that several threads work on, in the tasks' order; few are held at a time."""
+    if n_threads == 1:
+        yield from (task() for task in tasks)
+        return
     pending: deque[Future[np.ndarray]] = deque()
     with ThreadPoolExecutor(n_threads) as pool:
         try:

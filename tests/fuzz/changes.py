@@ -248,39 +248,80 @@ def card(rng, content):
 
 
 def sentencepiece(rng, content):
-    """A SentencePiece model: fields of a protocol buffer, each a number, a kind and a value."""
-    if rng.random() < 0.2:
+    """A SentencePiece model: fields of a protocol buffer, most of which hold fields."""
+    if rng.random() < 0.15:
         return change_bytes(rng, content)
     fields = list(_fields(content))
     for _ in range(rng.choice([1, 1, 2, 10])):
         i = rng.choice([rng.randrange(len(fields)), rng.randrange(10), -1 - rng.randrange(3)]) % len(fields)
         tag, value = fields[i]
-        piece = rng.choice([b"", b"\x0a\0", b"\x0a\x01\xff", b"\x15\0\0\xc0\x7f", b"\x18\x63", rng.randbytes(6)])
-        new = rng.choice([value + piece, piece, change_bytes(rng, value or b"a")])
-        made = (tag if rng.random() < 0.9 else rng.randrange(256), new)
-        fields[i : i + 1] = rng.choice([[], [fields[i]] * 2, *[[made]] * 4, [rng.choice(fields)]])
+        inner = list(_fields(value))
+        _change_field(rng, inner, [v for _, v in _fields(rng.choice(fields)[1])])
+        fields[i : i + 1] = rng.choice([[], [fields[i]] * 2, [rng.choice(fields)], *[[(tag, _packed(inner))]] * 9])
         if not fields:
             break
-    wrong = {rng.randrange(len(fields) + 1): rng.choice([0, 1 << 31, (1 << 64) - 1])} if rng.random() < 0.05 else {}
-    parts = [bytes([tag]) + _varint(wrong.get(i, len(value))) + value for i, (tag, value) in enumerate(fields)]
-    return b"".join(parts)
+    if rng.random() < 0.05:
+        at = rng.randrange(len(fields) + 1)
+        wrong = b"\x0a" + _varint(rng.choice([0, 1 << 31, (1 << 64) - 1]))
+        return _packed(fields[:at]) + wrong + _packed(fields[at:])
+    return _packed(fields)
+
+
+def _change_field(rng, fields, others):
+    """Gives one of a message's fields another value, removes or doubles it, or adds one."""
+    how = rng.random()
+    if how < 0.2 or not fields:
+        fields.append(rng.choice([(8 * rng.randrange(1, 60), rng.choice(INTEGERS)), (10, b""), (21, PIECES[0]), (24, 99)]))
+        return
+    i = rng.randrange(len(fields))
+    tag, value = fields[i]
+    if how < 0.4:
+        fields[i : i + 1] = rng.choice([[], [fields[i]] * 2])
+    elif isinstance(value, int):
+        fields[i] = tag, rng.choice(INTEGERS)
+    elif tag & 7 == 5:
+        fields[i] = tag, rng.choice([piece[:4] for piece in PIECES] + [struct.pack("<f", rng.uniform(-20, 0))])
+    else:
+        texts = [text.encode("utf-8", "surrogatepass") for text in TEXTS]
+        texts += [v for v in others if isinstance(v, bytes)] + ["▁▁".encode(), b"<0x41>", b" ", value * 2, rng.randbytes(6)]
+        fields[i] = tag, rng.choice(texts) if rng.random() < 0.7 else change_bytes(rng, value or b"a")
 
 
 def _fields(content):
-    """The tag and value of each field that holds bytes."""
+    """The tag and value of each field: a number, or bytes."""
     at = 0
     while at < len(content):
-        tag, n, shift, at = content[at], 0, 0, at + 1
-        while True:
-            n, shift, at = n | (content[at] & 127) << shift, shift + 7, at + 1
-            if content[at - 1] < 128:
-                break
-        yield tag, content[at : at + n]
-        at += n
+        tag, at = _number(content, at)
+        if tag & 7:
+            n, at = {1: (8, at), 5: (4, at)}.get(tag & 7) or _number(content, at)
+            value, at = content[at : at + n], at + n
+        else:
+            value, at = _number(content, at)
+        yield tag, value
+
+
+def _packed(fields):
+    found = []
+    for tag, value in fields:
+        if isinstance(value, int):
+            value = _varint(value)
+        elif tag & 7 == 2:
+            value = _varint(len(value)) + value
+        found += [_varint(tag), value]
+    return b"".join(found)
+
+
+def _number(content, at):
+    """A number of seven bits a byte, and where it ends."""
+    n = shift = 0
+    while True:
+        n, shift, at = n | (content[at] & 127) << shift, shift + 7, at + 1
+        if content[at - 1] < 128:
+            return n, at
 
 
 def _varint(n):
-    found = b""
+    n, found = n & (1 << 64) - 1, b""
     while n > 127:
         found, n = found + bytes([n & 127 | 128]), n >> 7
     return found + bytes([n])

@@ -1,6 +1,7 @@
 """What is done with files of each kind; a function's parameters are random numbers, the sound files and an empty folder."""
 
 import json
+import os
 import shutil
 from functools import cache
 
@@ -79,10 +80,11 @@ def adapter(rng, seeds, folder):
 def converted(rng, source, folder, names):
     """Changes a file of a checkpoint's copy; converts it and runs what comes of it."""
     path = folder / source.name
-    shutil.copytree(source, path)
-    name = rng.choice([name for name in names if (path / name).exists()])
-    change = changes.OF[name.rpartition(".")[2]]
-    (path / name).write_bytes(change(rng, (path / name).read_bytes()))
+    name = rng.choice([name for name in names if (source / name).exists()])
+    content = changes.OF[name.rpartition(".")[2]](rng, (source / name).read_bytes())
+    shutil.copytree(source, path, copy_function=os.symlink)  # as the hub's folders are
+    (path / name).unlink()
+    (path / name).write_bytes(content)
     out = folder / f"{source.name}.gguf"
     ggpy.convert(path, out, "f32")
     if rng.random() < 0.25:  # what was written by us is sound
@@ -168,9 +170,14 @@ def pages(rng, seeds, folder):
     path, model = seeds / f"models/{name}.gguf", opened(seeds / f"models/{name}.gguf")
     shutil.copytree(seeds / "pages" / name, folder, dirs_exist_ok=True)
     files, is_summed = sorted(folder.iterdir()), rng.random() < 0.3
+    contents = {file: file.read_bytes() for file in files}
     for file in rng.sample(files, rng.randint(1, len(files))):
-        content = changes.safetensors(rng, file.read_bytes())
-        file.write_bytes(summed(content) if is_summed else content)
+        content = changes.safetensors(rng, contents[rng.choice([file, file, file, *files])])
+        file.unlink()
+        if rng.random() < 0.1:
+            rng.choice([os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: None])(file)
+        else:
+            file.write_bytes(summed(content) if is_summed else content)
     model.keep_cache(folder, rng.choice([0, 1 << 30]))
     try:
         found = model.generate(PROMPT, max_tokens=2, temperature=0).run().ids

@@ -99,6 +99,20 @@ def test_damaged_files_are_removed_and_told(load, tmp_path, caplog):
         assert said(model, PROMPT)[1] > 1200 or model._runner.has_states
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such files")
+def test_what_is_no_file_is_not_read(load, tmp_path):
+    """A pipe would be waited for."""
+    with load(tmp_path) as model:
+        expected, _ = said(model, PROMPT)
+    kinds = [os.mkfifo, os.mkdir, lambda file: file.symlink_to("/dev/zero"), lambda file: file.symlink_to(file.name)]
+    for make in kinds:
+        for file in tmp_path.iterdir():
+            file.rmdir() if file.is_dir() else file.unlink()
+            make(file)
+        with load(tmp_path) as model:
+            assert said(model, PROMPT) == (expected, 0), make
+
+
 def test_files_keep_to_their_budget_and_the_latest_stay(load, tmp_path):
     with load(tmp_path) as model:
         said(model, PROMPT)
