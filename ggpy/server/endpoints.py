@@ -284,7 +284,10 @@ class Server:
         values = await self.read(request, fields.INFILL)
         if "input_prefix" not in values or "input_suffix" not in values:
             raise invalid("input_prefix and input_suffix are required", "input_prefix")
-        extra = "".join(f"{x.get('filename', '')}\n{x.get('text', '')}\n" for x in values.get("input_extra", ()))
+        files = [(x.get("filename", ""), x.get("text")) for x in values.get("input_extra", ())]
+        if not all(isinstance(name, str) and isinstance(text, str) for name, text in files):
+            raise invalid("input_extra: each has a text, and a filename that is a text", "input_extra")
+        extra = "".join(f"{name}\n{text}\n" for name, text in files)
         before = values["input_prefix"] + values.get("prompt", "")
         return await self._continue(
             request, values, lambda served: [gap_ids(served.model, before, values["input_suffix"], extra)]

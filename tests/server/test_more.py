@@ -15,6 +15,7 @@ from ggpy.cli.serve import _template_kwargs
 from ggpy.errors import Error
 from ggpy.generate.chat import ChatTemplate
 from ggpy.server.chat import conversation_of
+from ggpy.server.completions import gap_ids
 from ggpy.server.conversation import Prompt
 from ggpy.server.endpoints import Server
 from ggpy.server.guard import Limits
@@ -60,6 +61,22 @@ def test_embeddings_are_those_of_the_model_also_as_openais_client_asks_for_them(
 )
 def test_mistakes_are_refused(client, path, body):
     assert client.post(path, json=body).status_code == 400
+
+
+@pytest.mark.parametrize("extra", [{}, {"filename": "a.py"}, {"filename": 1, "text": "x"}, {"text": 1}])
+def test_files_beside_a_gap_are_texts(client, extra):
+    refused = client.post("/infill", json={"input_prefix": "x", "input_suffix": "y", "input_extra": [extra]})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "input_extra"
+
+
+def test_a_gap_stands_between_the_tokens_that_the_file_names(demo):
+    marks = dict(zip(("fim_pre", "fim_suf", "fim_mid"), (300, 301, 302), strict=True))
+    with ggpy.load(demo) as model:
+        file = SimpleNamespace(get=lambda key, *_, **__: marks[key.split(".")[2].removesuffix("_token_id")])
+        ids = gap_ids(SimpleNamespace(file=file, tokenizer=model.tokenizer), "def f(", "return 1", "a.py\n")
+        inside = model.tokenizer.encode_inside
+        start = [model.tokenizer.bos] if model.tokenizer.add_bos else []
+        assert ids == [*start, *inside("a.py\n"), 300, *inside("def f("), 301, *inside("return 1"), 302]
 
 
 def test_llama_cpps_completion(client, demo):
