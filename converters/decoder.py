@@ -57,7 +57,7 @@ class Traits:
     eps : str
         The key of the norms' epsilon; RMS norms' if it begins with "rms".
     norms : tuple of str, or callable
-        A layer's norms, by GGUF's names; a function of config.json may say.
+        A layer's norms, by GGUF's names; a function of config.json may say. Without any the last has no weights, either.
     norm_biases : bool
         Whether norms have biases.
     norm_shift : float
@@ -162,6 +162,8 @@ def decoder(
         tensors = model_shapes(config, lambda i: _block(traits, config, i))
         if traits.norm_biases:
             tensors["output_norm.bias"] = tensors["output_norm.weight"]
+        if not traits.norms:
+            del tensors["output_norm.weight"]
         if traits.positions:
             tensors["position_embd.weight"] = (config.integer("max_position_embeddings"), config.integer("hidden_size"))
         if traits.output_bias:

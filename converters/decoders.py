@@ -26,7 +26,7 @@ from .decoder import (
     only,
     without_further_layers,
 )
-from .family import Family, head_dim, rope_parameters
+from .family import Family, head_dim, rope_parameters, write_clip
 
 _AFTER = ("post_attention_norm", "post_ffw_norm")
 
@@ -153,6 +153,18 @@ FAMILIES: tuple[Family, ...] = (
         Traits(interleaved=True, biases=biases_of_all, write=_write_smollm3),
         tie_word_embeddings=True,
         use_sliding_window=False,
+    ),
+    decoder(
+        ("OlmoForCausalLM",),
+        MODEL.OLMO,
+        Traits(
+            eps="layer_norm_eps",
+            norms=(),
+            interleaved=True,
+            biases=biases_if("attention_bias", *ATTENTION),
+            write=write_clip,
+        ),
+        usual=lambda config: {"layer_norm_eps": 1e-5},
     ),
     decoder(
         ("Olmo2ForCausalLM",),

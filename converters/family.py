@@ -260,6 +260,12 @@ def refuse_windows(config: Config) -> None:
         )
 
 
+def write_clip(writer: gguf.GGUFWriter, config: Config) -> None:
+    """Add the bound of queries, keys and values, if there is one."""
+    if config.get("clip_qkv") is not None:
+        writer.add_clamp_kqv(config.number("clip_qkv", least=1e-30))
+
+
 def write_windows(writer: gguf.GGUFWriter, config: Config, rule: str) -> None:
     """Add the window of attention, and which layers have it unless all do.
 

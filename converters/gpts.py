@@ -8,9 +8,12 @@ from typing import Any
 import gguf
 import numpy as np
 
+from ggpy.errors import UnsupportedError
+
 from .checkpoint import Config, PickedRows, Rows, StackedRows, TransposedRows
 from .decoder import ATTENTION, FFN, MODEL, PARTIAL, QKV, Traits, biases_if, biases_of_all, decoder, only
-from .family import Family, head_dim
+from .experts import expert_shapes, write_expert_hparams
+from .family import Family, head_dim, refuse_unread, write_clip
 
 _PLAIN: dict[str, Any] = {"norm_biases": True, "gated": False}
 
@@ -115,7 +118,65 @@ def _gather_gpt2(tensors: Mapping[str, Rows], config: Config) -> dict[str, Rows]
     return gathered
 
 
+def _usual_dbrx(config: Config) -> dict[str, Any]:
+    """Names settings as other families do; those of attention and of the experts stand in objects of their own."""
+    attention, experts = (Config(config.part(key), config.path) for key in ("attn_config", "ffn_config"))
+    experts.only("ffn_act_fn", {"name": "silu"})
+    experts.only("moe_normalize_expert_weights", 1)
+    for key in ("hidden_size", "moe_jitter_eps", "moe_loss_weight", "uniform_expert_assignment"):
+        experts.get(key)
+    config.get("emb_pdrop")
+    names = {"d_model": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
+    names |= {"max_seq_len": "max_position_embeddings"}
+    values: dict[str, Any] = {new: config.get(old) for old, new in names.items()}
+    values |= {
+        "num_key_value_heads": attention.integer("kv_n_heads", 1),
+        "clip_qkv": attention.get("clip_qkv"),
+        "intermediate_size": experts.integer("ffn_hidden_size", 3584),
+        "num_experts": experts.integer("moe_num_experts", 4),
+        "num_experts_per_tok": experts.integer("moe_top_k", 1),
+        "layer_norm_eps": 1e-5,
+    }
+    if attention.get("rope_theta") is not None:  # of old; transformers 5 reads another one, and saves both
+        values["rope_theta"] = attention.number("rope_theta")
+        if config.part("rope_parameters").get("rope_theta", values["rope_theta"]) != values["rope_theta"]:
+            raise UnsupportedError(f"{config.path}: attn_config and rope_parameters have different rope_theta")
+    for part in (attention, experts):
+        refuse_unread(part)
+    return values
+
+
+def _gather_dbrx(tensors: Mapping[str, Rows], config: Config) -> dict[str, Rows]:
+    """A layer's experts are one matrix, w2 transposed."""
+    gathered: dict[str, Rows] = {}
+    n, n_ff, n_embd = (config.integer(key) for key in ("num_experts", "intermediate_size", "hidden_size"))
+    for name, rows in tensors.items():
+        if ".experts.mlp." in name and rows.shape == (n * n_ff, n_embd):
+            rows = PickedRows(rows, np.arange(n * n_ff), (n, n_ff, n_embd))
+            name, rows = f"{name}.weight", TransposedRows(rows) if name.endswith("w2") else rows
+        gathered[name] = rows
+    return gathered
+
+
+def _write_dbrx(writer: gguf.GGUFWriter, config: Config) -> None:
+    write_clip(writer, config)
+    write_expert_hparams(writer, config)
+
+
 FAMILIES: tuple[Family, ...] = (
+    decoder(
+        ("DbrxForCausalLM",),
+        MODEL.DBRX,
+        Traits(
+            eps="layer_norm_eps",
+            norms=("attn_norm", "attn_output_norm"),
+            fused=("qkv",),
+            write=_write_dbrx,
+            experts=lambda config, i: expert_shapes(config, config.integer("intermediate_size")),
+        ),
+        _gather_dbrx,
+        _usual_dbrx,
+    ),
     decoder(
         ("Jais2ForCausalLM",),
         MODEL.JAIS2,

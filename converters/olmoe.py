@@ -6,12 +6,12 @@ import gguf
 
 from .checkpoint import Config
 from .experts import expert_shapes, gather_experts, write_expert_hparams
-from .family import Family, Shapes, attention_shapes, model_shapes, write_decoder_hparams
+from .family import Family, Shapes, attention_shapes, model_shapes, write_clip, write_decoder_hparams
 
 
 def write_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
     config.only("norm_topk_prob", False)
-    config.only("clip_qkv", None)
+    write_clip(writer, config)
     write_decoder_hparams(writer, config)
     write_expert_hparams(writer, config)
 

@@ -209,6 +209,19 @@ OPS["MUL_ROW"] = Op(_bias_shape, lambda run, x, y: x * y, _pair_lower)
 
 
 OPS["SCALE"] = Op(lambda x, factor: x.shape, lambda run, x, factor: x * np.float32(factor), _each_lower)
+
+
+def _clamp_shape(x: "Tensor", limit: float) -> Shape:
+    _need(limit > 0, f"a limit of {limit}")
+    return x.shape
+
+
+def _clamp_reference(run: "Reference", x: np.ndarray, limit: float) -> np.ndarray:
+    return np.where(np.isfinite(x), np.clip(x, np.float32(-limit), np.float32(limit)), np.float32(np.nan))
+
+
+# x, no further than `limit` from 0; what isn't finite is NaN, so that the bound hides no damage
+OPS["CLAMP"] = Op(_clamp_shape, _clamp_reference, _each_lower)
 # cap * tanh(x / cap)
 OPS["SOFT_CAP"] = Op(
     lambda x, cap: x.shape, lambda run, x, cap: np.tanh(x / np.float32(cap)) * np.float32(cap), _each_lower

@@ -224,6 +224,16 @@ def scale(ith, nth, x, out, state, n_cols, factor):
         store(out + i, load_f32(x + i) * by)
 
 
+@kernel("clamp")
+def clamp(ith, nth, x, out, state, n_cols, limit):
+    """out = x, no further than limit from 0; NaN where x isn't finite, so that the bound hides no damage."""
+    start, stop = share((ld_state(state, 0) * n_cols + 15) // 16, ith, nth)
+    most = splat_f32(bits_f32(limit))
+    for i in range(64 * start, 64 * stop, _V):
+        v = load_f32(x + i)
+        store(out + i, maximum(minimum(v, most), _negative(most)) + (v - v))
+
+
 @kernel("soft_cap")
 def soft_cap(ith, nth, x, out, state, n_cols, cap):
     """out = cap * tanh(x / cap)."""

@@ -169,6 +169,7 @@ def _kernels() -> dict[str, Kernel]:
         "pad_rows": Kernel("rows", ("x", "out", "state", "n_cols", "n_rows_per_token", "x_row_stride", "n_padded")),
         "soft_max": Kernel("rows", ("x", "out", "state", "n_cols")),
         "scale": Kernel("rows", ("x", "out", "state", "n_cols", "factor")),
+        "clamp": Kernel("rows", ("x", "out", "state", "n_cols", "limit")),
         "rows": Kernel("rows", ("x", "rows", "out", "state", "n_cols")),
         "rope_norm": Kernel("rope", _ROPE),
         "rope_neox": Kernel("rope", _ROPE),

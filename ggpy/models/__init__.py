@@ -76,7 +76,9 @@ ARCHITECTURES: dict[str, Reader] = {
     "qwen3": Style().read,
     "qwen2moe": Style().read,
     "qwen3moe": Style(normalize=True).read,
-    "olmoe": Style().read,
+    "olmo": Style(rope="norm", layer_norm=True, norm_weights=False, clamps=True).read,  # OLMo 1
+    "olmoe": Style(clamps=True).read,
+    "dbrx": Style(layer_norm=True, ffn_norm="attn_output_norm", normalize=True, clamps=True).read,
     "gemma": Style(act="geglu", embd_root=True).read,
     "gemma2": Style(**_GEMMA, window=4096, window_every=2, shared_scale_at=46).read,
     "gemma3": Style(**_GEMMA, window_every=6, window_base=10000.0, shared_scale_at=62).read,

@@ -68,6 +68,10 @@ class Style:
         Whether layers may have no heads of keys, or no feed-forward part: they have something else.
     causal : bool
         Whether tokens see only those before them, where the file doesn't say.
+    norm_weights : bool
+        Whether norms have weights.
+    clamps : bool
+        Whether files may bound the values of queries, keys and values.
     sections : bool
         Whether rotary embeddings may have sections: text has the same position in all.
     """
@@ -94,6 +98,8 @@ class Style:
     mixed: bool = False
     sections: bool = False
     causal: bool = True
+    norm_weights: bool = True
+    clamps: bool = False
 
     def read(self, hp: Hparams, options: Options) -> "Decoder":
         """The decoder of a file.
@@ -107,7 +113,8 @@ class Style:
         """
         for key in _UNKNOWN:
             value = hp.file.metadata.get(f"{hp.arch}.{key}")
-            if value is not None and np.any(np.asarray(value)) and not (self.sections and key.endswith("_sections")):
+            known = (self.sections and key.endswith("_sections")) or (self.clamps and key.endswith("clamp_kqv"))
+            if value is not None and np.any(np.asarray(value)) and not known:
                 raise UnsupportedError(f"{hp.file.path}: key {hp.arch}.{key}: not supported")
         n_layer, n_embd = hp.n_layer(), hp.size("embedding_length")
         n_head, least = hp.sizes("attention.head_count", n_layer), 0 if self.mixed else 1
@@ -147,6 +154,7 @@ class Style:
             causal=hp.flag("attention.causal", self.causal),
             scale=hp.number("attention.scale", 0.0) or length**-0.5,
             cap=hp.number("attn_logit_softcapping", 0.0),
+            clamp=hp.number("attention.clamp_kqv", 0.0),
             logit_cap=hp.number("final_logit_softcapping", 0.0),
             embd_scale=n_embd**0.5 if self.embd_root else hp.number("embedding_scale", 1.0),
             residual_scale=hp.number("residual_scale", 1.0),
@@ -234,6 +242,7 @@ class Decoder:
     causal: bool
     scale: float
     cap: float
+    clamp: float
     logit_cap: float
     embd_scale: float
     residual_scale: float
@@ -316,12 +325,14 @@ class Decoder:
 
     def _heads(self, g: "Graph", w: "Weights", y: "Tensor", name: str, n: int, i: int) -> "Tensor":
         """Queries, keys or values (n_tokens, n, head_dim), normalized where the file has weights for that, all heads
-        together or one by one, and rotated."""
+        together or one by one, bounded and rotated."""
         part, p = name[-1], name.rpartition(".")[0]
         norm = w.stored_shape(f"{name}_norm.weight")
         if norm == (n * self.head_dim,) and (n > 1 or not self.style.norm_rotated):
             y = self._norm(w, f"{name}_norm", y)
             norm = None
+        if self.clamp > 0:
+            y = g.op("CLAMP", y, limit=self.clamp, name=f"{name}.clamped")
         y = g.op("RESHAPE", y, shape=(n, self.head_dim), name=f"{name}.heads")
         if norm == (n, self.head_dim):
             y = self._norm_of_each(g, w, f"{name}_norm", y)
@@ -346,6 +357,8 @@ class Decoder:
         return g.op("RESHAPE", y, shape=x.shape[1:], name=f"{name}.heads")
 
     def _norm(self, w: "Weights", name: str, x: "Tensor") -> "Tensor":
+        if not self.style.norm_weights:
+            return w.plain_layer_norm(name, x, self.eps)
         return (w.layer_norm if self.style.layer_norm else w.norm)(name, x, self.eps)
 
     def _scaled(self, g: "Graph", x: "Tensor", factor: float) -> "Tensor":

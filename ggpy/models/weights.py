@@ -297,6 +297,10 @@ class Weights:
         weights = [self(f"{name}.weight", n)] + ([] if bias is None else [bias])
         return self._graph.op("LAYER_NORM", x, *weights, eps=eps, name=name)
 
+    def plain_layer_norm(self, name: str, x: "Tensor", eps: float) -> "Tensor":
+        """Layer norm of the rows of x, without weights."""
+        return self._graph.op("LAYER_NORM", x, eps=eps, name=name)
+
     def feed_forward(self, p: str, n_ff: int, x: "Tensor", act: str = "swiglu", kind: str = "") -> "Tensor":
         """The feed-forward part: down(act(gate(x)) * up(x)) (Shazeer 2020), or down(act(up(x))).
 

@@ -455,7 +455,6 @@ UNSUPPORTED = [
     ("qwen3moe", {"mlp_only_layers": [1]}, r"mlp_only_layers \[1\]; known: \[\]"),
     ("qwen2moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2; known: 1"),
     ("olmoe", {"norm_topk_prob": True}, "norm_topk_prob true; known: false"),
-    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0; known: null"),
     ("deepseek2", {"scoring_func": "softplus"}, "scoring_func 'softplus'; known: softmax, sigmoid"),
     ("deepseek2", {"topk_method": "random"}, "topk_method 'random'; known: greedy, group_limited_greedy, noaux_tc"),
     ("deepseek2", {"moe_layer_freq": 2}, "moe_layer_freq 2; known: 1"),

@@ -93,6 +93,7 @@ EACH = [
     *(("GELU", "x", {"kind": kind}) for kind in GELUS),
     ("RELU_SQUARED", "x", {}),
     ("SCALE", "x", {"factor": -0.3}),
+    ("CLAMP", "x", {"limit": 5.3}),
     ("SOFT_CAP", "x", {"cap": 30}),
 ]
 #: values of a row: less than a vector, whole ones, and some more
@@ -109,6 +110,15 @@ def test_elementwise(teams, op, inputs, attrs, n, n_tokens, threads, seed):
     values = {k: 8 * rng.standard_normal((n_tokens, n)).astype(np.float32) for k in inputs}
     got, expected = both(g, values, teams(threads))
     close(got["out"], expected["out"], 2e-6)
+
+
+def test_a_bound_hides_no_damage(teams):
+    x = np.array([[np.nan, np.inf, -np.inf, 3.0, -3.0, 0.5, *[1.0] * 14]], np.float32)
+    g = Graph(1)
+    g.output(g.op("CLAMP", g.input("x", (20,)), limit=2.0), "out")
+    got, expected = both(g, {"x": x}, teams(1))
+    np.testing.assert_array_equal(got["out"], expected["out"])
+    np.testing.assert_array_equal(got["out"][0, :6], np.array([np.nan] * 3 + [2, -2, 0.5], np.float32))
 
 
 @pytest.mark.parametrize("kind", GELUS)

@@ -41,6 +41,12 @@ LONG = {
     "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0],
 }
 MINISTRAL = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3}
+DBRX = {
+    "d_model": 60,
+    "hidden_size": 60,
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 0.8, "rope_theta": 10000.0},
+    "ffn_config": {"hidden_size": 60, "ffn_hidden_size": 28, "moe_num_experts": 5, "moe_top_k": 2},
+}
 FALCON = {"num_key_value_heads": None, "intermediate_size": None, "num_kv_heads": 2, "ffn_hidden_size": 70}
 EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 2}
 GLM = {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "n_shared_experts": 1}
@@ -149,6 +155,13 @@ MODELS = {
     "granite_swa, experts": ("GraniteMoeSWA", "GraniteMoeSWA", {**TIED, **WINDOW, **EXPERTS, "logits_scaling": 2.0}),
     "granitemoe": ("GraniteMoe", "GraniteMoe", {**TIED, **EXPERTS, "residual_multiplier": 0.7}),
     "smollm3": ("SmolLM3", "SmolLM3", {**TIED}),
+    "olmo": ("Olmo", "Olmo", {**UNTIED}),
+    "olmo, bounded": ("Olmo", "Olmo", {**TIED, "clip_qkv": 0.8}),
+    "olmoe, bounded": (
+        "Olmoe",
+        "Olmoe",
+        {"num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": False, "clip_qkv": 0.8},
+    ),
     "olmo2": ("Olmo2", "Olmo2", {}),
     "olmo2, windows": (
         "Olmo3",
@@ -258,6 +271,7 @@ MODELS = {
     "gptneox, in turn": ("GPTNeoX", "GPTNeoX", {**PARTIAL, **NO_GROUPS, "use_parallel_residual": False}),
     "gpt2": ("GPT2LMHeadModel", "GPT2", {**NO_GROUPS, "n_inner": 70}),
     "phi2": ("Phi", "Phi", {**PARTIAL}),
+    "dbrx": ("Dbrx", "Dbrx", DBRX),
 }
 
 
@@ -331,7 +345,7 @@ IN_LLAMA_CPP = (
     *("hunyuan-dense", "glm4", "command-r", "stablelm", "gptneox", "gpt2", "phi2"),
     *("granite_swa", "granite_swa, experts", "command-r, norms of each head", "stablelm, parallel, norms of each head"),
     *("falcon", "falcon, newer", "falcon, newer, one norm", "gemma", "exaone", "mellum, one base"),
-    *("afmoe", "llama, InternLM 3", "jais2"),
+    *("afmoe", "llama, InternLM 3", "jais2", "olmo", "olmo, bounded", "dbrx"),
     *("hunyuan-dense, another base", "hunyuan-moe"),
     *("gemma4, keys are values", "gemma4, experts", "granitemoe", "glm4moe", "ernie4_5-moe, untied"),
     *("dots1, no groups", "exaone-moe", "minimax-m2", "deepseek2, GLM-4.7-Flash"),
