@@ -386,6 +386,20 @@ class Config:
             raise UnsupportedError(f"{self.path}: {key} {shown(value)}; known: {', '.join(known)}")
         return value
 
+    def words(self, key: str, known: Iterable[str], n: int, default: list[str] | None = None) -> list[str]:
+        """One of some words for each of n layers.
+
+        Raises
+        ------
+        UnsupportedError
+            Missing without a default, or something else than such a list.
+        """
+        value = self.get(key, default)
+        known = tuple(known)  # whatever JSON holds can be looked for in it
+        if not isinstance(value, list) or len(value) != n or not all(word in known for word in value):
+            raise UnsupportedError(f"{self.path}: {key} {shown(value)}; known: {', '.join(known)} for each layer")
+        return value
+
     def number(self, key: str, default: float | None = None, least: float = -math.inf) -> float:
         """A number of at least `least` that float32 can hold; the same errors as `integer`."""
         value = self.get(key, default)

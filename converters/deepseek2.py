@@ -223,8 +223,8 @@ def indexed_shapes(config: Config) -> Shapes:
 
 
 def _usual_indexed(config: Config) -> dict[str, Any]:
-    kinds = config.get("layer_types")
-    return {"layer_types": None} if isinstance(kinds, list) and set(kinds) == {"indexed_attention"} else {}
+    kinds = config.several("layer_types")
+    return {"layer_types": None} if kinds and kinds == ["indexed_attention"] * len(kinds) else {}
 
 
 _V3 = {

@@ -288,12 +288,9 @@ def write_windows(writer: gguf.GGUFWriter, config: Config, rule: str) -> None:
     if rule != "all":
         every = int(rule.split()[1])
         default = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(n_layer)]
-        kinds = config.get("layer_types", default)
+        kinds = config.words("layer_types", ("full_attention", "sliding_attention"), n_layer, default)
         for key in ("sliding_window_pattern", "_sliding_window_pattern"):  # what layer_types is made of
             config.get(key)
-        known = ("full_attention", "sliding_attention")
-        if not isinstance(kinds, list) or len(kinds) != n_layer or not all(kind in known for kind in kinds):
-            raise UnsupportedError(f"{config.path}: layer_types {shown(kinds)}; known: full_attention, sliding_attention")
         has = [kind == "sliding_attention" for kind in kinds]
     elif config.get("sliding_window") is None:
         return

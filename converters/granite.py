@@ -8,10 +8,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-from ggpy.errors import UnsupportedError
-
 from . import llama
-from .checkpoint import Config, PickedRows, Rows, shown
+from .checkpoint import Config, PickedRows, Rows
 from .experts import expert_shapes, gather_experts, write_expert_hparams
 from .family import Family, Shapes, attention_shapes, ffn_shapes, model_shapes, write_decoder_hparams
 from .mamba2 import Scan, decays
@@ -21,10 +19,7 @@ KINDS = {"mamba": True, "linear_attention": True, "attention": False, "full_atte
 
 def scans(config: Config) -> list[bool]:
     """Which layers are Mamba-2's."""
-    n_layer, kinds = config.integer("num_hidden_layers"), config.get("layer_types")
-    if not isinstance(kinds, list) or len(kinds) != n_layer or not all(kind in KINDS for kind in kinds):
-        raise UnsupportedError(f"{config.path}: layer_types {shown(kinds)}; known: {', '.join(KINDS)} for each layer")
-    return [KINDS[kind] for kind in kinds]
+    return [KINDS[kind] for kind in config.words("layer_types", KINDS, config.integer("num_hidden_layers"))]
 
 
 def arch_of(config: Config) -> gguf.MODEL_ARCH:

@@ -9,9 +9,7 @@ import gguf
 import numpy as np
 from gguf import ExpertGatingFuncType
 
-from ggpy.errors import UnsupportedError
-
-from .checkpoint import Config, PickedRows, Rows, shown
+from .checkpoint import Config, PickedRows, Rows
 from .experts import expert_shapes, gather_experts, write_expert_hparams
 from .family import Family, Shapes, attention_shapes, ffn_shapes, head_dim, model_shapes, write_decoder_hparams
 
@@ -22,12 +20,9 @@ IGNORED = ("block_mlp_init_scale", "block_out_init_scale", "block_use_xavier_ini
 def convolutions(config: Config) -> list[bool]:
     """Which layers are convolutions."""
     n_layer = config.integer("num_hidden_layers")
-    attention, kinds = config.get("full_attn_idxs"), config.get("layer_types")
-    if kinds is None:
-        kinds = ["full_attention" if attention is None or i in attention else "conv" for i in range(n_layer)]
-    if not isinstance(kinds, list) or len(kinds) != n_layer or not all(k in ("conv", "full_attention") for k in kinds):
-        raise UnsupportedError(f"{config.path}: layer_types {shown(kinds)}; known: conv and full_attention for each layer")
-    return [kind == "conv" for kind in kinds]
+    is_all, attention = config.get("full_attn_idxs") is None, config.several("full_attn_idxs")
+    default = ["full_attention" if is_all or i in attention else "conv" for i in range(n_layer)]
+    return [kind == "conv" for kind in config.words("layer_types", ("conv", "full_attention"), n_layer, default)]
 
 
 def feed_forward_length(config: Config) -> int:

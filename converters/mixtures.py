@@ -196,8 +196,8 @@ def _usual_dots(config: Config) -> dict[str, Any]:
 
 
 def _usual_exaone_moe(config: Config) -> dict[str, Any]:
-    kinds = config.get("is_moe_layer")
-    named = {} if kinds is None else {"mlp_layer_types": ["sparse" if kind else "dense" for kind in kinds]}
+    kinds = ["sparse" if kind else "dense" for kind in config.several("is_moe_layer")]
+    named = {} if config.get("is_moe_layer") is None else {"mlp_layer_types": kinds}
     return {"n_shared_experts": config.integer("num_shared_experts", 1, least=0), **named}
 
 
@@ -233,8 +233,8 @@ def _usual_minimax(config: Config) -> dict[str, Any]:
     for key, known in _MINIMAX.items():
         config.only(key, known)
     values: dict[str, Any] = {"moe_intermediate_size": config.integer("intermediate_size")}
-    kinds = config.get("attn_type_list")
-    if kinds is not None and set(kinds) != {1}:
+    kinds = config.several("attn_type_list")
+    if any(kind != 1 for kind in kinds):
         raise UnsupportedError(f"{config.path}: attn_type_list {shown(kinds)}; known: all 1")
     if config.get("rotary_dim") is not None:
         values["partial_rotary_factor"] = config.integer("rotary_dim") / head_dim(config)
@@ -280,8 +280,8 @@ def _hunyuan_experts(config: Config, i: int) -> Shapes:
 def _write_afmoe(writer: gguf.GGUFWriter, config: Config) -> None:
     config.only("mup_enabled", True)
     config.get("global_attn_every_n_layers")  # what layer_types is made of
-    kinds = config.get("layer_types", ["sliding_attention"])
-    if "sliding_attention" not in kinds:
+    kinds = config.get("layer_types", ["sliding_attention"])  # `write_windows` says which
+    if not isinstance(kinds, list) or "sliding_attention" not in kinds:
         raise UnsupportedError(f"{config.path}: layer_types {shown(kinds)}; known: sliding_attention in some")
     for key, value in (("score_func", "sigmoid"), ("route_norm", True)):
         config.only(key, value)

@@ -31,9 +31,7 @@ def _write(writer: gguf.GGUFWriter, config: Config) -> None:
         config.get(key)
     n_layer, every = config.integer("num_hidden_layers"), config.integer("global_attn_every_n_layers", 3)
     default = ["sliding_attention" if i % every else "full_attention" for i in range(n_layer)]
-    kinds = config.get("layer_types", default)
-    if not isinstance(kinds, list) or len(kinds) != n_layer or not {*kinds} <= {*default, "sliding_attention"}:
-        raise ConversionError(f"{config.path}: layer_types must be sliding_attention or full_attention for each layer")
+    kinds = config.words("layer_types", ("full_attention", "sliding_attention"), n_layer, default)
     writer.add_block_count(n_layer)
     writer.add_context_length(config.integer("max_position_embeddings"))
     writer.add_embedding_length(config.integer("hidden_size"))

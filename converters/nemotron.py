@@ -36,7 +36,7 @@ def kinds(config: Config) -> list[str]:
     pattern, names = config.get("hybrid_override_pattern"), config.get("layers_block_type", config.get("layer_types"))
     table: dict[str, str] = KINDS if isinstance(pattern, str) else NAMES
     layers = pattern if isinstance(pattern, str) else names
-    if not isinstance(layers, str | list) or not layers or not all(layer in table for layer in layers):
+    if not isinstance(layers, str | list) or not layers or not all(layer in tuple(table) for layer in layers):
         raise UnsupportedError(f"{config.path}: kinds of layers {shown(layers)}; known: {', '.join(table)}")
     return [table[layer] for layer in layers]
 

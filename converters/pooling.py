@@ -110,6 +110,6 @@ def _pooling(checkpoint: Checkpoint, name: str) -> gguf.PoolingType:
     modes = [key.removeprefix("pooling_mode_") for key, on in settings.items() if key.startswith("pooling_mode_") and on]
     if "pooling_mode" in settings:
         modes = [settings["pooling_mode"]]
-    if len(modes) != 1 or modes[0] not in _POOLINGS:
+    if len(modes) != 1 or modes[0] not in tuple(_POOLINGS):
         raise UnsupportedError(f"{path}: pooling {shown(modes)}; known: one of {', '.join(_POOLINGS)}")
     return _POOLINGS[modes[0]]

@@ -15,7 +15,7 @@ import numpy as np
 
 from ggpy.errors import ConversionError, UnsupportedError
 
-from .checkpoint import ChangedRows, Checkpoint, Config, PickedRows, Rows, shown
+from .checkpoint import ChangedRows, Checkpoint, Config, PickedRows, Rows
 from .experts import expert_shapes, gather_experts, write_expert_hparams
 from .family import (
     Family,
@@ -47,12 +47,10 @@ MTP_LAYER = "mtp.layers."
 def recurrent(config: Config) -> list[bool]:
     """Which layers have delta rules."""
     n_layer = config.integer("num_hidden_layers")
-    kinds, every = config.get("layer_types"), config.integer("full_attention_interval", 4)
-    if kinds is None:
+    every = config.integer("full_attention_interval", 4)
+    if config.get("layer_types") is None:
         return [(i + 1) % every != 0 for i in range(n_layer)]
-    known = ("linear_attention", "full_attention")
-    if not isinstance(kinds, list) or len(kinds) != n_layer or not all(kind in known for kind in kinds):
-        raise UnsupportedError(f"{config.path}: layer_types {shown(kinds)}; known: {', '.join(known)} for each layer")
+    kinds = config.words("layer_types", ("linear_attention", "full_attention"), n_layer)
     return [kind == "linear_attention" for kind in kinds]
 
 

@@ -1,5 +1,6 @@
 """Models whose metadata and weights are meant to do harm, and runs of all architectures that watch their memory."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from tests.file.edit import Edited
 from tests.fuzz.seeds import of_all_types
 from tests.graph import guards
 
-from .checkpoints import converted, ids
+from .checkpoints import converted, ids, save_tokenizer
 from .test_architectures import made as decoder
 from .test_encoder import checkpoint as encoder
 from .test_moe import made
@@ -167,3 +168,29 @@ def test_guards_find_what_is_out_of_bounds(tmp_path, monkeypatch):
         monkeypatch.setattr(guards, "GUARD", guards.GUARD + 64)  # as if all buffers ended earlier
         with pytest.raises(guards.OutOfBoundsError):
             model.logits(ids(17))
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "key", "values"),
+    [
+        (with_states, "granitehybrid", "layer_types", (3, [[]] * 4)),
+        (with_states, "lfm2moe", "layer_types", (3, [[]] * 3)),
+        (with_states, "lfm2moe", "full_attn_idxs", (3, "0")),
+        (with_states, "nemotron_h", "layers_block_type", (3, [[]])),
+        (with_states, "qwen35", "layer_types", (3, [{}] * 4)),
+        (decoder, "afmoe", "layer_types", (3, "sliding_attention")),
+        (decoder, "minimax-m2", "attn_type_list", (3, [[]])),
+        (decoder, "exaone-moe", "is_moe_layer", (3, {"a": 1})),
+    ],
+)
+def test_layers_of_no_known_kind_are_refused(tmp_path, make, name, key, values):
+    """A number has no items, and a list is no key of a table."""
+    make(name).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("layer_types" if key == "full_attn_idxs" else "", None)
+    for value in values:
+        (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(Error, match=r"config\.json: .*(of layers|types|list|full_attn_idxs|is_moe_layer) ") as caught:
+            ggpy.convert(tmp_path, tmp_path / "out.gguf", "f32")
+        assert "\n" not in str(caught.value)
