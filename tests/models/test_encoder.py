@@ -208,9 +208,10 @@ def test_pooling_of_the_checkpoint_is_kept(tmp_path):
     convert(tmp_path, tmp_path / "cls.gguf", "q8_0")
     with ggpy.load(tmp_path / "cls.gguf") as model:
         np.testing.assert_array_equal(model.embed(["fox"]), model.embed(["fox"], pooling="cls"))
-    write_modules(tmp_path, {"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": True})
-    with pytest.raises(ggpy.UnsupportedError, match=r"1_Pooling.config\.json: pooling .*max_tokens"):
-        convert(tmp_path, tmp_path / "bad.gguf", "f16")
+    for wrong in ({"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": True}, {"pooling_mode": ["max_tokens"]}):
+        write_modules(tmp_path, wrong)
+        with pytest.raises(ggpy.UnsupportedError, match=r"1_Pooling.config\.json: pooling .*max_tokens"):
+            convert(tmp_path, tmp_path / "bad.gguf", "f16")
     write_modules(tmp_path, {"pooling_mode_mean_tokens": True}, ("Dense", "3_Dense"))
     with pytest.raises(ggpy.UnsupportedError, match=r"modules\.json: a module Dense"):
         convert(tmp_path, tmp_path / "bad.gguf", "f16")
