@@ -182,7 +182,7 @@ class Plan:
         one matrix may meet; without it, all of the node's tokens."""
         data = self._rows_of(w)
         n_rows, n_cols = w.shape[-2], _whole_columns(w.shape[-1])
-        self.scratch(scratch_bytes(w.type, n_most or self.padded(node), data.shape[-1], self._lanes))
+        self.scratch(scratch_bytes(w.type, n_most or self.padded(node), data.shape[-1], n_cols, self._lanes))
         params = {"residual": 0, "ids": 0, "groups": 0, "w_stride": data.strides[0], **params}
         params |= {"w": data.ctypes.data, "n_rows": n_rows, "n_cols": n_cols}
         self.step(f"mul_mat_{'one_' if one else ''}{w.type}", node, **params)

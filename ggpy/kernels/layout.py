@@ -17,7 +17,8 @@ class Layout(NamedTuple):
     group: int  # values that share a scale: 16 or 32
     bias: int  # that the unpacked values carry
     has_min: bool
-    signed: bool = False  # the unpacked values are signed bytes
+    most: int  # that an unpacked value can be
+    signed: bool = False  # the unpacked values are signed bytes, -most … most
 
 
 @function

@@ -8,7 +8,9 @@ threads nor on the number of tokens. Two kernels for each type of weights:
 - `mul_mat_T`, any number of tokens. Up to FEW are multiplied, one after the other, with each block while it is in
   registers: bound by bandwidth, too. For more, PANEL columns of LANES rows are unpacked into scratch, where they stay in
   the first-level cache, and multiplied by TOKENS tokens at a time, whose accumulators stay in registers, then by smaller
-  tiles: bound by the rate of the dot products. Buffers hold a multiple of 8 tokens; surplus rows are meaningless.
+  tiles: bound by the rate of the dot products. Buffers hold a multiple of 8 tokens; surplus rows are meaningless. With
+  AVX2, which has no product that gives a dword to every lane, most tokens sit in lanes instead, TOKENS_AT_ONCE at a time:
+  their activations are brought there once for all rows of a matrix, and a weight goes to all lanes for 32 tokens.
 
 Both take `n_slots` products at once, `*_slot_stride` bytes apart, of matrices `w_stride` bytes apart: the heads of an
 attention, or the experts of a mixture. Experts are named by `ids`, the router's pairs of (expert, weight): for one token,
@@ -21,26 +23,30 @@ from ..simd.vector import (
     LANES,
     TILE_TOKENS,
     TOKENS,
+    as_f32,
     copy_bytes,
     keep_order,
     ld_f32,
     ld_i32,
     load_f32,
     load_tile_f32,
+    load_transposed,
     st_f32,
     stack,
     store,
+    store_tile,
     tile_f32,
 )
 from .common import ld_state, next_item
 from .source import function, inlined, kernel
-from .table import PANEL
+from .table import PANEL, TOKENS_AT_ONCE, activation_bytes
 
 _V = 4 * LANES
 _TILE = max(TOKENS, TILE_TOKENS if HAS_TILES else 0) * _V
 #: tokens that are multiplied with a block while it is in registers; of more, it is unpacked to scratch
 FEW = 6 if TOKENS == 8 else 3
-_ROOM = 3 * FEW * _V
+_ROOM, _SQUARE = 3 * FEW * _V, LANES * _V
+_activation_bytes = function(activation_bytes)
 
 
 @function
@@ -106,7 +112,68 @@ def nothing():
     """What there is to do before and after products without AMX's tiles."""
 
 
-def define_products(name, block, n_bytes, unpacked, sizes, products, start=nothing, end=nothing):
+@function
+def _pairs_of_vectors(n_tokens):
+    """How many pairs of vectors with a token to a lane n_tokens are multiplied in; a last one has few lanes to spare."""
+    return (n_tokens + LANES // 2 + 1) // (2 * LANES)
+
+
+@function
+def _by_lanes(n_tokens):
+    """How many of n_tokens sit in lanes; others are too few for it."""
+    return min(n_tokens, 2 * LANES * _pairs_of_vectors(n_tokens))
+
+
+@function
+def _first_token(v, n):
+    """The first token of vector v; the last one begins sooner where it would go beyond n tokens."""
+    return min(LANES * v, n - LANES)
+
+
+@function
+def _bring_to_lanes(x, x_stride, n_bytes, n, to):
+    """The n_bytes of n tokens' activations, a token to a lane: dword k of vector v goes to `to + LANES * (v * n_bytes +
+    4 k)`."""
+    for v in range(2 * _pairs_of_vectors(n)):
+        row = x + _first_token(v, n) * x_stride
+        for k in range(0, n_bytes, _V):
+            store(to + LANES * (v * n_bytes + k), load_transposed(row + k, x_stride, LANES))
+
+
+def _by_tokens(four, two):
+    """A function that adds a panel times n tokens, a token to a lane, to sums: vector v of row r at `sums + _V * (LANES * v
+    + r)`."""
+
+    @function
+    def multiply(n, sums, scratch, n_cols, first, stop, x, room):
+        v, n_vectors, wide = 0, 2 * _pairs_of_vectors(n), LANES * _activation_bytes(n_cols)
+        while v < n_vectors:
+            here = 2
+            if n_vectors - v >= 4:
+                here = 4
+            for r in range(LANES):
+                at, weights = sums + _V * (LANES * v + r), scratch + 4 * r
+                if here == 4:
+                    f = tile_f32(4)
+                    if first:
+                        f = load_tile_f32(at, LANES * _V, 4)
+                    store_tile(at, LANES * _V, four(f, weights, n_cols, first, stop, x + v * wide, wide, room))
+                else:
+                    f = tile_f32(2)
+                    if first:
+                        f = load_tile_f32(at, LANES * _V, 2)
+                    store_tile(at, LANES * _V, two(f, weights, n_cols, first, stop, x + v * wide, wide, room))
+            v += here
+
+    return multiply
+
+
+@function
+def _by_no_tokens(n, sums, scratch, n_cols, first, stop, x, room):
+    """Where no token sits in a lane."""
+
+
+def define_products(name, block, n_bytes, unpacked, sizes, products, start=nothing, end=nothing, by_tokens=None):
     """Defines the two kernels of a type whose blocks hold `block` values in `n_bytes`.
 
     `sizes` are the numbers of tokens that are multiplied at once, of which the second is for the last few, `products`
@@ -124,10 +191,13 @@ def define_products(name, block, n_bytes, unpacked, sizes, products, start=nothi
     last_tokens
         The same for sizes[1] tokens.
 
-    start() and end() are what threads do before and after.
+    start() and end() are what threads do before and after. `by_tokens` are functions like `tokens` for four and two vectors
+    with a token to a lane.
     """
     one_token, few_tokens, unpack, tokens, last_tokens = products
     most, part = sizes
+    has_lanes = by_tokens is not None
+    multiply_by_tokens = _by_tokens(*by_tokens) if by_tokens else _by_no_tokens
 
     @kernel(f"mul_mat_one_{name}")
     def mul_mat_one(
@@ -177,14 +247,20 @@ def define_products(name, block, n_bytes, unpacked, sizes, products, start=nothi
             first = then
 
     @function
-    def many_tokens(w, row_bytes, n_cols, x, x_stride, n, scratch, sums, following, out, out_stride, more, order, n_rows):
+    def many_tokens(
+        w, row_bytes, n_cols, x, x_stride, x_by_tokens, n, scratch, sums, following, out, out_stride, more, order, n_rows
+    ):
         """LANES rows times n tokens, panel by panel; stores the results."""
-        tail, room = stack(_TILE), stack(_TILE)
+        tail, room, lanes = stack(_TILE), stack(_TILE), stack(_SQUARE)
+        n_by_tokens = 0
+        if has_lanes:
+            n_by_tokens = _by_lanes(n)
         for first in range(0, n_cols, PANEL):
             stop = min(first + PANEL, n_cols)
             unpack(w, row_bytes, first, stop, scratch, following)
             ends = stop == n_cols
-            t = 0
+            multiply_by_tokens(n_by_tokens, sums, scratch, n_cols, first, stop, x_by_tokens, room)
+            t = n_by_tokens
             while t < n:
                 here, at = most, sums + _V * t
                 to = tail if ends else at
@@ -202,6 +278,10 @@ def define_products(name, block, n_bytes, unpacked, sizes, products, start=nothi
                 if ends:
                     _store_tokens(tail, t, min(here, n - t), out, out_stride, more, order, n_rows)
                 t += here
+        for t in range(0, n_by_tokens, LANES):
+            skipped = t - _first_token(t // LANES, n_by_tokens)  # of the last vector: another has them
+            store(lanes, as_f32(load_transposed(sums + _V * t, _V, LANES)))
+            _store_tokens(lanes + _V * skipped, t, LANES - skipped, out, out_stride, more, order, n_rows)
 
     @kernel(f"mul_mat_{name}")
     def mul_mat(
@@ -237,7 +317,17 @@ def define_products(name, block, n_bytes, unpacked, sizes, products, start=nothi
         if groups:
             n_matrices = int(ld_i32(groups))
             n_mean = int(ld_i32(groups + 4)) // max(n_matrices, 1)
-        n_items = n_matrices * n_tiles
+        n_parts = 1  # of the tokens
+        if has_lanes:
+            n_most = n_tokens
+            if groups:
+                n_most = 0
+                for slot in range(n_matrices):
+                    n_most = max(n_most, int(ld_i32(groups + 16 * (slot + 1) + 8)))
+            n_parts = (n_most + TOKENS_AT_ONCE - 1) // TOKENS_AT_ONCE
+        tiles_of_all = n_matrices * n_tiles
+        n_items = n_parts * tiles_of_all
+        in_lanes, in_lanes_of = sums + TOKENS_AT_ONCE * _V, 0
         # Few tokens: as one, in chunks taken one ahead. Many: a tile of rows takes long, so that none is taken ahead.
         ahead, chunk = n_mean <= FEW, 1
         start()
@@ -253,11 +343,11 @@ def define_products(name, block, n_bytes, unpacked, sizes, products, start=nothi
                 then = first + nth  # likely
             last = min(first + chunk, n_items) - 1
             for item in range(first, last + 1):
-                slot, row = item // n_tiles, item % n_tiles * LANES
+                part, slot, row = item // tiles_of_all, item % tiles_of_all // n_tiles, item % n_tiles * LANES
                 soon = item + 1
                 if item == last:
                     soon = min(then, n_items - 1)
-                matrix, soon_matrix, first_token = slot, soon // n_tiles, 0
+                matrix, soon_matrix, first_token = slot, soon % tiles_of_all // n_tiles, 0
                 if groups:
                     entry = groups + 16 * (slot + 1)
                     matrix, soon_matrix = int(ld_i32(entry)), int(ld_i32(groups + 16 * (soon_matrix + 1)))
@@ -269,12 +359,28 @@ def define_products(name, block, n_bytes, unpacked, sizes, products, start=nothi
                 to, more, left = out + slot * out_slot_stride + 4 * row, residual, n_rows - row
                 if residual:
                     more = residual + 4 * row
-                if n_tokens <= FEW:
-                    few_tokens(at, row_bytes, n_cols, xs, x_stride, n_tokens, room, following)
-                    _store_tokens(room, 0, n_tokens, to, out_stride, more, order, left)
+                n = n_tokens
+                if has_lanes:
+                    skipped = part * TOKENS_AT_ONCE
+                    n = min(n_tokens - skipped, TOKENS_AT_ONCE)
+                    xs += skipped * x_stride
+                    if order:
+                        order += 4 * skipped
+                    else:
+                        to += skipped * out_stride
+                        if residual:
+                            more += skipped * out_stride
+                    if n > FEW and xs != in_lanes_of:
+                        _bring_to_lanes(xs, x_stride, _activation_bytes(n_cols), _by_lanes(n), in_lanes)
+                        in_lanes_of = xs
+                if n <= 0:  # other matrices have more parts
+                    continue
+                if n <= FEW:
+                    few_tokens(at, row_bytes, n_cols, xs, x_stride, n, room, following)
+                    _store_tokens(room, 0, n, to, out_stride, more, order, left)
                 else:
                     many_tokens(
-                        at, row_bytes, n_cols, xs, x_stride, n_tokens, unpacked_rows, sums, following,
+                        at, row_bytes, n_cols, xs, x_stride, in_lanes, n, unpacked_rows, sums, following,
                         to, out_stride, more, order, left,
                     )  # fmt: skip
             first = then if ahead else next_item(counter)

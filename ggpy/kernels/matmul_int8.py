@@ -10,17 +10,17 @@ from ..simd.vector import (
     broadcast_f32,
     broadcast_i32,
     configure_tiles,
-    dot_tile,
-    dot_tile_signed,
-    dots,
-    dots_signed,
+    dotter,
     fma,
     get_range,
     hidden,
     join,
+    lacking,
     ld_f32,
     ld_i32,
     load_f32,
+    load_i32,
+    load_tile_f32,
     load_tile_i32,
     prefetch,
     prefetch_once,
@@ -41,10 +41,28 @@ from .table import QUANTIZED
 from .unpack import LAYOUTS
 
 _V = 4 * LANES  # bytes of a vector
-_UNPACKED = 12 * _V  # of 32 values of LANES rows: 8 vectors of weights, 2 of scales, 2 of minima
+# Of 32 values of LANES rows: 8 vectors of weights, 2 of scales, of which signed ones need one and have what is `lacking` in
+# the other's place, 2 of minima.
+_UNPACKED, _LACKING = 12 * _V, 9 * _V
 #: the bits, as an int32, of the float32 1.5 * 2^23, whose last bit is worth 1. A sum of integers that begins with them is,
 #: read as float32, _MAGIC plus that sum, without a conversion, as long as the sum is less than 2^22.
 _MAGIC_BITS, _MAGIC = i32(0x4B400000), f32(1.5 * 2**23)
+
+
+@inlined
+def spread_f32(at):
+    return splat_f32(ld_f32(at))
+
+
+@inlined
+def spread_i32(at):
+    return splat_i32(ld_i32(at))
+
+
+# What lanes stand for, rows of weights or tokens: how a value of each row is loaded, float32 and int32, how one of each
+# token, and how many times as far values of a token are apart.
+_BY_ROWS = (load_f32, load_i32, broadcast_f32, broadcast_i32, 1)
+_BY_TOKENS = (spread_f32, spread_i32, load_tile_f32, load_tile_i32, LANES)
 
 
 @inlined
@@ -71,12 +89,14 @@ def _define(name):
     has_min, bias = layout.has_min, layout.bias
     has_bias = bias > 0
     shift = max(bias.bit_length() - 1, 0)
-    dot, dot_many = (dot_tile_signed, dots_signed) if layout.signed else (dot_tile, dots)
+    dot, dots, dots_by_tokens = dotter(layout.signed, layout.most)
+    has_assembly = dots_by_tokens is not None
+    lacks = layout.signed and has_assembly
     d_bytes = 8 if by_32 else 64  # n / d_bytes bytes of scales stand between q and the sums
 
     @function
     def least(s0, m0):
-        """What 0 of the unpacked values is worth: the block's minimum, or what the bias says."""
+        """What 0 of the _UNPACKED values is worth: the block's minimum, or what the bias says."""
         if by_32 and has_bias:
             return s0 * splat_f32(f32(-bias))
         return m0
@@ -134,6 +154,8 @@ def _define(name):
         ask_for(prefetch, soon, j, share_of_emit)
         store(to, w)
         store(to + 8 * _V, s0)
+        if lacks:
+            store(to + _LACKING, lacking(w))
         if group == 16:
             store(to + 9 * _V, s1)
         if has_min or (by_32 and has_bias):
@@ -193,57 +215,66 @@ def _define(name):
             g = walk_store(g, w + n_bytes * b, stride, places)
             scratch += _UNPACKED * subs
 
-    def for_tokens(n):
-        """The product of a panel with n tokens."""
+    def for_tokens(n, dot_many, lanes):
+        """The product of a panel with n tokens, or n vectors of them: see _BY_ROWS."""
+        row_f32, row_i32, tokens_f32, tokens_i32, wide = lanes
 
         @inlined
         def by_32_(f, weights, n_cols, first, stop, x, stride, room):
-            d = x + n_cols
+            d = x + wide * n_cols
             for b in range(first // 32, stop // 32):
-                s0, xb, db = load_f32(weights + 8 * _V), hidden(x + 32 * b), hidden(d + 4 * b)
+                s0, xb, db = row_f32(weights + 8 * _V), hidden(x + wide * 32 * b), hidden(d + wide * 4 * b)
+                a = tile_i32(n)
+                if lacks and wide > 1:
+                    a = a + row_i32(weights + _LACKING)
                 if HAS_FMA:
-                    a = dot_many(tile_i32(n) + splat_i32(_MAGIC_BITS), weights, 8, xb, stride)
+                    a = dot_many(a + splat_i32(_MAGIC_BITS), weights, 8, xb, stride)
                     # Exact but for the one rounding that a product has: _MAGIC * s0 has no more bits than a float32.
                     v = fma(as_f32(a), s0, s0 * splat_f32(-_MAGIC))
                 else:
-                    v = to_f32(dot_many(tile_i32(n), weights, 8, xb, stride)) * s0
-                f = fma(v, broadcast_f32(db, stride, n), f)
+                    v = to_f32(dot_many(a, weights, 8, xb, stride)) * s0
+                f = fma(v, tokens_f32(db, stride, n), f)
                 if has_min or has_bias:
-                    f = fma(broadcast_f32(db + n_cols // 8, stride, n), load_f32(weights + 10 * _V), f)
+                    f = fma(tokens_f32(db + wide * (n_cols // 8), stride, n), row_f32(weights + 10 * _V), f)
                 weights += _UNPACKED
             return f
 
         @inlined
         def by_256_(f, weights, n_cols, first, stop, x, stride, room):
-            d, sums = x + n_cols, x + n_cols + n_cols // d_bytes
-            negated = sums + n_cols // 8
+            d, sums = x + wide * n_cols, x + wide * (n_cols + n_cols // d_bytes)
+            negated, n_subs = sums + wide * (n_cols // 8), 8
+            if has_assembly:  # LLVM takes assembly for short, and would unroll the loop
+                n_subs = hidden(8)
             for b in range(first // 256, stop // 256):
                 g = tile_f32(n)
-                for k in range(8):
+                for k in range(n_subs):
                     j = 8 * b + k
-                    w, xj, nj = weights + _UNPACKED * k, hidden(x + 32 * j), hidden(negated + 8 * j)
-                    s0 = load_f32(w + 8 * _V)
+                    w, xj, nj = weights + _UNPACKED * k, hidden(x + wide * 32 * j), hidden(negated + wide * 8 * j)
+                    s0 = row_f32(w + 8 * _V)
                     if group == 32:
                         a = tile_i32(n)
+                        if lacks and wide > 1:
+                            a = a + row_i32(w + _LACKING)
                         if has_bias:
-                            a = (broadcast_i32(nj, stride, n) + broadcast_i32(nj + 4, stride, n)) << splat_i32(i32(shift))
+                            a = tokens_i32(nj, stride, n) + tokens_i32(nj + wide * 4, stride, n)
+                            a = a << splat_i32(i32(shift))
                         g = fma(to_f32(dot_many(a, w, 8, xj, stride)), s0, g)
                         if has_min:
-                            g = fma(broadcast_f32(hidden(sums + 4 * j), stride, n), load_f32(w + 10 * _V), g)
+                            g = fma(tokens_f32(hidden(sums + wide * 4 * j), stride, n), row_f32(w + 10 * _V), g)
                     else:
-                        s1 = load_f32(w + 9 * _V)
+                        s1 = row_f32(w + 9 * _V)
                         a0, a1 = tile_i32(n), tile_i32(n)
                         if has_bias:
-                            a0 = broadcast_i32(nj, stride, n) << splat_i32(i32(shift))
+                            a0 = tokens_i32(nj, stride, n) << splat_i32(i32(shift))
                         g = fma(to_f32(dot_many(a0, w, 4, xj, stride)), s0, g)
                         if has_bias:
-                            a1 = broadcast_i32(nj + 4, stride, n) << splat_i32(i32(shift))
-                        g = fma(to_f32(dot_many(a1, w + 4 * _V, 4, xj + 16, stride)), s1, g)
+                            a1 = tokens_i32(nj + wide * 4, stride, n) << splat_i32(i32(shift))
+                        g = fma(to_f32(dot_many(a1, w + 4 * _V, 4, xj + wide * 16, stride)), s1, g)
                         if has_min:
-                            n0 = to_f32(broadcast_i32(nj, stride, n))
-                            n1 = to_f32(broadcast_i32(nj + 4, stride, n))
-                            g = g - fma(n0, load_f32(w + 10 * _V), n1 * load_f32(w + 11 * _V))
-                f = fma(g, broadcast_f32(hidden(d + 4 * b), stride, n), f)
+                            n0 = to_f32(tokens_i32(nj, stride, n))
+                            n1 = to_f32(tokens_i32(nj + wide * 4, stride, n))
+                            g = g - fma(n0, row_f32(w + 10 * _V), n1 * row_f32(w + 11 * _V))
+                f = fma(g, tokens_f32(hidden(d + wide * 4 * b), stride, n), f)
                 weights += _UNPACKED * 8
             return f
 
@@ -315,8 +346,11 @@ def _define(name):
         products = (one_token, few_tokens, unpack, for_tiles(TILE_TOKENS), for_tiles(half))
         define_products(name, block, n_bytes, _UNPACKED, (TILE_TOKENS, half), products, start_tiles, end_tiles)
     else:
-        products = (one_token, few_tokens, unpack, for_tokens(TOKENS), for_tokens(2))
-        define_products(name, block, n_bytes, _UNPACKED, (TOKENS, 2), products)
+        products = (one_token, few_tokens, unpack, for_tokens(TOKENS, dots, _BY_ROWS), for_tokens(2, dots, _BY_ROWS))
+        by_tokens = None
+        if dots_by_tokens:
+            by_tokens = tuple(for_tokens(n, dots_by_tokens, _BY_TOKENS) for n in (4, 2))
+        define_products(name, block, n_bytes, _UNPACKED, (TOKENS, 2), products, by_tokens=by_tokens)
 
 
 for _name in QUANTIZED:

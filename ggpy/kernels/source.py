@@ -3,10 +3,13 @@
 import importlib
 import inspect
 
+import llvmlite.binding as llvm
 from numba import njit, types
 
 from ..simd.vector import unpack_params
 from .table import KERNELS
+
+llvm.initialize_native_asmparser()  # kernels have lines of assembly
 
 #: kernel name -> its Python function, filled by `kernel` as the source modules are imported
 SOURCES: dict = {}

@@ -83,12 +83,18 @@ _MUL_MAT = (
 PANEL = 512
 
 
-def scratch_bytes(type_name: str, n_tokens: int, row_bytes: int, lanes: int) -> int:
+#: tokens that a matrix product with AVX2 takes at a time where it has a token to a lane
+TOKENS_AT_ONCE = 128
+
+
+def scratch_bytes(type_name: str, n_tokens: int, row_bytes: int, n_cols: int, lanes: int) -> int:
     """Bytes that each thread of a matrix product needs beside its operands: PANEL columns of LANES rows unpacked, a copy of
-    the last rows where n_rows isn't a multiple of LANES, and sums of n_tokens tokens (a multiple of 16)."""
+    the last rows where n_rows isn't a multiple of LANES, and sums of n_tokens tokens (a multiple of 16); with AVX2 also
+    activations of TOKENS_AT_ONCE tokens."""
     vectors = 12 if type_name in QUANTIZED else 32  # for 32 columns
     unpacked = vectors * 4 * lanes * (PANEL // 32)
-    return unpacked + (lanes * row_bytes + 63) // 64 * 64 + 4 * lanes * n_tokens
+    by_tokens = min(n_tokens, TOKENS_AT_ONCE) * activation_bytes(n_cols) if type_name in QUANTIZED and lanes == 8 else 0
+    return unpacked + (lanes * row_bytes + 63) // 64 * 64 + 4 * lanes * max(n_tokens, TOKENS_AT_ONCE) + by_tokens
 
 
 def activation_bytes(n_cols: int) -> int:

@@ -15,6 +15,7 @@ The layouts of the blocks are ggml's (ggml-common.h); `ggpy.quant` has them in r
 
 from ..simd.vector import (
     BIAS_8BIT,
+    MOST_8BIT,
     f16_to_f32,
     get,
     join,
@@ -216,15 +217,15 @@ def _q3_k(emit):
 
 
 LAYOUTS = {
-    "Q4_0": Layout(_q4_0, 18, 32, 32, 8, False),
-    "Q4_1": Layout(_q4_1, 20, 32, 32, 0, True),
-    "Q5_0": Layout(_q5_0, 22, 32, 32, 16, False),
-    "Q5_1": Layout(_q5_1, 24, 32, 32, 0, True),
-    "Q8_0": Layout(_q8_0, 34, 32, 32, BIAS_8BIT, False, not BIAS_8BIT),
-    "Q2_K": Layout(_q2_k, 84, 256, 16, 0, True),
-    "Q3_K": Layout(_q3_k, 110, 256, 16, 4, False),
-    "Q4_K": Layout(_q4_k, 144, 256, 32, 0, True),
-    "Q5_K": Layout(_q5_k, 176, 256, 32, 0, True),
-    "Q6_K": Layout(_q6_k, 210, 256, 16, 32, False),
+    "Q4_0": Layout(_q4_0, 18, 32, 32, 8, False, 15),
+    "Q4_1": Layout(_q4_1, 20, 32, 32, 0, True, 15),
+    "Q5_0": Layout(_q5_0, 22, 32, 32, 16, False, 31),
+    "Q5_1": Layout(_q5_1, 24, 32, 32, 0, True, 31),
+    "Q8_0": Layout(_q8_0, 34, 32, 32, BIAS_8BIT, False, MOST_8BIT, not BIAS_8BIT),
+    "Q2_K": Layout(_q2_k, 84, 256, 16, 0, True, 3),
+    "Q3_K": Layout(_q3_k, 110, 256, 16, 4, False, 7),
+    "Q4_K": Layout(_q4_k, 144, 256, 32, 0, True, 15),
+    "Q5_K": Layout(_q5_k, 176, 256, 32, 0, True, 31),
+    "Q6_K": Layout(_q6_k, 210, 256, 16, 32, False, 63),
     **unpack_iq.LAYOUTS,
 }

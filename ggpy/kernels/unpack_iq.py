@@ -13,6 +13,7 @@ from ..simd.points import eight_signs, every_other_byte, fields, point_lookup
 from ..simd.vector import (
     BIAS_8BIT,
     LANES,
+    MOST_8BIT,
     as_f32,
     f16_to_f32,
     get,
@@ -334,16 +335,16 @@ def _iq1_m(emit):
 
 
 LAYOUTS = {
-    "IQ4_NL": Layout(_iq4_nl, 18, 32, 32, BIAS_8BIT, False, not BIAS_8BIT),
-    "IQ4_XS": Layout(_iq4_xs, 136, 256, 32, BIAS_8BIT, False, not BIAS_8BIT),
-    "MXFP4": Layout(_mxfp4, 17, 32, 32, _FP4_BIAS, False),
-    "TQ1_0": Layout(_tq1_0, 54, 256, 32, 1, False),
-    "TQ2_0": Layout(_tq2_0, 66, 256, 32, 1, False),
-    "IQ1_S": Layout(_iq1_s, 50, 256, 32, _SHIFT_BIAS, False),
-    "IQ1_M": Layout(_iq1_m, 56, 256, 16, _SHIFT_BIAS, False),
-    "IQ2_XXS": Layout(_iq2_xxs, 66, 256, 32, _SIGN_BIAS, False),
-    "IQ2_XS": Layout(_iq2_xs, 74, 256, 16, _SIGN_BIAS, False),
-    "IQ2_S": Layout(_iq2_s, 82, 256, 16, _SIGN_BIAS, False),
-    "IQ3_XXS": Layout(_iq3_xxs, 98, 256, 32, _SIGN_BIAS, False),
-    "IQ3_S": Layout(_iq3_s, 110, 256, 32, _SIGN_BIAS, False),
+    "IQ4_NL": Layout(_iq4_nl, 18, 32, 32, BIAS_8BIT, False, MOST_8BIT, not BIAS_8BIT),
+    "IQ4_XS": Layout(_iq4_xs, 136, 256, 32, BIAS_8BIT, False, MOST_8BIT, not BIAS_8BIT),
+    "MXFP4": Layout(_mxfp4, 17, 32, 32, _FP4_BIAS, False, _FP4_BIAS + 12),
+    "TQ1_0": Layout(_tq1_0, 54, 256, 32, 1, False, 2),
+    "TQ2_0": Layout(_tq2_0, 66, 256, 32, 1, False, 3),
+    "IQ1_S": Layout(_iq1_s, 50, 256, 32, _SHIFT_BIAS, False, _SHIFT_BIAS + 9),
+    "IQ1_M": Layout(_iq1_m, 56, 256, 16, _SHIFT_BIAS, False, _SHIFT_BIAS + 9),
+    "IQ2_XXS": Layout(_iq2_xxs, 66, 256, 32, _SIGN_BIAS, False, 127),
+    "IQ2_XS": Layout(_iq2_xs, 74, 256, 16, _SIGN_BIAS, False, 127),
+    "IQ2_S": Layout(_iq2_s, 82, 256, 16, _SIGN_BIAS, False, 127),
+    "IQ3_XXS": Layout(_iq3_xxs, 98, 256, 32, _SIGN_BIAS, False, 127),
+    "IQ3_S": Layout(_iq3_s, 110, 256, 32, _SIGN_BIAS, False, 127),
 }

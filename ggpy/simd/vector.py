@@ -12,7 +12,9 @@ as plain LLVM IR, so that LLVM picks the instructions; only the dot product of b
 This module is imported by the compiling process alone.
 """
 
+import itertools
 import operator
+from functools import lru_cache
 
 from llvmlite import ir
 from numba import types
@@ -936,11 +938,35 @@ _HAS_ARM_DOT = cpu_is_arm() and TARGET.has("dotprod")
 HAS_VNNI = LANES == 16 or (TARGET.form == "avx2" and TARGET.has("avxvnni"))
 # What 8-bit weights are biased by to be unsigned: `vpdpbusd` wants one unsigned side; other forms multiply signed bytes.
 BIAS_8BIT = 128 if HAS_VNNI else 0
+MOST_8BIT = 127 + BIAS_8BIT
 TOKENS = TARGET.tokens
 
 
-def _dot(b, acc, w, x, signed: bool):
-    """acc + sum of the four byte products of each lane; w (0…127, or -127…127 if `signed`; 0…255 with VNNI), x signed."""
+#: Whether products of bytes are AVX2's: `vpmaddubsw` adds two in 16 bits, sums of which `vpmaddwd` brings to 32 bits.
+HAS_PAIRS = TARGET.form == "avx2" and not HAS_VNNI
+_PAIRS = ir.VectorType(_I16, 2 * LANES)
+_MAX_ACTIVATION = 127
+
+
+def _pairs_in_16_bits(most: int) -> int:
+    """How many sums of two products of activations with weights up to `most` 16 bits hold."""
+    return 32767 // (2 * _MAX_ACTIVATION * most)
+
+
+def _pairs(b, w, x, signed: bool):
+    """Sums of two byte products each, in 16 bits."""
+    w, x = b.bitcast(w, _BYTES), b.bitcast(x, _BYTES)
+    if signed:  # |w| * (x with w's sign)
+        w, x = (_call(b, "llvm.x86.avx2.psign.b", _BYTES, [v, w]) for v in (w, x))
+    return _call(b, "llvm.x86.avx2.pmadd.ub.sw", _PAIRS, [w, x])
+
+
+def _add_pairs(b, acc, pairs):
+    return b.add(acc, _call(b, "llvm.x86.avx2.pmadd.wd", I32.ir_type, [pairs, _const(_PAIRS, 1)]))
+
+
+def _dot(b, acc, w, x):
+    """acc + sum of the four byte products of each lane, where the processor, or plain LLVM, has that in one."""
     if HAS_VNNI:
         bits = 32 * LANES
         args = [acc, b.bitcast(w, _BYTES), b.bitcast(x, _BYTES)]
@@ -948,15 +974,6 @@ def _dot(b, acc, w, x, signed: bool):
     if _HAS_ARM_DOT:
         args = [acc, b.bitcast(w, _BYTES), b.bitcast(x, _BYTES)]
         return _call(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", I32.ir_type, args)
-    if TARGET.form == "avx2":
-        w, x = b.bitcast(w, _BYTES), b.bitcast(x, _BYTES)
-        if signed:  # |w| * (x with w's sign): 2 * 127 * 127 fits 16 bits
-            negative = b.icmp_signed("<", w, _const(_BYTES, 0))
-            x = b.select(negative, b.sub(_const(_BYTES, 0), x), x)
-            w = b.select(negative, b.sub(_const(_BYTES, 0), w), w)
-        pairs = _call(b, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(_I16, 2 * LANES), [w, x])
-        ones = _const(ir.VectorType(_I16, 2 * LANES), 1)
-        return b.add(acc, _call(b, "llvm.x86.avx2.pmadd.wd", I32.ir_type, [pairs, ones]))
     # portable: the even and the odd bytes as int16, whose products' sums fit (2 * 127 * 127); then pairs of those as int32
     halves = ir.VectorType(_I16, 2 * LANES)
 
@@ -978,15 +995,140 @@ def _given_dword(b, address, g: int):
     return _splat(b, _load(b, _offset(b, address, 4 * g), _I32), LANES)
 
 
-def _dotter(signed):
+class _Assembly:
+    """Lines of AVX2's assembly (AT&T's syntax) that add dot products to sums. LLVM would reorder the additions, run out of
+    registers and take half as long again."""
+
+    def __init__(self, n_sums: int, n_registers: int, span: int, n_addresses: int):
+        places = (f"${{{i}}}" for i in itertools.count())
+
+        def take(count: int) -> list[str]:
+            return list(itertools.islice(places, count))
+
+        # Results are the sums, then registers that are written to; operands those sums again, constants and addresses.
+        self.sums, self._parts, self.registers, spare = map(take, (n_sums, n_sums if span > 1 else 0, n_registers, 2))
+        self._spare = itertools.cycle(spare)
+        self._n_written = n_sums + len(self._parts) + n_registers + 2
+        take(n_sums)
+        (self._ones, self.zero), self.addresses = take(2), take(n_addresses)
+        self._span = span
+        self.lines: list[str] = []
+
+    def spare(self) -> str:
+        """A register for one product."""
+        return next(self._spare)
+
+    def add(self, t: int, w: str, x: str, g: int, last: bool) -> None:
+        """Adds product g, of unsigned bytes w and signed ones x, a register or a place in memory, to sum t."""
+        span, pairs = self._span, self._parts[t] if self._span > 1 else ""
+        first = g % span == 0
+        product = pairs if pairs and first else x if x.startswith("$") else self.spare()
+        pairs = pairs or product
+        self.lines.append(f"vpmaddubsw {x}, {w}, {product}")
+        if not first:
+            self.lines.append(f"vpaddw {product}, {pairs}, {pairs}")
+        if g % span == span - 1 or last:
+            self.lines += [f"vpmaddwd {self._ones}, {pairs}, {pairs}", f"vpaddd {pairs}, {self.sums[t]}, {self.sums[t]}"]
+
+    def run(self, b, sums, addresses):
+        """The sums after these lines."""
+        n = len(sums)
+        args = [*sums, _const(_PAIRS, 1), _const(_PAIRS, 0), *addresses]
+        operands = [*map(str, range(n)), "x", "x", *["r"] * len(addresses), "~{memory}"]
+        results = ir.LiteralStructType([I32.ir_type] * self._n_written)
+        kind = ir.FunctionType(results, [a.type for a in args])
+        text = "\\0A".join(self.lines)
+        done = b.asm(kind, text, ",".join(["=&x"] * self._n_written + operands), args, side_effect=False)
+        return [b.extract_value(done, t) for t in range(n)]
+
+
+def _dots_by_rows(b, sums, weights, n: int, tokens, signed: bool, span: int):
+    """What `dots` does, with AVX2."""
+    asm = _Assembly(len(sums), 1 + signed, span, 1 + len(sums))
+    (w, *others), (panel, *places) = asm.registers, asm.addresses
+    for g in range(n):
+        asm.lines.append(f"vmovdqu {4 * LANES * g}({panel}), {w}")
+        if signed:  # |w| * (x with w's sign)
+            asm.lines.append(f"vpsignb {w}, {w}, {others[0]}")
+        for t, place in enumerate(places):
+            x = asm.spare()
+            asm.lines.append(f"vpbroadcastd {4 * g}({place}), {x}")
+            if signed:
+                asm.lines.append(f"vpsignb {w}, {x}, {x}")
+            asm.add(t, others[0] if signed else w, x, g, g == n - 1)
+    return asm.run(b, sums, [weights, *tokens])
+
+
+def _dots_by_tokens(b, sums, weights, n: int, tokens, signed: bool, span: int):
+    """What `dots_by_tokens` does."""
+    asm = _Assembly(len(sums), 1 + signed, span, 1 + len(sums))
+    (w, *others), (panel, *places) = asm.registers, asm.addresses
+    for g in range(n):
+        asm.lines.append(f"vpbroadcastd {4 * LANES * g}({panel}), {w}")
+        if signed:
+            asm.lines += [f"vpcmpgtb {w}, {asm.zero}, {others[0]}", f"vpabsb {w}, {w}"]
+        for t, place in enumerate(places):
+            x = f"{4 * LANES * g}({place})"
+            if signed:  # `vpsignb` and the products share units; -1 - x will do, too: see `lacking`
+                at, x = x, asm.spare()
+                asm.lines.append(f"vpxor {at}, {others[0]}, {x}")
+            asm.add(t, w, x, g, g == n - 1)
+    return asm.run(b, sums, [weights, *tokens])
+
+
+@intrinsic
+def lacking(tyctx, w):
+    """What `dots_by_tokens` lacks of signed weights: with a negative one it takes -1 - x for -x. The sum of the magnitudes
+    of those in each lane of a tile; 0 where there is no `dots_by_tokens`."""
+
+    def codegen(ctx, b, sig, a):
+        zero, sums = _const(_BYTES, 0), None
+        if not HAS_PAIRS:
+            return _const(I32.ir_type, 0)
+        for v in _members(b, w, a[0]):
+            v = b.bitcast(v, _BYTES)
+            negative = b.select(b.icmp_signed("<", v, zero), v, zero)
+            pairs = _pairs(b, _const(_BYTES, 1), negative, False)
+            sums = b.add(sums, pairs) if sums else pairs
+        zero = _const(I32.ir_type, 0)
+        return b.sub(zero, _add_pairs(b, zero, sums))
+
+    return I32(w), codegen
+
+
+@lru_cache
+def dotter(signed: bool, most: int):
+    """Functions for dot products of bytes: of weights up to `most`, 0 … most or, if `signed`, -most … most, with
+    activations, -127 … 127. Their sums are exact, so that the order of additions doesn't matter.
+
+    Returns
+    -------
+    dot_tile
+        One token, weights in registers.
+    dots
+        Some tokens, a row of weights to a lane.
+    dots_by_tokens
+        The same with a token to a lane, but for what is `lacking`; None where it isn't faster.
+    """
+    span = _pairs_in_16_bits(most) if HAS_PAIRS else 0
+
     @intrinsic
     def dot_tile(tyctx, acc, w, address):
-        """acc + w[g] · x[g] over a tile of weights; x[g] is the dword at `address + 4 g`, given to every lane."""
+        """acc + sum over g of w[g] · x[g] over a tile of weights; x[g] is the dword at `address + 4 g`, given to every
+        lane."""
 
         def codegen(ctx, b, sig, a):
-            out = a[0]
-            for g, v in enumerate(_members(b, w, a[1])):
-                out = _dot(b, out, v, _given_dword(b, a[2], g), signed)
+            out, part = a[0], None
+            members = _members(b, w, a[1])
+            for g, v in enumerate(members):
+                x = _given_dword(b, a[2], g)
+                if not HAS_PAIRS:
+                    out = _dot(b, out, v, x)
+                    continue
+                pairs = _pairs(b, v, x, signed)
+                part = b.add(part, pairs) if part else pairs
+                if g % span == span - 1 or g == len(members) - 1:
+                    out, part = _add_pairs(b, out, part), None
             return out
 
         return I32(I32, w, ADDRESS), codegen
@@ -1003,19 +1145,32 @@ def _dotter(signed):
             for _ in accs:  # hidden, else LLVM multiplies token by token, eight sums that wait for one another
                 tokens.append(at)
                 at = _hidden(b, b.add(at, a[4]))
+            if HAS_PAIRS:
+                return _join(b, acc, _dots_by_rows(b, accs, a[1], count, tokens, signed, span))
             for g in range(count):
                 w = _load(b, _offset(b, a[1], 4 * LANES * g), I32.ir_type)
                 for t, x in enumerate(tokens):
-                    accs[t] = _dot(b, accs[t], w, _given_dword(b, x, g), signed)
+                    accs[t] = _dot(b, accs[t], w, _given_dword(b, x, g))
             return _join(b, acc, accs)
 
         return acc(acc, ADDRESS, n, ADDRESS, ADDRESS), codegen
 
-    return dot_tile, dots
+    @intrinsic
+    def dots_by_tokens(tyctx, acc, weights, n, address, stride):
+        """For each vector t of LANES tokens: acc[t] + w[g] · x[t][g] for g < n; w[g] is the dword at `weights + 4 LANES g`,
+        x[t][g] the vector at `address + t * stride + 4 LANES g`, a dword of each token."""
+        count = n.literal_value
 
+        def codegen(ctx, b, sig, a):
+            accs = _members(b, acc, a[0])
+            tokens = [a[3]]
+            for _ in accs[1:]:
+                tokens.append(b.add(tokens[-1], a[4]))
+            return _join(b, acc, _dots_by_tokens(b, accs, a[1], count, tokens, signed, span))
 
-dot_tile, dots = _dotter(False)
-dot_tile_signed, dots_signed = _dotter(True)
+        return acc(acc, ADDRESS, n, ADDRESS, ADDRESS), codegen
+
+    return dot_tile, dots, dots_by_tokens if HAS_PAIRS else None
 
 
 # --- AMX: products of bytes by tiles ----------------------------------------------------------------------------------

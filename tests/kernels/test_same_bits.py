@@ -5,7 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ggpy.graph import Graph, Pages, Program
+from ggpy.graph import Graph, Pages, Program, pages_of
 from ggpy.kernels.table import FLOAT, QUANTIZED
 
 from ..graph.runs import alone
@@ -16,6 +16,8 @@ SETTINGS = settings(max_examples=10, deadline=None, suppress_health_check=[Healt
 TYPES = (*QUANTIZED, *FLOAT)
 n_threads = st.integers(1, 3)
 seeds = st.integers(0, 2**32 - 1)
+# More than 10 may sit in lanes, 32 at a time, and 128 are taken at once.
+numbers_of_tokens = st.one_of(st.integers(1, 20), st.sampled_from([27, 32, 43, 139, 150]))
 
 
 def outputs(build, n_tokens, inputs, team):
@@ -24,7 +26,7 @@ def outputs(build, n_tokens, inputs, team):
     for name, node in build(graph).items():
         graph.output(node, name)
     batch = alone(len(next(iter(inputs.values()))))
-    got = Program(graph, Pages(1), team).run(inputs, batch)
+    got = Program(graph, Pages(pages_of(n_tokens)), team).run(inputs, batch)
     return {name: value.copy() for name, value in got.items()}
 
 
@@ -57,7 +59,7 @@ def columns(kind):
 @given(
     data=st.data(),
     n_rows=st.sampled_from([1, 7, 16, 40, 75]),
-    n_tokens=st.integers(1, 20),
+    n_tokens=numbers_of_tokens,
     room=st.sampled_from([0, 1, 30]),
     residual=st.booleans(),
     threads=n_threads,
@@ -84,7 +86,7 @@ def test_products(teams, kind, data, n_rows, n_tokens, room, residual, threads, 
     one_for_all=st.booleans(),
     n_rows=st.sampled_from([5, 16, 40]),
     n_cols=st.sampled_from([256, 768]),
-    n_tokens=st.integers(1, 20),
+    n_tokens=numbers_of_tokens,
     threads=n_threads,
     seed=seeds,
 )
@@ -106,7 +108,7 @@ def test_products_by_head(teams, kind, n_head, one_for_all, n_rows, n_cols, n_to
     n_used=st.integers(1, 4),
     n_rows=st.sampled_from([16, 32, 48]),
     spread=st.sampled_from([0.1, 10.0]),  # whether tokens choose alike
-    n_tokens=st.integers(1, 20),
+    n_tokens=numbers_of_tokens,
     room=st.sampled_from([0, 5]),
     threads=n_threads,
     seed=seeds,
