@@ -102,10 +102,12 @@ def usual_hunyuan(config: Config) -> dict[str, Any]:
         config.only(key, value)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     is_dynamic = isinstance(rope, dict) and "dynamic" in (rope.get("type"), rope.get("rope_type"))
-    if not is_dynamic or not rope.get("alpha") or not rope.keys() <= _ALPHA:
+    n = head_dim(config)
+    if not is_dynamic or not rope.get("alpha") or not rope.keys() <= _ALPHA or n <= 2:
         return {}
-    settings, n = Config(rope, config.path), head_dim(config)
-    base = settings.number("rope_theta", config.number("rope_theta", 10000.0)) * settings.number("alpha") ** (n / (n - 2))
+    settings = Config(rope, config.path)
+    factor = settings.number("alpha", least=1e-30) ** (n / (n - 2))
+    base = settings.number("rope_theta", config.number("rope_theta", 10000.0)) * factor
     return {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": base}}
 
 

@@ -407,10 +407,11 @@ def write_rope_hparams(writer: gguf.GGUFWriter, config: Config, *also: str, whol
 
 def original_context(config: Config, rope: Config) -> int:
     """How many positions the model was trained with before its rope was scaled."""
-    n_ctx = config.integer("max_position_embeddings")
+    n_ctx, least = config.integer("max_position_embeddings"), 1
     if rope.get("rope_type") == "longrope":
-        n_ctx = config.integer("original_max_position_embeddings", n_ctx)
-    return rope.integer("original_max_position_embeddings", n_ctx)
+        least = 2  # its logarithm is a divisor
+        n_ctx = config.integer("original_max_position_embeddings", n_ctx, least)
+    return rope.integer("original_max_position_embeddings", n_ctx, least)
 
 
 def longrope_magnitude(config: Config, rope: Config) -> float:

@@ -159,7 +159,7 @@ def computed(config: Config) -> dict[str, np.ndarray]:
     n = next((n for (_, n), full in zip(_heads(config), _is_full(config), strict=True) if full), 0)
     if not n:
         return {}
-    share = _rope(config, "full_attention").number("partial_rotary_factor", 1.0)
+    share = _rope(config, "full_attention").number("partial_rotary_factor", 1.0, least=0)
     values = np.full(n // 2, 1e30, np.float32)
     values[: int(n * share / 2)] = 1
     return {"rope_freqs.weight": values}
