@@ -11,9 +11,10 @@ import re
 import reprlib
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ from ..cpus import usable_cpus
 from ..errors import Error
 from .gbnf import lark_of_gbnf
 from .options import HasJSONSchema, JSONSchema, Logits
+from .replies import ReplyParser
+from .streaming import StreamDecoder
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -169,6 +172,57 @@ class Constraint:
         return Error(f"the grammar can't be followed further: {_one_line(message)}")
 
 
+class CallsConstraint:
+    """Leaves a reply free, except for calls of tools: once the mark of one stands there, it is bound to the tools' schemas.
+
+    Has what a `Constraint` has.
+
+    Parameters
+    ----------
+    parser : ReplyParser
+        Reads the reply.
+    decoder : StreamDecoder
+        Makes its text, with all marks.
+    ends : collection of int
+        Tokens that end it.
+    bind : callable
+        Makes the constraint of a call of which a text stands there already.
+    """
+
+    def __init__(
+        self, parser: ReplyParser, decoder: StreamDecoder, ends: Collection[int], bind: Callable[[str], Constraint]
+    ):
+        self._parser, self._decoder, self._ends, self._bind = parser, decoder, ends, bind
+        self._call: Constraint | None = None
+        self._in_call = False
+
+    def forced(self) -> list[int]:
+        """See `Constraint.forced`."""
+        with suppress(Error):  # what can't be followed further is free
+            return self._call.forced() if self._call is not None else []
+        self._call = None
+        return []
+
+    def masked(self, logits: Logits) -> Logits:
+        """See `Constraint.masked`."""
+        return logits if self._call is None else self._call.masked(logits)
+
+    def accept(self, token: int) -> bool:
+        """See `Constraint.accept`; True for a token that ends the reply."""
+        if self._call is not None:
+            if self._call.accept(token):
+                self._call = None
+        elif token in self._ends:
+            return True
+        self._parser.push(self._decoder.push(token))
+        begun = self._parser.begun
+        if begun is not None and not self._in_call:
+            with suppress(Error):  # schemas that can't be kept to
+                self._call = self._bind(begun)
+        self._in_call = begun is not None
+        return False
+
+
 class Constraints:
     """Makes a model's constraints.
 
@@ -210,7 +264,21 @@ class Constraints:
             return self._made("grammar", *_from_grammar(grammar))
         return None
 
-    def _made(self, name: str, grammar: str, in_lark: bool = False, numbers: _Numbers | None = None) -> Constraint:
+    def call(self, schema: Mapping[str, Any], begun: str) -> Constraint:
+        """The constraint of an object of a schema, behind white space, of which a text stands there already.
+
+        Raises
+        ------
+        Error
+            The schema can't be kept to, or the text doesn't.
+        """
+        bounded = json.dumps(_bounded({**schema, "x-guidance": {"whitespace_pattern": " ?"}}))
+        grammar = f"start: /[ \\t\\n]{{0,20}}/ call\ncall: %json {bounded}"
+        return self._made("tools", grammar, numbers=_Numbers(self._n_digits), begun=begun)
+
+    def _made(
+        self, name: str, grammar: str, in_lark: bool = False, numbers: _Numbers | None = None, begun: str = ""
+    ) -> Constraint:
         from llguidance import LLMatcher
 
         made: list[LLMatcher | Exception] = []
@@ -227,6 +295,11 @@ class Constraints:
             raise Error(f"{name}: {_one_line(str(matcher))}")
         if matcher.is_error():
             raise Error(f"{name}: {_one_line(matcher.get_error(), in_lark)}")
+        ids = self._vocabulary.greedy_tokenize(begun)
+        if matcher.try_consume_tokens(ids) < len(ids):
+            raise Error(f"{name}: {begun!r} is no beginning")
+        if numbers is not None:
+            numbers.take(begun.encode())
         constraint = Constraint(matcher, self._n_vocab, self._pool, self._tokenizer, numbers)
         try:
             constraint.forced()

@@ -25,7 +25,7 @@ from .memory import MemoryUse, memory_use
 from .options import ChatOptions, Drafter, GenerationOptions, JSONSchema, Processor, Sampler, checked_option, with_options
 from .page_files import PageFiles
 from .ranking import Ranker, pair_of, rerank
-from .replies import Family, family_of
+from .replies import Family, ReplyParser, calls_schema, family_of
 from .runner import Runner
 from .sampling import StandardSampler
 from .saved import digest
@@ -34,6 +34,7 @@ from .score import Score
 from .sequence import TokenSequence
 from .session import Message, Reply, Session, checked_messages
 from .speculation import MOST, DraftModel, Lookup, NextTokens
+from .streaming import StreamDecoder
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from ..graph import Batch, Hook
     from ..kernels.build import Progress
     from ..models import ThinPair
-    from .constraints import Constraints
+    from .constraints import CallsConstraint, Constraints
     from .embedding import Pooling
     from .expert_memory import ExpertMemory
     from .experts import ExpertWatch
@@ -872,9 +873,10 @@ class Model:
         prompt: str,
         room: int,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        family: Family | None = None,
         **options: "Unpack[GenerationOptions]",
     ) -> Reply:
-        """A reply to a conversation that the template has written out."""
+        """A reply to a conversation that the template has written out; calls of tools in it are bound to their schemas."""
         self._runner.check()
         ids = self.tokenizer.encode_prompt(prompt)
         most = _limit(options.get("max_tokens"))
@@ -882,9 +884,20 @@ class Model:
         if len(ids) + room > self.n_ctx:
             left = f" and {room} for the reply" if room else ""
             raise ContextFullError(f"the conversation has {len(ids)} tokens{left}; the context holds {self.n_ctx}")
-        family, shown = self._family
+        own, shown = self._family
+        family = family or own
         request = self._request(ids, shown=shown, **options)
+        if tools and family.are_objects and request.constraint is None:
+            request.constraint = self._calls_constraint(tools, ReplyParser(family, tools, prompt), ids, shown)
         return Reply(self._scheduler, request, prompt, family, None if tools is None else list(tools))
+
+    def _calls_constraint(
+        self, tools: Sequence[Mapping[str, Any]], parser: ReplyParser, ids: list[int], shown: Collection[int]
+    ) -> "CallsConstraint":
+        from .constraints import CallsConstraint
+
+        decoder, ends = StreamDecoder(self.tokenizer, ids, shown=shown), self.tokenizer.end_tokens
+        return CallsConstraint(parser, decoder, ends, lambda begun: self._constraints.call(calls_schema(tools), begun))
 
     @cached_property
     def _family(self) -> tuple[Family, frozenset[int]]:

@@ -3,12 +3,14 @@
 Each family of models has its own marks, which its chat template shows. `FAMILIES` lists them; one parser reads all.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..errors import Error
 from .calls import (
     BEGUN,
     IncompleteError,
@@ -81,6 +83,8 @@ class Family:
         Whether a call may end thoughts.
     channels : bool
         Whether every message has a header that says what it is.
+    are_objects : bool
+        Whether a call is, behind its mark, an object with `name` and `arguments`.
     """
 
     known_by: tuple[str, ...] = ()
@@ -92,6 +96,7 @@ class Family:
     tight: bool = True
     in_thoughts: bool = False
     channels: bool = False
+    are_objects: bool = False
 
     @property
     def marks(self) -> list[str]:
@@ -204,7 +209,7 @@ FAMILIES: dict[str, Family] = {
         in_thoughts=True,
     ),
     "hunyuan": Family(("<tool_calls>",), (("<tool_calls>", json_call("</tool_calls>")),)),
-    "hermes": Family(("<tool_call>",), (("<tool_call>", json_call("</tool_call>")),)),
+    "hermes": Family(("<tool_call>",), (("<tool_call>", json_call("</tool_call>")),), are_objects=True),
     "llama": Family(
         ("<|python_tag|>", '"parameters": ', "<|python_start|>", "<|python_end|>"),
         (("<|python_tag|>", json_call(bare=True)), ("<|python_start|>", python_call("<|python_end|>"))),
@@ -226,6 +231,29 @@ def schemas_of(tools: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any
     named = [f for f in functions if isinstance(f, Mapping) and isinstance(f.get("name"), str)]
     schemas = {f["name"]: f.get("parameters") for f in named}
     return {name: schema if isinstance(schema, Mapping) else {} for name, schema in schemas.items()}
+
+
+def calls_schema(tools: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The schema of a call of one of some functions, as an object, from tools as OpenAI's API has them.
+
+    The schema of each function's parameters is a definition, so that what they define stays their own.
+
+    Raises
+    ------
+    Error
+        A schema isn't JSON.
+    """
+    calls, definitions = [], {}
+    for i, (name, schema) in enumerate(schemas_of(tools).items()):
+        try:
+            text = json.dumps({key: value for key, value in schema.items() if key not in ("$id", "$schema")})
+        except (TypeError, ValueError, RecursionError) as error:
+            raise Error(f"the parameters of {name!r}: {error}") from None
+        definitions[f"{i}"] = {"type": "object", **json.loads(text.replace('"$ref": "#', f'"$ref": "#/$defs/{i}'))}
+        properties = {"name": {"const": name}, "arguments": {"$ref": f"#/$defs/{i}"}}
+        required = list(properties)
+        calls.append({"type": "object", "properties": properties, "required": required, "additionalProperties": False})
+    return {"anyOf": calls, "$defs": definitions}
 
 
 # The parsers
@@ -311,6 +339,12 @@ class ReplyParser:
         self._called = self._called_in_section = False
         self._header = ""
         self._in_header = True
+
+    @property
+    def begun(self) -> str | None:
+        """What stands behind the mark of a call that isn't whole; None where there is none."""
+        held = self._held.lstrip()
+        return next((held[len(mark) :] for mark, _ in self._calls if held.startswith(mark)), None)
 
     def push(self, text: str) -> list[Event]:
         """Takes the next piece; what is certain now."""

@@ -21,7 +21,7 @@ from .options import Logits, Processor, Sampler, SamplingOptions, checked_option
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .constraints import Constraint
+    from .constraints import CallsConstraint, Constraint
     from .tokenizer import Tokenizer
 
 Ids: TypeAlias = NDArray[np.intp]
@@ -479,7 +479,7 @@ def next_token(
     processors: Sequence[Processor],
     logits: Logits,
     ids: Sequence[int],
-    constraint: Constraint | None = None,
+    constraint: Constraint | CallsConstraint | None = None,
 ) -> int:
     """What a sampler chooses after processors have seen the logits, of what a constraint leaves; neither is asked where it
     leaves one token.
@@ -492,7 +492,7 @@ def next_token(
         Not changed: others get copies.
     ids : sequence of int
         Likewise.
-    constraint : Constraint, optional
+    constraint : Constraint or CallsConstraint, optional
 
     Raises
     ------

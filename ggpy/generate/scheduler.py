@@ -23,7 +23,7 @@ from .streaming import StopMatcher, StreamDecoder
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from .constraints import Constraint
+    from .constraints import CallsConstraint, Constraint
 
 _MOST_RUNNING = 64  # generations at once; others wait
 _PIECE_SECONDS = 0.25  # that pieces of prompts may hold up those that generate
@@ -49,7 +49,7 @@ class Request:
     n_scored : int
         The token before which all log-probabilities that are wanted are known: the prompt's length, or less while some of
         the prompt's own are to come.
-    constraint : Constraint or None
+    constraint : Constraint or CallsConstraint or None
         What its text must keep to, until it ends.
     finish_reason, error
         How it ended: one of the two, or None while it goes on.
@@ -90,7 +90,7 @@ class Request:
         processors: Sequence[Processor] = (),
         logprobs: int | None = None,
         echo_from: int | None = None,
-        constraint: "Constraint | None" = None,
+        constraint: "Constraint | CallsConstraint | None" = None,
         shown: Collection[int] = (),
     ):
         self.tokens = list(prompt_ids)

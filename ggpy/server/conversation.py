@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import Error
 from ..generate.generation import Generation
 from ..generate.model import Model
-from ..generate.replies import FAMILIES, Event, Family, ForcedCalls, ReplyParser
+from ..generate.replies import FAMILIES, Event, Family, ForcedCalls, ReplyParser, calls_schema
 from .errors import invalid, too_long
 
 #: parts of a message's content that are text, and those that name something else than text
@@ -193,7 +193,7 @@ class Prompt:
     """
 
     def __init__(self, model: Model, conversation: Conversation, constrained: bool):
-        self._family, _ = model._family
+        self.family, _ = model._family
         self._tools = conversation.tools if conversation.tools and conversation.choice != "none" else None
         self.forced = None
         template = model.chat_template
@@ -203,7 +203,7 @@ class Prompt:
         knows_tools = template is not None and (template.tool_use is not None or "tools" in template.source)
         for_template = self._tools if knows_tools else None
         if self._tools and not knows_tools:
-            self._family = FAMILIES["hermes"]
+            self.family = FAMILIES["hermes"]
             messages = _with_tools(messages, self._tools)
         start = ""
         if conversation.continues and len(messages) > 1 and messages[-1]["role"] == "assistant":
@@ -213,17 +213,22 @@ class Prompt:
         kwargs = {**conversation.template_kwargs, "add_generation_prompt": conversation.begins or bool(start)}
         self.text = model.chat_prompt(messages, tools=for_template, chat_template_kwargs=kwargs)
         if self._tools and conversation.choice not in ("auto", "none"):
-            self.forced = _calls_schema(self._tools, conversation.choice, conversation.parallel)
+            self.forced = _forced_schema(self._tools, conversation.choice, conversation.parallel)
         self._free = not (constrained or self.forced)
         if not self._free or start:
-            self.text += _answer_start(self._family, self.text)
+            self.text += _answer_start(self.family, self.text)
         self.text += start
+
+    @property
+    def bound_tools(self) -> list[dict[str, Any]] | None:
+        """The tools whose calls in a reply are bound to schemas, as they begin."""
+        return self._tools if self._free else None
 
     def parser(self, growing: bool) -> "Parser":
         """What reads one reply; `growing`: its calls are given as they grow."""
         if self.forced:
             return ForcedCalls(growing)
-        return ReplyParser(self._family, self._tools, self.text, growing) if self._free else Plain()
+        return ReplyParser(self.family, self._tools, self.text, growing) if self._free else Plain()
 
 
 class Plain:
@@ -258,25 +263,12 @@ def _with_tools(messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any
     return [{"role": "system", "content": text}, *made]
 
 
-def _calls_schema(tools: Sequence[Mapping[str, Any]], choice: str, parallel: bool) -> dict[str, Any]:
+def _forced_schema(tools: Sequence[Mapping[str, Any]], choice: str, parallel: bool) -> dict[str, Any]:
     """The JSON schema of a list of calls."""
-    functions = [tool["function"] for tool in tools if choice in ("required", tool["function"]["name"])]
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": function["name"]},
-                "arguments": {"type": "object", **function["parameters"]},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for function in functions
-    ]
-    definitions = {k: v for f in functions for k, v in f["parameters"].get("$defs", {}).items()}
+    call = calls_schema([tool for tool in tools if choice in ("required", tool["function"]["name"])])
     most = {} if parallel and choice == "required" else {"maxItems": 1}
-    schema: dict[str, Any] = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, **most, "x-guidance": _WRITTEN}
-    return {**schema, "$defs": definitions} if definitions else schema
+    items = {"anyOf": call["anyOf"]}
+    return {"type": "array", "items": items, "minItems": 1, **most, "$defs": call["$defs"], "x-guidance": _WRITTEN}
 
 
 def _answer_start(family: Family, prompt: str) -> str:
@@ -305,7 +297,8 @@ def replies(model: Model, prompt: Prompt, options: Mapping[str, Any], n: int) ->
     n_prompt = len(model.tokenizer.encode_prompt(prompt.text))
     if n_prompt >= model.n_ctx:
         raise too_long(n_prompt, model.n_ctx)
-    return [model._reply_to(prompt.text, 0, **seeded(options, i)) for i in range(n)]
+    family, tools = prompt.family, prompt.bound_tools
+    return [model._reply_to(prompt.text, 0, tools, family, **seeded(options, i)) for i in range(n)]
 
 
 def seeded(options: Mapping[str, Any], place: int) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import pydantic
 import pytest
 
 import ggpy
-from ggpy.generate.constraints import Constraints, _Vocabulary
+from ggpy.generate.constraints import CallsConstraint, Constraints, _Vocabulary
+from ggpy.generate.replies import FAMILIES, ReplyParser, calls_schema
 from ggpy.generate.streaming import StreamDecoder
 from ggpy.generate.tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, Tokenizer
 from tests.generate.test_tokenizer import (
@@ -621,3 +622,82 @@ def test_a_grammar_too_complex_to_follow_is_an_error(model):
     with pytest.raises(ggpy.Error, match=r"the grammar can't be followed further: .*Current row has \d+ items") as caught:
         model.generate(ids(4), grammar=grammar).run()
     assert "\n" not in str(caught.value)
+
+
+# ---- Calls in free replies ----
+
+POINT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "parameters": {
+                "$schema": "http://json-schema.org/draft-07/schema#",
+                "type": "object",
+                "properties": {"at": {"$ref": f"#/{defined}/place"}, "how": {"enum": ["fast", "slow"]}},
+                "required": ["at"],
+                "additionalProperties": False,
+                defined: {"place": place},
+            },
+        },
+    }
+    for name, defined, place in (("go", "$defs", POINT), ("look", "definitions", {"enum": ["north", "south"]}))
+]
+
+
+def replied(vocabulary, begins, rng, tools=TOOLS):
+    """The text of a reply that begins so and goes on, while it is bound, with any of the tokens that may come; and what it
+    says when the mark of a call's end follows."""
+    tokenizer, constraints = vocabulary
+    schema, ends = calls_schema(tools), tokenizer.end_tokens
+    decoders = [StreamDecoder(tokenizer, whole=True) for _ in range(2)]
+    parsers = [ReplyParser(FAMILIES["hermes"], tools) for _ in range(2)]
+    constraint = CallsConstraint(parsers[0], decoders[0], ends, lambda begun: constraints.call(schema, begun))
+    logits = np.zeros(constraints._n_vocab, np.float32)
+    text, todo = "", tokenizer.encode_inside(begins)
+    for _ in range(1000):
+        forced = constraint.forced()
+        masked = logits if forced else constraint.masked(logits)
+        if not todo and not forced and masked is logits:
+            break
+        token = todo.pop(0) if todo else forced[0] if forced else int(rng.choice(np.flatnonzero(masked == 0)))
+        text += decoders[1].push(token)
+        assert not constraint.accept(token)
+    assert constraint.accept(min(ends))
+    events = [*parsers[1].push(text), *parsers[1].push("\n</tool_call>"), *parsers[1].flush()]
+    return text, events
+
+
+@pytest.mark.parametrize("vocabulary", ["bpe", "spm", "padded"])
+@pytest.mark.parametrize("begins", ["<tool_call>", "Well.\n<tool_call>\n", "<think>\nHm.</think>\n<tool_call>"])
+def test_a_call_that_has_begun_keeps_to_the_schemas(vocabularies, vocabulary, begins):
+    rng, names = np.random.default_rng(5), set()
+    parameters = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
+    for _ in range(12):
+        text, events = replied(vocabularies[vocabulary], begins, rng)
+        (call,) = (event for event in events if event.kind == "call")
+        assert text.startswith(begins) and valid(call.text, parameters[call.name])
+        names.add(call.name)
+    assert names == set(parameters)
+
+
+@pytest.mark.parametrize(
+    ("begins", "tools"),
+    [
+        ("No call.", TOOLS),
+        ("<think>\nI might write <tool_call>\n", TOOLS),
+        ("<tool_call>", [{"name": "f", "parameters": {"properties": {"a": {"format": "poem"}}}}]),
+    ],
+)
+def test_what_cannot_be_bound_stays_free(vocabularies, begins, tools):
+    text, events = replied(vocabularies["bpe"], begins, np.random.default_rng(0), tools)
+    assert text == begins and "call" not in {event.kind for event in events}
+
+
+def test_a_call_is_bound_from_what_stands_there(vocabularies):
+    _, constraints = vocabularies["bpe"]
+    constraints.call(calls_schema(TOOLS), '\n{"name": "go", "arg')
+    for begun in ("fly", '{"name": "fly"', '{"name": "go"}'):
+        with pytest.raises(ggpy.Error, match="is no beginning"):
+            constraints.call(calls_schema(TOOLS), begun)

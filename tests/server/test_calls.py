@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
+import ggpy
 from ggpy.generate.piece import Piece
 from ggpy.generate.replies import FAMILIES, ForcedCalls, ReplyParser
 from ggpy.server.answers import Answer, usage_of
 from ggpy.server.chat import ChatWriter
+from ggpy.server.conversation import Conversation, Prompt, replies
 from ggpy.server.messages import MessagesWriter
 from ggpy.server.responses import ResponsesWriter
 
@@ -109,3 +111,26 @@ def test_a_call_that_breaks_off_is_none(kind):
     ((name, pieces),), reason = read(kind, events)
     assert (name, "".join(pieces), reason) == ("weather", '{"city": "Köln "', "stop")
     assert "Rhein" in json.dumps(events)
+
+
+class Caller:
+    """Chooses the tokens of a text, then the likeliest ones."""
+
+    def __init__(self, tokens):
+        self._tokens = tokens
+
+    def sample(self, logits, ids):
+        return self._tokens.pop(0) if self._tokens else int(logits.argmax())
+
+
+def test_a_free_answer_that_begins_a_call_writes_one_of_the_tools(demo):
+    size = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": "resize", "parameters": size}}]
+    with ggpy.load(demo, n_ctx=512) as model:
+        prompt = Prompt(model, Conversation([{"role": "user", "content": "Make it larger."}], tools), False)
+        sampler = Caller(model.tokenizer.encode_inside("Yes.\n<tool_call>"))
+        (reply,) = replies(model, prompt, {"sampler": sampler, "max_tokens": 80}, 1)
+        text = reply.run().text
+    assert text.startswith("Yes.\n<tool_call>")
+    call, _ = json.JSONDecoder().raw_decode(text.partition("<tool_call>")[2].strip())
+    assert call["name"] == "resize" and set(call["arguments"]) == {"n"} and isinstance(call["arguments"]["n"], int)
