@@ -26,7 +26,7 @@ from .decoder import (
     only,
     without_further_layers,
 )
-from .family import Family, head_dim, rope_parameters, write_clip
+from .family import Family, head_dim, plain_base, rope_parameters, write_clip
 
 _AFTER = ("post_attention_norm", "post_ffw_norm")
 
@@ -62,6 +62,14 @@ def _write_smollm3(writer: gguf.GGUFWriter, config: Config) -> None:
     kept = config.get("no_rope_layers", every)
     if not isinstance(kept, list) or kept[:n] != every:
         raise UnsupportedError(f"{config.path}: no_rope_layers {shown(kept)}; known: every fourth")
+
+
+def _write_olmo3(writer: gguf.GGUFWriter, config: Config) -> None:
+    config.only("attention_bias", False)
+    base = rope_parameters(config, *BY_KIND).number("rope_theta")
+    local = plain_base(config, "sliding_attention", base)
+    if local not in (None, base):
+        writer.add_rope_freq_base_swa(local)
 
 
 def _write_phi3(writer: gguf.GGUFWriter, config: Config) -> None:
@@ -176,9 +184,7 @@ FAMILIES: tuple[Family, ...] = (
     decoder(
         ("Olmo3ForCausalLM",),
         MODEL.OLMO2,
-        Traits(
-            norms=_AFTER, qk_norm=lambda config: "all", windows="types 4", rope=BY_KIND, write=only(attention_bias=False)
-        ),
+        Traits(norms=_AFTER, qk_norm=lambda config: "all", windows="types 4", rope=BY_KIND, write=_write_olmo3),
         sliding_window=4096,
     ),
     decoder(

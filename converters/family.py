@@ -322,10 +322,8 @@ def rope_parameters(config: Config, *also: str) -> Config:
     if old and values and old != values:
         raise UnsupportedError(f"{config.path}: rope_scaling and rope_parameters differ")
     values = old or values
-    if "full_attention" in also:
-        values = values.get("full_attention", values)
-        if not isinstance(values, dict):
-            raise ConversionError(f"{config.path}: rope_parameters' full_attention is not an object")
+    if "full_attention" in also and "full_attention" in values:
+        values = rope_of_kind(config, "full_attention").values
     rope = Config(
         {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": values.get("type", "default")}, config.path
     )
@@ -337,6 +335,43 @@ def rope_parameters(config: Config, *also: str) -> Config:
         if key not in NEUTRAL or value != NEUTRAL[key]:
             raise UnsupportedError(f"{config.path}: rope's {key} {shown(value)} isn't understood for rope type {kind!r}")
     return rope
+
+
+def rope_of_kind(config: Config, kind: str) -> Config:
+    """What ``rope_parameters`` has for layers of one kind; nothing where it isn't divided by kinds.
+
+    Raises
+    ------
+    ConversionError
+        Not an object.
+    UnsupportedError
+        Other kinds.
+    """
+    parts = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    for key, part in parts.items() if isinstance(parts, dict) else ():
+        if key not in ("full_attention", "sliding_attention") and part not in (None, False):
+            raise UnsupportedError(f"{config.path}: rope_parameters' {key} {shown(part)} isn't understood beside {kind}")
+        if not isinstance(part, dict | None):
+            raise ConversionError(f"{config.path}: rope_parameters' {key} is not an object")
+    return Config(dict(parts.get(kind) or {}), config.path)
+
+
+def plain_base(config: Config, kind: str, default: float) -> float | None:
+    """The base of the rotary embedding, without scaling, of layers of a kind; None where ``rope_parameters`` has no kinds.
+
+    Raises
+    ------
+    UnsupportedError
+        Scaling, or another setting.
+    """
+    if not (config.part("rope_parameters").keys() & {"full_attention", "sliding_attention"}):
+        return None
+    rope = rope_of_kind(config, kind)
+    rope.only("rope_type", "default")
+    for key, value in rope.values.items():
+        if key not in ROPE_COMMON and value not in (None, False) and value != NEUTRAL.get(key):
+            raise UnsupportedError(f"{config.path}: rope's {key} {shown(value)} isn't understood for {kind}")
+    return rope.number("rope_theta", default, least=1e-30)
 
 
 def write_decoder_hparams(

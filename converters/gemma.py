@@ -11,7 +11,7 @@ import gguf
 
 from .checkpoint import Config
 from .decoder import ATTENTION, BY_KIND, MODEL, SANDWICH, Traits, biases_if, decoder, only
-from .family import Family, head_dim
+from .family import Family, head_dim, plain_base
 from .pooling import with_projections
 
 
@@ -32,13 +32,8 @@ def _write_gemma(writer: gguf.GGUFWriter, config: Config, bidirectional: bool = 
 
 def _write_gemma3(writer: gguf.GGUFWriter, config: Config, bidirectional: bool = False) -> None:
     _write_gemma(writer, config, bidirectional)
-    nested = Config(config.part("rope_parameters"), config.path).part("sliding_attention")
-    if not nested:
-        writer.add_rope_freq_base_swa(config.number("rope_local_base_freq", 10000.0))
-    else:
-        local = Config(nested, config.path)
-        local.only("rope_type", "default")
-        writer.add_rope_freq_base_swa(local.number("rope_theta", 10000.0))
+    base = plain_base(config, "sliding_attention", 10000.0)
+    writer.add_rope_freq_base_swa(config.number("rope_local_base_freq", 10000.0) if base is None else base)
 
 
 GEMMA: dict[str, Any] = {

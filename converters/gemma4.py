@@ -12,7 +12,7 @@ import numpy as np
 from ggpy.errors import ConversionError
 
 from .checkpoint import Config, Rows
-from .family import Family, Shapes, ffn_shapes, write_windows
+from .family import Family, Shapes, ffn_shapes, plain_base, refuse_unread, rope_of_kind, rope_parameters, write_windows
 from .gemma import GEMMA
 
 
@@ -35,6 +35,8 @@ def _heads(config: Config) -> list[tuple[int, int]]:
         entry = Config(by_layer.part(str(i)) or by_layer.part(f"{i:02}"), config.path)
         default = (n_kv_full, n_full) if full else (n_kv, n)
         found.append((entry.integer("num_key_value_heads", default[0]), entry.integer("head_dim", default[1])))
+        refuse_unread(entry)
+    refuse_unread(by_layer)
     if len({n for (_, n), full in zip(found, _is_full(config), strict=True) if full}) > 1:
         raise ConversionError(f"{config.path}: heads of full attention of several lengths")
     return found
@@ -47,11 +49,10 @@ def _n_ff(config: Config) -> list[int]:
     return [n if i < n_own else wide * n for i in range(n_layer)]
 
 
-def _rope(config: Config, kind: str) -> Config:
-    values = config.part("rope_parameters").get(kind)
-    if not isinstance(values, dict):
-        raise ConversionError(f"{config.path}: rope_parameters has nothing for {kind}")
-    return Config(values, config.path)
+def _rope(config: Config) -> Config:
+    """Settings of the rotary embedding of full attention."""
+    rope_parameters(config, "full_attention", "proportional", "partial_rotary_factor").only("rope_type", "proportional")
+    return rope_of_kind(config, "full_attention")
 
 
 def write_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
@@ -84,11 +85,11 @@ def write_hparams(writer: gguf.GGUFWriter, config: Config) -> None:
     config.only("vocab_size_per_layer_input", config.integer("vocab_size"))
     # Also where there is none: llama.cpp takes 30 for a missing one.
     writer.add_final_logit_softcapping(config.number("final_logit_softcapping", 0.0, least=0))
-    whole, local = _rope(config, "full_attention"), _rope(config, "sliding_attention")
-    whole.only("rope_type", "proportional")
-    local.only("rope_type", "default")
-    writer.add_rope_freq_base(whole.number("rope_theta", 1000000.0))
-    writer.add_rope_freq_base_swa(local.number("rope_theta", 10000.0))
+    base = plain_base(config, "sliding_attention", 10000.0)
+    if base is None:
+        raise ConversionError(f"{config.path}: rope_parameters has nothing for sliding_attention")
+    writer.add_rope_freq_base(_rope(config).number("rope_theta", 1000000.0))
+    writer.add_rope_freq_base_swa(base)
     writer.add_rope_dimension_count(n)
     writer.add_rope_dimension_count_swa(short)
 
@@ -159,7 +160,7 @@ def computed(config: Config) -> dict[str, np.ndarray]:
     n = next((n for (_, n), full in zip(_heads(config), _is_full(config), strict=True) if full), 0)
     if not n:
         return {}
-    share = _rope(config, "full_attention").number("partial_rotary_factor", 1.0, least=0)
+    share = _rope(config).number("partial_rotary_factor", 1.0, least=0)
     values = np.full(n // 2, 1e30, np.float32)
     values[: int(n * share / 2)] = 1
     return {"rope_freqs.weight": values}

@@ -26,7 +26,7 @@ from .decoder import (
 )
 from .decoders import usual_hunyuan, write_granite
 from .experts import expert_shapes, gather_experts, leading_dense, n_experts, write_expert_hparams
-from .family import Family, Shapes, ffn_shapes, head_dim
+from .family import Family, Shapes, ffn_shapes, head_dim, plain_base
 from .quantized import BlockRows
 
 
@@ -326,11 +326,9 @@ def _write_mellum(writer: gguf.GGUFWriter, config: Config) -> None:
         config.get(key)
     write_expert_hparams(writer, config)
     writer.add_expert_feed_forward_length(config.integer("moe_intermediate_size"))
-    nested = Config(config.part("rope_parameters"), config.path).part("sliding_attention")
-    if nested:
-        local = Config(nested, config.path)
-        local.only("rope_type", "default")
-        writer.add_rope_freq_base_swa(local.number("rope_theta", 10000.0))
+    base = plain_base(config, "sliding_attention", 10000.0)
+    if base is not None:
+        writer.add_rope_freq_base_swa(base)
 
 
 FAMILIES: tuple[Family, ...] = (

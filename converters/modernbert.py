@@ -7,10 +7,8 @@ from functools import partial
 
 import gguf
 
-from ggpy.errors import ConversionError
-
 from .checkpoint import Config, Rows
-from .family import Family, Shapes
+from .family import Family, Shapes, plain_base
 from .ranking import classes, write_classes
 
 # How it was trained or is computed, and of what is left out.
@@ -49,13 +47,11 @@ def _write(writer: gguf.GGUFWriter, config: Config) -> None:
 
 
 def _theta(config: Config, kind: str, old: str, default: float) -> float:
-    parts = config.get("rope_parameters") or {}
-    part = parts.get(kind) if isinstance(parts, dict) else None
-    if not isinstance(part, dict | None):
-        raise ConversionError(f"{config.path}: rope_parameters' {kind} is not an object")
-    rope = Config(part or {}, config.path)
-    rope.only("rope_type", "default")
-    return rope.number("rope_theta", config.number(old, default), least=1e-30)
+    if base := plain_base(config, kind, config.number(old, default)):
+        return base
+    if config.part("rope_parameters"):
+        config.only("rope_parameters", None)
+    return config.number(old, default, least=1e-30)
 
 
 def _shapes(config: Config) -> Shapes:

@@ -171,6 +171,11 @@ MODELS = {
             "rope_parameters": {"sliding_attention": DEFAULT, "full_attention": YARN},
         },
     ),
+    "olmo2, windows, two bases": (
+        "Olmo3",
+        "Olmo3",
+        {**WINDOW, "rope_parameters": {"sliding_attention": DEFAULT, "full_attention": {**YARN, "rope_theta": 90000.0}}},
+    ),
     "exaone4": ("Exaone4", "Exaone4", {**HEADS, **TIED, "sliding_window": None, "layer_types": ["full_attention"] * 4}),
     "exaone4, windows": ("Exaone4", "Exaone4", {**HEADS, **WINDOW}),
     "hunyuan-dense, another base": ("HunYuanDenseV1", "HunYuanDenseV1", {**HEADS, **HUNYUAN, "rope_parameters": ALPHA}),
@@ -342,6 +347,7 @@ def test_logits_equal_transformers(tmp_path, name):
 #: those whose odd sizes llama.cpp takes, and whose windows and frequencies it doesn't compute in another way
 IN_LLAMA_CPP = (
     *("llama, odd", "gemma3", "gpt-oss, default rope", "mistral3", "phi3, long", "granite", "smollm3", "olmo2, windows"),
+    "olmo2, windows, two bases",
     *("hunyuan-dense", "glm4", "command-r", "stablelm", "gptneox", "gpt2", "phi2"),
     *("granite_swa", "granite_swa, experts", "command-r, norms of each head", "stablelm, parallel, norms of each head"),
     *("falcon", "falcon, newer", "falcon, newer, one norm", "gemma", "exaone", "mellum, one base"),

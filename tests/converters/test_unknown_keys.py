@@ -1,0 +1,98 @@
+"""Of each family: a key of config.json that it doesn't read is refused. No weights are needed to see that."""
+
+import json
+from pathlib import Path
+
+import gguf
+import pytest
+import transformers
+
+from converters.checkpoint import Config
+from converters.conversion import FAMILIES
+from converters.family import HARMLESS, refuse_unread
+from ggpy.errors import Error, UnsupportedError
+
+FAMILY_OF = {name: family for family in FAMILIES for name in family.checkpoints}
+EXPERTS = {"num_experts_per_tok": 2}
+#: architectures that transformers hasn't got by that name -> a class with such settings
+CLASSES = {
+    "MiniCPMForCausalLM": "Llama",
+    "ExaoneMoEForCausalLM": "ExaoneMoe",
+    "BailingMoeV2ForCausalLM": "Glm4Moe",
+    "DeepseekForCausalLM": "Llama",
+    "Qwen3_5ForConditionalGeneration": "Qwen3_5Text",
+    "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeText",
+    "BertForPreTraining": "Bert",
+}
+#: what a class's own defaults lack of a model that is understood; None takes a key away
+CHANGES = {
+    "Qwen3MoeForCausalLM": {"norm_topk_prob": True},
+    "DeepseekV2ForCausalLM": EXPERTS,
+    "DeepseekForCausalLM": {"n_routed_experts": 8, "moe_intermediate_size": 64, **EXPERTS},
+    "MiniCPMForCausalLM": {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
+    "BailingMoeV2ForCausalLM": {"use_qk_norm": True, "head_dim": 128},
+    "Gemma3TextModel": {"use_bidirectional_attention": True},
+    "AfmoeForCausalLM": {"mup_enabled": True},
+    "MellumForCausalLM": {"sliding_window": None},
+    "Dots1ForCausalLM": {"n_routed_experts": 8, **EXPERTS},
+}
+
+
+class AnyRows:
+    """Weights that nobody reads (implements `Rows`)."""
+
+    sources = ("a tensor",)
+
+    def __init__(self, shape):
+        self.shape = shape
+
+
+def settings(name):
+    """A config.json of an architecture: transformers' defaults, as it saves them."""
+    stem = CLASSES.get(name) or name.removesuffix("Model").removesuffix("LMHead")
+    for ending in ("ForCausalLM", "ForMaskedLM", "ForSequenceClassification"):
+        stem = stem.removesuffix(ending)
+    config = getattr(transformers, f"{stem}TextConfig", None) or getattr(transformers, f"{stem}Config")
+    values = json.loads(json.dumps(config().to_dict() | {"architectures": [name]})) | CHANGES.get(name, {})
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def check(name, values):
+    """Refuses what `convert` would of a config.json alone."""
+    family, config = FAMILY_OF[name], Config(values, Path("config.json"))
+    config.defaults = family.defaults.get(name, {})
+    config = config.replaced(**family.usual(config))
+    shapes = family.shapes(config)
+    family.gather({}, config)
+    for tensor, shape in shapes.items():
+        family.transform(tensor, AnyRows(shape), config)
+    family.computed(config)
+    family.write_hparams(gguf.GGUFWriter(None, family.name), config)
+    refuse_unread(config)
+
+
+@pytest.mark.parametrize("name", FAMILY_OF)
+def test_a_key_that_a_family_does_not_read_is_refused(name):
+    values = settings(name)
+    check(name, values)
+    for value in (1.5, 2, True, "other", [1], {"factor": 2}):
+        with pytest.raises(UnsupportedError, match=r"a_new_factor .* isn't understood"):
+            check(name, values | {"a_new_factor": value})
+    for key, part in values.items():
+        if isinstance(part, dict) and key not in HARMLESS:
+            with pytest.raises(Error, match="a_new_factor"):
+                check(name, values | {key: part | {"a_new_factor": 1.5}})
+            for kind in [k for k, v in part.items() if isinstance(v, dict) and k not in HARMLESS]:
+                with pytest.raises(Error, match="a_new_factor"):
+                    check(name, values | {key: part | {kind: part[kind] | {"a_new_factor": 1.5}}})
+
+
+@pytest.mark.parametrize(
+    "name", ["Olmo3ForCausalLM", "Gemma3ForCausalLM", "Gemma4ForCausalLM", "MellumForCausalLM", "ModernBertModel"]
+)
+def test_layers_with_windows_are_not_scaled_without_a_word(name):
+    values = settings(name)
+    kinds = values["rope_parameters"]
+    scaled = kinds["sliding_attention"] | {"rope_type": "linear", "factor": 8.0}
+    with pytest.raises(UnsupportedError, match="rope_type 'linear'; known: 'default'"):
+        check(name, values | {"rope_parameters": kinds | {"sliding_attention": scaled}})
