@@ -272,7 +272,11 @@ class Constraints:
         Error
             The schema can't be kept to, or the text doesn't.
         """
-        bounded = json.dumps(_bounded({**schema, "x-guidance": {"whitespace_pattern": " ?"}}))
+        try:
+            bounded = json.dumps(_bounded({**schema, "x-guidance": {"whitespace_pattern": " ?"}}))
+        except RecursionError as error:
+            raise Error(f"tools: {error}") from None
+        _check_text("tools", "a schema", bounded)
         grammar = f"start: /[ \\t\\n]{{0,20}}/ call\ncall: %json {bounded}"
         return self._made("tools", grammar, numbers=_Numbers(self._n_digits), begun=begun)
 

@@ -646,14 +646,22 @@ TOOLS = [
 ]
 
 
+def deep(n):
+    """A schema in a schema, and so on."""
+    schema = {"type": "null"}
+    for _ in range(n):
+        schema = {"items": schema}
+    return schema
+
+
 def replied(vocabulary, begins, rng, tools=TOOLS):
     """The text of a reply that begins so and goes on, while it is bound, with any of the tokens that may come; and what it
     says when the mark of a call's end follows."""
     tokenizer, constraints = vocabulary
-    schema, ends = calls_schema(tools), tokenizer.end_tokens
+    ends = tokenizer.end_tokens
     decoders = [StreamDecoder(tokenizer, whole=True) for _ in range(2)]
     parsers = [ReplyParser(FAMILIES["hermes"], tools) for _ in range(2)]
-    constraint = CallsConstraint(parsers[0], decoders[0], ends, lambda begun: constraints.call(schema, begun))
+    constraint = CallsConstraint(parsers[0], decoders[0], ends, lambda begun: constraints.call(calls_schema(tools), begun))
     logits = np.zeros(constraints._n_vocab, np.float32)
     text, todo = "", tokenizer.encode_inside(begins)
     for _ in range(1000):
@@ -688,7 +696,11 @@ def test_a_call_that_has_begun_keeps_to_the_schemas(vocabularies, vocabulary, be
         ("No call.", TOOLS),
         ("<think>\nI might write <tool_call>\n", TOOLS),
         ("<tool_call>", [{"name": "f", "parameters": {"properties": {"a": {"format": "poem"}}}}]),
+        ("<tool_call>", [{"name": "f", "parameters": {"enum": ["x" * 1_000_000]}}]),
+        ("<tool_call>", [{"name": "f", "parameters": deep(400)}]),
+        ("<tool_call>", [{"name": "f", "parameters": deep(40_000)}]),
     ],
+    ids=["none", "thought", "format", "long", "deep", "deepest"],
 )
 def test_what_cannot_be_bound_stays_free(vocabularies, begins, tools):
     text, events = replied(vocabularies["bpe"], begins, np.random.default_rng(0), tools)
