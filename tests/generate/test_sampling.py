@@ -65,6 +65,22 @@ def test_cuts_follow_each_other_as_in_llama_cpp():
     np.testing.assert_allclose(dense(sampler, logits), softmax(scores / 0.7), rtol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"top_p": 0.0}, {"min_p": 1.0}, {"min_p": 1.5}, {"top_p": 0.0, "min_p": 1.5}], ids=str)
+def test_the_narrowest_choice_leaves_the_likeliest_token(options):
+    """llama.cpp, too, keeps one, whatever min-p above 1 says."""
+    logits = logits_of()
+    ids, probabilities = StandardSampler(**OFF | options).distribution(logits)
+    assert ids.tolist() == [int(logits.argmax())] and probabilities.tolist() == [1.0]
+
+
+def test_tokens_at_the_edge_of_top_p_are_those_of_float64():
+    """Equal probabilities, whose float32 sums pass the edge too early: 0.1 ten times."""
+    logits = np.zeros(10, np.float32)
+    for n in range(1, 10):
+        ids, _ = StandardSampler(**OFF | {"top_p": n / 10 - 1e-9}).distribution(logits)
+        assert len(ids) == n
+
+
 def test_repetition_penalty_equals_transformers_within_its_window():
     logits = logits_of()
     recent = [1, 2, 3, 500, 7, 500]

@@ -125,6 +125,7 @@ def run_with_an_exception_at(team, program, inputs, n):
             count += 1
         return trace
 
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 gives no such events otherwise, the first time
     sys.settrace(trace)
     try:
         program.run(inputs, alone(5))
