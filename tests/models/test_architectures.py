@@ -347,7 +347,6 @@ def test_logits_equal_transformers(tmp_path, name):
 #: those whose odd sizes llama.cpp takes, and whose windows and frequencies it doesn't compute in another way
 IN_LLAMA_CPP = (
     *("llama, odd", "gemma3", "gpt-oss, default rope", "mistral3", "phi3, long", "granite", "smollm3", "olmo2, windows"),
-    "olmo2, windows, two bases",
     *("hunyuan-dense", "glm4", "command-r", "stablelm", "gptneox", "gpt2", "phi2"),
     *("granite_swa", "granite_swa, experts", "command-r, norms of each head", "stablelm, parallel, norms of each head"),
     *("falcon", "falcon, newer", "falcon, newer, one norm", "gemma", "exaone", "mellum, one base"),
