@@ -316,9 +316,7 @@ def rope_parameters(config: Config, *also: str) -> Config:
     UnsupportedError
         A kind or a setting that isn't understood.
     """
-    old, values = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
-    if not isinstance(values, dict) or not isinstance(old, dict):
-        raise ConversionError(f"{config.path}: rope_parameters is not an object")
+    old, values = config.part("rope_scaling"), config.part("rope_parameters")
     if old and values and old != values:
         raise UnsupportedError(f"{config.path}: rope_scaling and rope_parameters differ")
     values = old or values
