@@ -25,6 +25,7 @@ from ..simd.vector import (
     TOKENS,
     as_f32,
     copy_bytes,
+    hidden,
     keep_order,
     ld_f32,
     ld_i32,
@@ -46,6 +47,9 @@ _TILE = max(TOKENS, TILE_TOKENS if HAS_TILES else 0) * _V
 #: tokens that are multiplied with a block while it is in registers; of more, it is unpacked to scratch
 FEW = 6 if TOKENS == 8 else 3
 _ROOM, _SQUARE = 3 * FEW * _V, LANES * _V
+#: vectors with a token to a lane that are multiplied at once, and their tokens
+VECTORS = 4
+_AT_ONCE = VECTORS * LANES
 _activation_bytes = function(activation_bytes)
 
 
@@ -113,15 +117,9 @@ def nothing():
 
 
 @function
-def _pairs_of_vectors(n_tokens):
-    """How many pairs of vectors with a token to a lane n_tokens are multiplied in; a last one has few lanes to spare."""
-    return (n_tokens + LANES // 2 + 1) // (2 * LANES)
-
-
-@function
 def _by_lanes(n_tokens):
-    """How many of n_tokens sit in lanes; others are too few for it."""
-    return min(n_tokens, 2 * LANES * _pairs_of_vectors(n_tokens))
+    """How many of n_tokens sit in lanes, _AT_ONCE by _AT_ONCE; the last time few lanes may be idle. Others are too few."""
+    return min(n_tokens, (n_tokens + LANES // 2 + 1) // _AT_ONCE * _AT_ONCE)
 
 
 @function
@@ -134,36 +132,25 @@ def _first_token(v, n):
 def _bring_to_lanes(x, x_stride, n_bytes, n, to):
     """The n_bytes of n tokens' activations, a token to a lane: dword k of vector v goes to `to + LANES * (v * n_bytes +
     4 k)`."""
-    for v in range(2 * _pairs_of_vectors(n)):
+    for v in range((n + LANES - 1) // LANES):
         row = x + _first_token(v, n) * x_stride
         for k in range(0, n_bytes, _V):
             store(to + LANES * (v * n_bytes + k), load_transposed(row + k, x_stride, LANES))
 
 
-def _by_tokens(four, two):
+def _by_tokens(product):
     """A function that adds a panel times n tokens, a token to a lane, to sums: vector v of row r at `sums + _V * (LANES * v
     + r)`."""
 
     @function
     def multiply(n, sums, scratch, n_cols, first, stop, x, room):
-        v, n_vectors, wide = 0, 2 * _pairs_of_vectors(n), LANES * _activation_bytes(n_cols)
-        while v < n_vectors:
-            here = 2
-            if n_vectors - v >= 4:
-                here = 4
-            for r in range(LANES):
-                at, weights = sums + _V * (LANES * v + r), scratch + 4 * r
-                if here == 4:
-                    f = tile_f32(4)
-                    if first:
-                        f = load_tile_f32(at, LANES * _V, 4)
-                    store_tile(at, LANES * _V, four(f, weights, n_cols, first, stop, x + v * wide, wide, room))
-                else:
-                    f = tile_f32(2)
-                    if first:
-                        f = load_tile_f32(at, LANES * _V, 2)
-                    store_tile(at, LANES * _V, two(f, weights, n_cols, first, stop, x + v * wide, wide, room))
-            v += here
+        wide = LANES * _activation_bytes(n_cols)
+        for v in range(0, (n + LANES - 1) // LANES, VECTORS):
+            for r in range(hidden(LANES)):  # LLVM takes assembly for short, and would unroll the loop
+                at, f = sums + _V * (LANES * v + r), tile_f32(VECTORS)
+                if first:
+                    f = load_tile_f32(at, LANES * _V, VECTORS)
+                store_tile(at, LANES * _V, product(f, scratch + 4 * r, n_cols, first, stop, x + v * wide, wide, room))
 
     return multiply
 
@@ -191,13 +178,13 @@ def define_products(name, block, n_bytes, unpacked, sizes, products, start=nothi
     last_tokens
         The same for sizes[1] tokens.
 
-    start() and end() are what threads do before and after. `by_tokens` are functions like `tokens` for four and two vectors
-    with a token to a lane.
+    start() and end() are what threads do before and after. `by_tokens` is a function like `tokens` for VECTORS vectors with
+    a token to a lane.
     """
     one_token, few_tokens, unpack, tokens, last_tokens = products
     most, part = sizes
     has_lanes = by_tokens is not None
-    multiply_by_tokens = _by_tokens(*by_tokens) if by_tokens else _by_no_tokens
+    multiply_by_tokens = _by_tokens(by_tokens) if has_lanes else _by_no_tokens
 
     @kernel(f"mul_mat_one_{name}")
     def mul_mat_one(

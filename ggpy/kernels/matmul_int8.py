@@ -35,7 +35,7 @@ from ..simd.vector import (
     to_f32,
 )
 from .common import f32, i32
-from .matmul import ask_for, define_products
+from .matmul import VECTORS, ask_for, define_products
 from .source import function, inlined
 from .table import QUANTIZED
 from .unpack import LAYOUTS
@@ -347,9 +347,7 @@ def _define(name):
         define_products(name, block, n_bytes, _UNPACKED, (TILE_TOKENS, half), products, start_tiles, end_tiles)
     else:
         products = (one_token, few_tokens, unpack, for_tokens(TOKENS, dots, _BY_ROWS), for_tokens(2, dots, _BY_ROWS))
-        by_tokens = None
-        if dots_by_tokens:
-            by_tokens = tuple(for_tokens(n, dots_by_tokens, _BY_TOKENS) for n in (4, 2))
+        by_tokens = for_tokens(VECTORS, dots_by_tokens, _BY_TOKENS) if has_assembly else None
         define_products(name, block, n_bytes, _UNPACKED, (TOKENS, 2), products, by_tokens=by_tokens)
 
 

@@ -16,7 +16,7 @@ SETTINGS = settings(max_examples=10, deadline=None, suppress_health_check=[Healt
 TYPES = (*QUANTIZED, *FLOAT)
 n_threads = st.integers(1, 3)
 seeds = st.integers(0, 2**32 - 1)
-# More than 10 may sit in lanes, 32 at a time, and 128 are taken at once.
+# 27 and more sit in lanes, 32 at a time, and 128 are taken at once.
 numbers_of_tokens = st.one_of(st.integers(1, 20), st.sampled_from([27, 32, 43, 139, 150]))
 
 
