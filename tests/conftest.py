@@ -20,15 +20,15 @@ def _forget():
         cached.cache_clear()
 
 
-#: types that take long to compile, made of the same functions in all forms
-_SLOW = ("IQ", "MXFP4", "TQ")
+#: types that take long to compile, or are made of the same functions as others, in all forms
+_SLOW = ("IQ", "MXFP4", "TQ", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q5_K")
 
 
 @pytest.fixture(params=["amx", "avx512", "avx2", "portable"])
 def simd_form(request, monkeypatch):
     """Runs the test in each SIMD form that this machine has.
 
-    The codebook, grid and ternary types are tested in the widest form, and in all with GGPY_TEST_ALL=1.
+    Half of the types are tested in the widest form alone, and in all with GGPY_TEST_ALL=1.
     """
     everything = bool(os.environ.get("GGPY_TEST_ALL"))
     given = getattr(request.node, "callspec", None)

@@ -134,7 +134,7 @@ def test_what_cannot_be_embedded_is_refused(llama):
         assert model.embed([]).shape == (0, 64) and model.embed([], pooling="none") == []
         for texts, message in [
             ("a text", r"embed\(\[text\]\)"),
-            ([ids(3), ids(33)], r"texts\[1\] has 33 tokens, the context holds 32"),
+            ([ids(3), ids(33)], r"texts\[1\] is too large: 33 tokens, the context holds 32"),
             ([ids(3), []], r"texts\[1\] has no tokens"),
             ([[512]], "token 512"),
             ([1, 2], "text or token ids"),

@@ -111,7 +111,7 @@ def test_what_is_no_reranker_is_refused(tmp_path):
     checkpoint(tmp_path, "bert")
     convert(tmp_path, tmp_path / "model.gguf", "f32")
     with ggpy.load(tmp_path / "model.gguf", n_ctx=64) as model:
-        with pytest.raises(ggpy.ContextFullError, match=r"documents\[2\] has \d+ tokens, the context holds 64"):
+        with pytest.raises(ggpy.ContextFullError, match=r"documents\[2\] is too large: \d+ tokens, the context holds 64"):
             model.rerank(QUERY, DOCUMENTS)
         with pytest.raises(ggpy.Error, match=r"rerank\(query, \[document\]\)"):
             model.rerank(QUERY, "a document")
