@@ -96,7 +96,7 @@ def _define(name):
 
     @function
     def least(s0, m0):
-        """What 0 of the _UNPACKED values is worth: the block's minimum, or what the bias says."""
+        """What 0 of the unpacked values is worth: the block's minimum, or what the bias says."""
         if by_32 and has_bias:
             return s0 * splat_f32(f32(-bias))
         return m0

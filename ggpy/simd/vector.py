@@ -1005,12 +1005,12 @@ class _Assembly:
         def take(count: int) -> list[str]:
             return list(itertools.islice(places, count))
 
-        # Results are the sums, then registers that are written to; operands those sums again, constants and addresses.
+        # Results are the sums, then registers that are written to; operands those sums again, ones and addresses.
         self.sums, self._parts, self.registers, spare = map(take, (n_sums, n_sums if span > 1 else 0, n_registers, 2))
         self._spare = itertools.cycle(spare)
         self._n_written = n_sums + len(self._parts) + n_registers + 2
         take(n_sums)
-        (self._ones, self.zero), self.addresses = take(2), take(n_addresses)
+        (self._ones,), self.addresses = take(1), take(n_addresses)
         self._span = span
         self.lines: list[str] = []
 
@@ -1033,8 +1033,8 @@ class _Assembly:
     def run(self, b, sums, addresses):
         """The sums after these lines."""
         n = len(sums)
-        args = [*sums, _const(_PAIRS, 1), _const(_PAIRS, 0), *addresses]
-        operands = [*map(str, range(n)), "x", "x", *["r"] * len(addresses), "~{memory}"]
+        args = [*sums, _const(_PAIRS, 1), *addresses]
+        operands = [*map(str, range(n)), "x", *["r"] * len(addresses), "~{memory}"]
         results = ir.LiteralStructType([I32.ir_type] * self._n_written)
         kind = ir.FunctionType(results, [a.type for a in args])
         text = "\\0A".join(self.lines)
@@ -1066,7 +1066,8 @@ def _dots_by_tokens(b, sums, weights, n: int, tokens, signed: bool, span: int):
     for g in range(n):
         asm.lines.append(f"vpbroadcastd {4 * LANES * g}({panel}), {w}")
         if signed:
-            asm.lines += [f"vpcmpgtb {w}, {asm.zero}, {others[0]}", f"vpabsb {w}, {w}"]
+            m = others[0]
+            asm.lines += [f"vpxor {m}, {m}, {m}", f"vpcmpgtb {w}, {m}, {m}", f"vpabsb {w}, {w}"]
         for t, place in enumerate(places):
             x = f"{4 * LANES * g}({place})"
             if signed:  # `vpsignb` and the products share units; -1 - x will do, too: see `lacking`
