@@ -222,6 +222,10 @@ def convert(
             f"{checkpoint.config.path}: dynamic rope scaling begins beyond the context and isn't written"
         )
     metadata = _values(writer)
+    if family.name == "olmo2" and "olmo2.rope.freq_base_swa" in metadata:
+        checkpoint.notes.append(
+            f"{checkpoint.config.path}: layers with windows have a rope_theta of their own, which llama.cpp doesn't read"
+        )
     if encoder is not None:
         checkpoint.notes += check_vocabulary(metadata, encoder)
     plan = Plan(path, type, metadata, tuple(tensors), tuple(checkpoint.notes))

@@ -370,6 +370,15 @@ def test_llama_cpp_computes_the_same_from_the_file(tmp_path, name):
     assert (np.exp(theirs) * (theirs - ours)).sum(-1).max() <= 1e-3
 
 
+def test_a_second_base_that_llama_cpp_does_not_read_is_said(tmp_path):
+    for name in ("olmo2, windows", "olmo2, windows, two bases"):
+        folder = tmp_path / name
+        folder.mkdir()
+        converted(folder, made(name))
+        plan = convert(folder / "checkpoint", tmp_path / "out.gguf", "f32", dry_run=True)
+        assert any("llama.cpp doesn't read" in note for note in plan.notes) is ("two bases" in name)
+
+
 @pytest.mark.parametrize(("name", "most"), {"granitemoe": 1e-3, "glm4moe": 1e-3, "gemma4, experts": 0.1}.items())
 def test_mixtures_in_f16_equal_transformers_with_such_weights(tmp_path, name, most):
     """llama.cpp rounds activations to float16 before it multiplies with such weights, too. That alone is its distance:
