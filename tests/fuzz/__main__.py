@@ -19,6 +19,7 @@ def main():
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seeds", type=Path, help="sound files that were made before, or where to make them")
+    parser.add_argument("--keep", type=Path, help="a folder for the files that failed")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work is not None:
@@ -32,7 +33,8 @@ def main():
         failed = 0
         for kind in options.kinds:
             started = time.time()
-            campaign = Campaign(kind, range(options.first, options.first + options.runs), seeds, partial(print, flush=True))
+            numbers = range(options.first, options.first + options.runs)
+            campaign = Campaign(kind, numbers, seeds, partial(print, flush=True), options.keep)
             failed += len(campaign.failures)
             print(f"{kind}: {campaign} in {time.time() - started:.0f} s", flush=True)
     sys.exit(bool(failed))

@@ -3,6 +3,7 @@
 import os
 import random
 import select
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 SECONDS = 60
@@ -44,29 +46,28 @@ def work(seeds):
     sys.stdout.reconfigure(errors="backslashreplace")
     print("ready", flush=True)
     for line in sys.stdin:
-        kind, number = line.split()
-        with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
-            before, what = _memory(reset=True), "ran"
-            try:
-                KINDS[kind](random.Random(int(number)), seeds, Path(folder))
-            except UncompiledError:
-                what = "uncompiled"
-            except Error as error:
-                what = "refused"
-                if len(str(error)) > 1000 or "\n" in str(error):
-                    what = "message"
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:  # panics of Rust aren't Exceptions
-                frames = traceback.extract_tb(error.__traceback__)
-                inner = [f for f in frames if "ggpy" in f.filename or "converters" in f.filename] or frames
-                where = f"{Path(inner[-1].filename).name}:{inner[-1].lineno}"
-                what = " ".join(f"exception {type(error).__name__} in {where}: {error}"[:200].split())
-            size = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
-            used = max(0, _memory() - before)
-            if used > 2 * size + MOST_MEMORY:
-                what = f"memory {used >> 20} MB for {size >> 10} KB, {what}"
-        print(f"{number} {used >> 20} {what}", flush=True)
+        kind, number, folder = line.rstrip("\n").split(" ", 2)
+        before, what = _memory(reset=True), "ran"
+        try:
+            KINDS[kind](random.Random(int(number)), seeds, Path(folder))
+        except UncompiledError:
+            what = "uncompiled"
+        except Error as error:
+            what = "refused"
+            if len(str(error)) > 1000 or "\n" in str(error):
+                what = "message"
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # panics of Rust aren't Exceptions
+            frames = traceback.extract_tb(error.__traceback__)
+            inner = [f for f in frames if "ggpy" in f.filename or "converters" in f.filename] or frames
+            where = f"{Path(inner[-1].filename).name}:{inner[-1].lineno}"
+            what = " ".join(f"exception {type(error).__name__} in {where}: {error}"[:200].split())
+        size = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
+        used = max(0, _memory() - before)
+        if used > 2 * size + MOST_MEMORY:
+            what = f"memory {used >> 20} MB for {size >> 10} KB, {what}"
+        print(f"{used >> 20} {what}", flush=True)
 
 
 def _memory(reset=False):
@@ -87,10 +88,11 @@ class Worker:
         self._process = subprocess.Popen(command, text=True, bufsize=1, **pipes)
         assert self._process.stdout.readline() == "ready\n"
 
-    def ask(self, kind, number):
-        """Megabytes that a file took, and what came of it; a process that has ended or hangs is over."""
+    def ask(self, kind, number, folder):
+        """Megabytes that a file took, which is made in a folder, and what came of it; a process that has ended or hangs
+        is over."""
         try:
-            self._process.stdin.write(f"{kind} {number}\n")
+            self._process.stdin.write(f"{kind} {number} {folder}\n")
             if not select.select([self._process.stdout], [], [], SECONDS)[0]:
                 self._process.kill()
                 return 0, "hung"
@@ -99,7 +101,7 @@ class Worker:
             answer = ""
         if not answer.endswith("\n"):
             return 0, f"signal {-self._process.wait()}"
-        _, megabytes, what = answer.rstrip("\n").split(" ", 2)
+        megabytes, what = answer.rstrip("\n").split(" ", 1)
         return int(megabytes), what
 
     def close(self):
@@ -109,7 +111,7 @@ class Worker:
 
 
 class Campaign:
-    """Files tried, one after the other.
+    """Files tried, one after the other; those that fail are kept in a folder, if one is named.
 
     Attributes
     ----------
@@ -121,17 +123,22 @@ class Campaign:
         The most that one file took.
     """
 
-    def __init__(self, kind, numbers, seeds, say=lambda text: None):
+    def __init__(self, kind, numbers, seeds, say=lambda text: None, keep=None):
         worker, self.counts, self.failures = Worker(seeds), Counter(), {}
         self.megabytes, self.seconds = 0, 0.0
         for number in numbers:
             started = time.time()
-            megabytes, what = worker.ask(kind, number)
+            folder = tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+            megabytes, what = worker.ask(kind, number, folder)
             self.seconds, self.megabytes = max(self.seconds, time.time() - started), max(self.megabytes, megabytes)
             self.counts[what.split()[0]] += 1
             if what not in ("ran", "refused", "uncompiled"):
                 self.failures[number] = what
                 say(f"{kind} {number}: {what}")
+                if keep is not None:
+                    with suppress(shutil.Error):  # pipes aren't copied
+                        shutil.copytree(folder, keep / f"{kind}-{number}", symlinks=True)
+            shutil.rmtree(folder, ignore_errors=True)
             if what.startswith(("hung", "signal")):
                 worker = Worker(seeds)
         worker.close()
