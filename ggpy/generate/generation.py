@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ..errors import Error
 from .piece import Piece
-from .scheduler import Request, Scheduler
+from .request import Request
+from .scheduler import Scheduler
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -26,10 +26,11 @@ from .options import ChatOptions, Drafter, GenerationOptions, JSONSchema, Proces
 from .page_files import PageFiles
 from .ranking import Ranker, pair_of, rerank
 from .replies import Family, ReplyParser, calls_schema, family_of
+from .request import Request
 from .runner import Runner
 from .sampling import StandardSampler
 from .saved import digest
-from .scheduler import Request, Scheduler
+from .scheduler import Scheduler
 from .score import Score
 from .sequence import TokenSequence
 from .session import Message, Reply, Session, checked_messages

@@ -3,8 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,206 +11,20 @@ from ..errors import ContextFullError, Error
 from ..graph import pages_of
 from ..kernels.table import SLAB
 from .page_files import PageFiles
-from .piece import Piece
 from .prefixes import Prefix, common
+from .request import MOST_DRAFTED, Request
 from .runner import Runner
-from .sampling import Processor, Sampler, log_probabilities, next_token
 from .sequence import TokenSequence
 from .snapshots import SNAPSHOT_TOKENS
-from .speculation import Drafter, NextTokens, propose
-from .streaming import StopMatcher, StreamDecoder
-from .tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from .constraints import CallsConstraint, Constraint
+from .speculation import NextTokens, propose
 
 _MOST_RUNNING = 64  # generations at once; others wait
 _PIECE_SECONDS = 0.25  # that pieces of prompts may hold up those that generate
 _FIRST_PIECE = 2 * SLAB  # tokens of them before their rate is known
 _WORTH_COPYING = 4  # tokens of a page that others have computed
 _GIVEN_WAY = 0.001  # seconds in which a thread takes a lock that it waits for: else who released it has it again first
-_TEMPLATE_END = 8  # tokens at a prompt's end that the next prompt of a conversation may not have
-_MOST_DRAFTED = 32  # tokens of all in a run: where many generate, a guess costs what a token does
 _FAR_BEHIND = 8  # tokens that a state lacks: then a run without guesses makes up for them
 _AHEAD = 256  # pieces that nobody takes, before their generation waits
-
-
-class Request:
-    """A generation as the scheduler sees it. Everything here is written by whoever steps the scheduler.
-
-    Attributes
-    ----------
-    tokens : list of int
-        The prompt and what has been generated.
-    n_prompt : int
-    pieces : deque of Piece
-        What nobody has taken yet.
-    n_scored : int
-        The token before which all log-probabilities that are wanted are known: the prompt's length, or less while some of
-        the prompt's own are to come.
-    constraint : Constraint or CallsConstraint or None
-        What its text must keep to, until it ends.
-    finish_reason, error
-        How it ended: one of the two, or None while it goes on.
-    cancelled : bool
-        May be set by any thread.
-    n_evaluated : int
-        Tokens of the prompt that were evaluated so far, or known.
-    sequence : TokenSequence or None
-        Its keys and values, while it is at work.
-    prefix : Prefix or None
-        The last of its pages that the tree of prefixes knows; None where its values aren't fit for others.
-    n_known : int
-        How many pages that are.
-    stops : set of int
-        Positions at which a snapshot is to be left, in models with states.
-    drafter : Drafter or None
-        Guesses its next tokens, until it has ended.
-    n_drafted, n_accepted : int
-        How many guesses were evaluated, and were right.
-
-    Parameters
-    ----------
-    logprobs : int, optional
-        Of how many of the likeliest tokens log-probabilities are wanted, beside the token's own; None: of none.
-    echo_from : int, optional
-        Pieces of the prompt are wanted, too, from this token on.
-    shown : collection of int
-        Control tokens that the text has.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        prompt_ids: list[int],
-        sampler: Sampler,
-        max_tokens: int | None,
-        stop: str | Sequence[str],
-        processors: Sequence[Processor] = (),
-        logprobs: int | None = None,
-        echo_from: int | None = None,
-        constraint: "Constraint | CallsConstraint | None" = None,
-        shown: Collection[int] = (),
-    ):
-        self.tokens = list(prompt_ids)
-        self.n_prompt = len(prompt_ids)
-        self.n_reused = self.n_evaluated = 0
-        self.prompt_seconds = self.decode_seconds = 0.0
-        self.pieces: deque[Piece] = deque()
-        self.finish_reason: str | None = None
-        self.error: Exception | None = None
-        self.cancelled = False
-        self.sequence: TokenSequence | None = None
-        self.prefix: Prefix | None = None
-        self.n_known = 0
-        self.stops: set[int] = set()
-        self.drafter: Drafter | None = None
-        self.n_drafted = self.n_accepted = 0
-        self._sampler, self._processors, self._max_tokens = sampler, tuple(processors), max_tokens
-        self._end_tokens, self._bos = tokenizer.end_tokens, tokenizer.bos
-        self.constraint = constraint
-        self._decoder = StreamDecoder(tokenizer, prompt_ids, whole=constraint is not None, shown=shown)
-        self._stops = StopMatcher(stop)
-        self._started = self._first = 0.0
-        self._logprobs = logprobs
-        self.n_scored = self.n_prompt
-        if echo_from is not None:
-            self._echo = StreamDecoder(tokenizer, prompt_ids[:echo_from], special=True)
-            self.n_scored = echo_from
-            while self.n_scored < (1 if logprobs is not None else self.n_prompt):
-                self._echo_next()
-        self._end_without_tokens()
-
-    @property
-    def done(self) -> bool:
-        """Whether it has ended."""
-        return self.finish_reason is not None or self.error is not None
-
-    @property
-    def ready(self) -> bool:
-        """Whether there is text to take, or nothing more will come."""
-        return bool(self.pieces) or self.done or self.cancelled
-
-    @property
-    def stop_text(self) -> str | None:
-        """The stop text that ended it, if one did."""
-        return self._stops.found
-
-    @property
-    def first_wanted(self) -> int:
-        """The first position whose logits are wanted: none before the one that is to give the next token, or the next
-        log-probability of the prompt."""
-        return (self.n_scored if self.n_scored < self.n_prompt else len(self.tokens)) - 1
-
-    def n_draftable(self, n_ctx: int) -> int:
-        """How many guesses can be of use; the last token of all needs none behind it."""
-        n = n_ctx - len(self.tokens)
-        return n if self._max_tokens is None else min(n, self._max_tokens - (len(self.tokens) - self.n_prompt) - 1)
-
-    def start(self) -> None:
-        """Notes the time, unless it was at work before."""
-        self._started = self._started or time.perf_counter()
-
-    def take(self, logits: np.ndarray, n_ctx: int) -> None:
-        """Takes logits (n, n_vocab) from position `first_wanted` on: for the prompt's log-probabilities, and to choose the
-        next token and what of its text is certain."""
-        try:
-            for row in logits:
-                if self.done:
-                    return
-                if self.n_scored < self.n_prompt:
-                    self._echo_next(row)
-                    self._end_without_tokens()
-                else:
-                    self._count_time()
-                    self._choose(row, n_ctx)
-        except Exception as error:  # the others go on
-            self.error = error
-
-    def _end_without_tokens(self) -> None:
-        if self.n_scored == self.n_prompt and self._max_tokens is not None and self._max_tokens < 1:
-            self.finish_reason = "length"
-
-    def _echo_next(self, logits: np.ndarray | None = None) -> None:
-        """The piece of the prompt's next token, whose log-probability the logits before it give."""
-        token = self.tokens[self.n_scored]
-        # A beginning-of-sequence token that the text doesn't have writes nothing.
-        text = "" if self.n_scored == 0 and token == self._bos else self._echo.push(token)
-        self.n_scored += 1
-        if self.n_scored == self.n_prompt:
-            text += self._echo.flush()
-        self.pieces.append(Piece(text, token, *self._logprobs_of(token, logits)))
-
-    def _logprobs_of(self, token: int, logits: np.ndarray | None) -> tuple[float | None, dict[int, float]]:
-        if self._logprobs is None or logits is None:
-            return None, {}
-        return log_probabilities(logits, token, self._logprobs)
-
-    def _count_time(self) -> None:
-        now = time.perf_counter()
-        if not self.prompt_seconds:
-            self.prompt_seconds, self._first = now - self._started, now
-        else:
-            self.decode_seconds = now - self._first
-
-    def _choose(self, logits: np.ndarray, n_ctx: int) -> None:
-        token = next_token(self._sampler, self._processors, logits, self.tokens, self.constraint)
-        # A constraint ends what is whole; and an end token that it wants in the middle ends nothing.
-        ended = token in self._end_tokens if self.constraint is None else self.constraint.accept(token)
-        self.tokens.append(token)
-        n = len(self.tokens) - self.n_prompt
-        text, stopped = "", False
-        if token not in self._end_tokens:
-            text, stopped = self._stops.push(self._decoder.push(token))
-        full = len(self.tokens) > n_ctx
-        reason = "stop" if ended or stopped else "length" if n == self._max_tokens else "context" if full else ""
-        if reason and not stopped:
-            rest, _ = self._stops.push(self._decoder.flush())
-            text += rest + self._stops.flush()
-        self.pieces.append(Piece(text, token, *self._logprobs_of(token, logits), reason or None))
-        if reason:
-            self.finish_reason = reason
-            self.constraint = None  # near a megabyte, and generations are kept for their texts
 
 
 class Scheduler:
@@ -318,10 +131,10 @@ class Scheduler:
             single, prompts = self._ready(wanted)
             drafts = {r: draft for r, draft in drafts.items() if draft and r in single}
             for r in drafts:
-                _sequence(r).mark()
+                r.held.mark()
             # A request may be sent away to make room for another.
-            single = [r for r in single if r.sequence is not None and self._make_room(r, _n_left(r))]
-            work = [(r, r.tokens[-_n_left(r) :]) for r in single if r.sequence is not None]
+            single = [r for r in single if r.sequence is not None and self._make_room(r, r.n_left)]
+            work = [(r, r.tokens[-r.n_left :]) for r in single if r.sequence is not None]
             taken = sum(len(ids) for _, ids in work) + sum(map(len, drafts.values()))
             limit = min(runner.n_batch - taken, self._limit(bool(work)))
             n_outputs = runner.n_outputs - len(work) - sum(map(len, drafts.values()))
@@ -333,7 +146,7 @@ class Scheduler:
                 return
             guesses = [self._fitting(r, len(ids), drafts.get(r, [])) for r, ids in work]
             spans = [
-                _sequence(r).span(ids + draft, _n_wanted(r, len(ids)) + len(draft))
+                r.held.span(ids + draft, r.n_wanted(len(ids)) + len(draft))
                 for (r, ids), draft in zip(work, guesses, strict=True)
             ]
             started = time.perf_counter()
@@ -347,8 +160,8 @@ class Scheduler:
                 self._rate = n_tokens / (time.perf_counter() - started)
             for (r, ids), draft in zip(work, guesses, strict=True):
                 if not (draft and runner.has_states):  # a state with guesses isn't that of the tokens
-                    _sequence(r).advance(ids)
-                r.n_evaluated = max(r.n_evaluated, min(len(_sequence(r).ids), r.n_prompt))
+                    r.held.advance(ids)
+                r.n_evaluated = max(r.n_evaluated, min(len(r.held.ids), r.n_prompt))
             self._check_hooks()  # another thread may have set some before the run
             for (r, ids), draft, span, logits, rows in zip(work, guesses, spans, results, made, strict=True):
                 n_right = self._take(r, ids, draft, logits)
@@ -369,9 +182,9 @@ class Scheduler:
             if (drafter := r.drafter) is not None
             and _may_go_on(r, wanted)
             and r.first_wanted == len(r.tokens) - 1
-            and (_n_left(r) == 1 or (_is_behind(r) and _n_left(r) <= _FAR_BEHIND))
+            and (r.n_left == 1 or (r.is_behind and r.n_left <= _FAR_BEHIND))
         ]
-        share = min((runner.n_batch - n) // 2, runner.n_outputs - n, _MOST_DRAFTED) // max(1, len(asking))
+        share = min((runner.n_batch - n) // 2, runner.n_outputs - n, MOST_DRAFTED) // max(1, len(asking))
         asked = [(r, drafter, most) for r, drafter in asking if (most := min(share, r.n_draftable(runner.n_ctx))) > 0]
         proposals = propose([(drafter, r.tokens, most) for r, drafter, most in asked], runner.arch.n_vocab)
         drafts = {}
@@ -384,7 +197,7 @@ class Scheduler:
 
     def _fitting(self, r: Request, n: int, draft: list[int]) -> list[int]:
         """As much of a draft, behind n tokens, as there are pages for: nobody is sent away for it."""
-        sequence = _sequence(r)
+        sequence = r.held
         if self._runner.has_states:  # a snapshot's place is a run's end
             draft = draft[: -(len(sequence.ids) + n) % SNAPSHOT_TOKENS] if sequence.is_marked else []
         if not draft:
@@ -398,7 +211,7 @@ class Scheduler:
 
     def _take(self, r: Request, ids: list[int], draft: list[int], logits: np.ndarray) -> int:
         """Chooses tokens as long as they are those of the draft, behind `ids`; its rest is dropped. How many were right."""
-        sequence, n = _sequence(r), len(logits) - len(draft)
+        sequence, n = r.held, len(logits) - len(draft)
         self._choose(r, logits[:n])
         n_right = 0
         if not draft:
@@ -489,11 +302,11 @@ class Scheduler:
         for r in self._running:
             if not _may_go_on(r, wanted):
                 continue
-            if len(_sequence(r).ids) > r.first_wanted or not _sequence(r).is_current:
+            if len(r.held.ids) > r.first_wanted or not r.held.is_current:
                 # An interrupt came between its run and what its logits are for: once more, with the same bits.
-                self._cut(r, min(r.first_wanted, len(_sequence(r).ids)))
-            more = _n_left(r) - 1
-            if more and (more > room or not _is_behind(r)):
+                self._cut(r, min(r.first_wanted, len(r.held.ids)))
+            more = r.n_left - 1
+            if more and (more > room or not r.is_behind):
                 prompts.append(r)
             else:
                 room -= more
@@ -525,18 +338,18 @@ class Scheduler:
                 continue
             past = len(r.sequence.ids)
             share = max(SLAB, limit // (len(active) - i))
-            n = min(_n_left(r), share, limit, r.first_wanted - past + n_outputs)
+            n = min(r.n_left, share, limit, r.first_wanted - past + n_outputs)
             if self._runner.has_states:
-                n = min(n, _next_stop(r) - past)
+                n = min(n, r.next_stop() - past)
             if n > 0 and self._make_room(r, n):
                 work.append((r, r.tokens[past : past + n]))
                 limit -= n
-                n_outputs -= _n_wanted(r, n)
+                n_outputs -= r.n_wanted(n)
         return work
 
     def _reuse(self, r: Request, pages: dict[Prefix, list[Request]]) -> bool:
         """Takes what others have computed of a prompt; True if it waits for one that computes the same now."""
-        prefixes, sequence = self._runner.prefixes, _sequence(r)
+        prefixes, sequence = self._runner.prefixes, r.held
         if r.prefix is None:
             return False
         known = r.prefix
@@ -555,7 +368,7 @@ class Scheduler:
             ids = tuple(r.tokens[past : min(past + SLAB, r.first_wanted)])
             page, most = prefixes.nearest(r.prefix, ids)
             for other in workers:
-                own = _sequence(other)
+                own = other.held
                 n = common(other.tokens[past : past + SLAB], ids)
                 there = min(n, len(own.ids) - past)
                 if n >= _WORTH_COPYING and n > most:
@@ -571,7 +384,7 @@ class Scheduler:
     def _reuse_states(self, r: Request, active: list[Request]) -> bool:
         """The same in models with states, where what others have computed is of use up to a snapshot, and one who waits
         asks for it."""
-        sequence, tokens, n_most = _sequence(r), r.tokens, r.first_wanted
+        sequence, tokens, n_most = r.held, r.tokens, r.first_wanted
         if r.prefix is None:
             return False
         past = len(sequence.ids)
@@ -600,7 +413,7 @@ class Scheduler:
         past = len(sequence.ids)
         for other in active:
             alike = _pages_alike(tokens[:n_most], other.tokens) * SLAB
-            if alike > max(past, len(_sequence(other).ids)):
+            if alike > max(past, len(other.held.ids)):
                 other.stops.add(alike)
                 return True
         return False
@@ -611,7 +424,7 @@ class Scheduler:
 
     def _share(self, r: Request) -> None:
         """Lets others have the pages that are full now."""
-        sequence, prefixes = _sequence(r), self._runner.prefixes
+        sequence, prefixes = r.held, self._runner.prefixes
         while r.prefix is not None and (r.n_known + 1) * SLAB <= len(sequence.ids):
             at = r.n_known
             page = sequence.pages[at]
@@ -641,11 +454,11 @@ class Scheduler:
         while r.prefix is not None and r.n_known and (r.n_known * SLAB > n or (has_states and r.prefix.slot < 0)):
             r.prefix, r.n_known = r.prefix.parent, r.n_known - 1
         if not has_states:
-            _sequence(r).go_back(n)
+            r.held.go_back(n)
         elif r.prefix is None or not r.n_known:
-            _sequence(r).go_back(0)
+            r.held.go_back(0)
         else:
-            _sequence(r).go_back(r.n_known * SLAB, r.prefix.slot)
+            r.held.go_back(r.n_known * SLAB, r.prefix.slot)
 
     def _make_room(self, r: Request, n: int) -> bool:
         """Takes pages for n tokens, if need be from the youngest, which waits; False if that is the request itself."""
@@ -737,39 +550,9 @@ def _may_go_on(r: Request, wanted: Request) -> bool:
     return len(r.pieces) < _AHEAD or r is wanted
 
 
-def _n_left(r: Request) -> int:
-    """Tokens that must be evaluated before the next one can be chosen."""
-    return len(r.tokens) - len(_sequence(r).ids)
-
-
-def _is_behind(r: Request) -> bool:
-    """Whether a run with a draft has left right tokens that its state lacks."""
-    return len(r.tokens) > r.n_prompt and _n_left(r) <= _MOST_DRAFTED + 1
-
-
-def _next_stop(r: Request) -> int:
-    """Where a request leaves its next snapshot: where others may go on, at the last page of its prompt, and every
-    SNAPSHOT_TOKENS tokens."""
-    past = len(_sequence(r).ids)
-    r.stops.add((len(r.tokens) - _TEMPLATE_END) // SLAB * SLAB)
-    r.stops = {stop for stop in r.stops if stop > past}
-    return min(r.stops | {past // SNAPSHOT_TOKENS * SNAPSHOT_TOKENS + SNAPSHOT_TOKENS})
-
-
 def _pages_alike(a: list[int], b: list[int]) -> int:
     """How many pages two sequences have in common at their beginning."""
     n = 0
     while (n + 1) * SLAB <= min(len(a), len(b)) and a[n * SLAB : (n + 1) * SLAB] == b[n * SLAB : (n + 1) * SLAB]:
         n += 1
     return n
-
-
-def _n_wanted(r: Request, n: int) -> int:
-    """For how many of the next n tokens logits are wanted: the last ones."""
-    past = len(_sequence(r).ids)
-    return max(0, past + n - max(past, r.first_wanted))
-
-
-def _sequence(r: Request) -> TokenSequence:
-    assert r.sequence is not None
-    return r.sequence

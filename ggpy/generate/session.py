@@ -12,7 +12,8 @@ from ..file import writing_aside
 from .generation import Generation
 from .options import ChatOptions, with_options
 from .replies import Event, Family, ReplyParser
-from .scheduler import Request, Scheduler
+from .request import Request
+from .scheduler import Scheduler
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -17,6 +17,7 @@ DECODERS = {
     "glm4moe": {"num_hidden_layers": 2},
     "cohere2": {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
     "gpt2": {"num_hidden_layers": 2},
+    "dbrx": {"n_layers": 2},
 }
 STATES = {
     "mamba2": {},

@@ -18,8 +18,9 @@ from safetensors.numpy import save_file
 
 import ggpy
 from ggpy.generate.generation import Generation
+from ggpy.generate.request import Request
 from ggpy.generate.sampling import StandardSampler
-from ggpy.generate.scheduler import Request, Scheduler
+from ggpy.generate.scheduler import Scheduler
 from ggpy.generate.sequence import TokenSequence
 from ggpy.generate.speculation import DraftModel, Lookup
 from tests.converters.conftest import N_VOCAB
