@@ -73,6 +73,15 @@ def test_numbers_out_of_range_are_one_line_with_the_file(tmp_path, v3, yarn, key
     assert str(caught.value).startswith(f"{path}: ")
 
 
+def test_a_scale_that_nothing_can_be_divided_by_is_refused(tmp_path):
+    path = converted(tmp_path, decoder("granite"))
+    model = Edited.read(path.read_bytes())
+    model.set("granite.logit_scale", "float32", 1e-45)
+    path.write_bytes(model.bytes())
+    with pytest.raises(Error, match=r"f32\.gguf: key granite\.logit_scale: .* is too small to divide by$"):
+        ggpy.load(path)
+
+
 def test_more_groups_used_than_there_are_is_all_of_them(tmp_path, v3):
     model = Edited.read(v3)
     path = tmp_path / "model.gguf"
