@@ -10,7 +10,7 @@ import numpy as np
 from ..kernels.table import SLAB
 from .piece import Piece
 from .prefixes import Prefix
-from .sampling import Processor, Sampler, log_probabilities, next_token
+from .sampling import Processor, Sampler, StandardSampler, log_probabilities, next_token
 from .sequence import TokenSequence
 from .snapshots import SNAPSHOT_TOKENS
 from .speculation import Drafter
@@ -130,6 +130,11 @@ class Request:
         """The first position whose logits are wanted: none before the one that is to give the next token, or the next
         log-probability of the prompt."""
         return (self.n_scored if self.n_scored < self.n_prompt else len(self.tokens)) - 1
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether nobody else's code chooses its tokens, which may take its time."""
+        return type(self._sampler) is StandardSampler and not self._processors
 
     @property
     def held(self) -> TokenSequence:

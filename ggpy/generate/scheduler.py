@@ -4,12 +4,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 
 from ..errors import ContextFullError, Error
 from ..graph import pages_of
 from ..kernels.table import SLAB
+from .interrupts import later
 from .page_files import PageFiles
 from .prefixes import Prefix, common
 from .request import MOST_DRAFTED, Request
@@ -163,11 +165,13 @@ class Scheduler:
                     r.held.advance(ids)
                 r.n_evaluated = max(r.n_evaluated, min(len(r.held.ids), r.n_prompt))
             self._check_hooks()  # another thread may have set some before the run
-            for (r, ids), draft, span, logits, rows in zip(work, guesses, spans, results, made, strict=True):
-                n_right = self._take(r, ids, draft, logits)
-                if isinstance(r.drafter, NextTokens) and rows is not None:
-                    r.drafter.see(span.n_past, rows[: len(ids) + n_right])
-                self._share(r)
+            # A random number that was drawn must become a token, and a token text.
+            with later() if all(r.is_ours for r, _ in work) else nullcontext():
+                for (r, ids), draft, span, logits, rows in zip(work, guesses, spans, results, made, strict=True):
+                    n_right = self._take(r, ids, draft, logits)
+                    if isinstance(r.drafter, NextTokens) and rows is not None:
+                        r.drafter.see(span.n_past, rows[: len(ids) + n_right])
+                    self._share(r)
             self._drop_ended()
 
     def _drafts(self, wanted: Request) -> dict[Request, list[int]]:

@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import signal
 import threading
 import weakref
 
@@ -765,3 +766,30 @@ def test_odd_sizes_are_refused_or_do_their_best(dense, monkeypatch):
 def test_memory_for_less_than_a_context_is_refused(dense):
     with pytest.raises(ggpy.Error, match="hold one context"):
         ggpy.load(dense, n_ctx=512, kv_memory=1000)
+
+
+def test_an_interrupt_loses_no_random_number(model, monkeypatch):
+    """It comes behind the draw, where a lost number would change what follows."""
+    options = {"max_tokens": 12, "temperature": 1.0, "seed": 1}
+    expected = model.generate(ids(5), **options).run()
+    sample, places = StandardSampler.sample, iter([0, 1, 0, 0, 1])
+
+    def interrupted(sampler, logits, before=()):
+        token = sample(sampler, logits, before)
+        if next(places, 0):
+            signal.raise_signal(signal.SIGINT)
+        return token
+
+    monkeypatch.setattr(StandardSampler, "sample", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what they start behind them ignore it
+    generation, n_interrupts = model.generate(ids(5), **options), 0
+    try:
+        while generation.finish_reason is None:
+            try:
+                generation.run()
+            except KeyboardInterrupt:
+                n_interrupts += 1
+    finally:
+        handler = signal.signal(signal.SIGINT, before)
+    assert n_interrupts == 2 and generation.ids == expected.ids and generation.text == expected.text
+    assert handler is signal.default_int_handler
