@@ -26,12 +26,13 @@ from .decoder import (
     only,
     without_further_layers,
 )
-from .family import Family, head_dim, plain_base, rope_parameters, write_clip
+from .family import Family, head_dim, plain_base, require_rope, rope_parameters, write_clip
 
 _AFTER = ("post_attention_norm", "post_ffw_norm")
 
 
 def _write_ministral(writer: gguf.GGUFWriter, config: Config) -> None:
+    require_rope(config)
     rope = rope_parameters(config, "llama_4_scaling_beta", "max_position_embeddings")
     if rope.get("llama_4_scaling_beta"):
         if rope.get("rope_type") != "yarn":
@@ -163,6 +164,7 @@ FAMILIES: tuple[Family, ...] = (
         Traits(interleaved=True, biases=biases_of_all, write=_write_smollm3),
         tie_word_embeddings=True,
         use_sliding_window=False,
+        rope_theta=2000000.0,
     ),
     decoder(
         ("OlmoForCausalLM",),
@@ -186,6 +188,7 @@ FAMILIES: tuple[Family, ...] = (
         MODEL.OLMO2,
         Traits(norms=_AFTER, qk_norm=lambda config: "all", windows="types 4", rope=BY_KIND, write=_write_olmo3),
         sliding_window=4096,
+        rope_theta=500000.0,
     ),
     decoder(
         ("Exaone4ForCausalLM",),
@@ -204,6 +207,7 @@ FAMILIES: tuple[Family, ...] = (
         Traits(biases=biases_if("use_bias", *ATTENTION, *FFN)),
         tie_word_embeddings=True,
         head_dim=128,
+        rope_theta=500000.0,
     ),
     decoder(
         ("Glm4ForCausalLM",),
@@ -212,6 +216,7 @@ FAMILIES: tuple[Family, ...] = (
         without_further_layers,
         attention_bias=True,
         head_dim=128,
+        partial_rotary_factor=0.5,
     ),
     decoder(
         ("SeedOssForCausalLM",),

@@ -335,6 +335,18 @@ def rope_parameters(config: Config, *also: str) -> Config:
     return rope
 
 
+def require_rope(config: Config) -> None:
+    """Of architectures whose rotary embedding transformers scales, or has several of, where config.json is silent.
+
+    Raises
+    ------
+    ConversionError
+        It is.
+    """
+    if not (config.part("rope_parameters") or config.part("rope_scaling")):
+        raise ConversionError(f"{config.path}: rope_parameters missing: nothing says how positions are turned")
+
+
 def rope_of_kind(config: Config, kind: str) -> Config:
     """What ``rope_parameters`` has for layers of one kind; nothing where it isn't divided by kinds.
 

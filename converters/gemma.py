@@ -79,6 +79,7 @@ FAMILIES: tuple[Family, ...] = (
         MODEL.GEMMA3,
         Traits(**_GEMMA3, write=_write_gemma3),
         **GEMMA,
+        rope_theta=1000000.0,
     ),
     replace(
         decoder(
@@ -86,6 +87,8 @@ FAMILIES: tuple[Family, ...] = (
             MODEL.GEMMA_EMBEDDING,
             Traits(**_GEMMA3, write=partial(_write_gemma3, bidirectional=True)),
             **GEMMA,
+            rope_theta=1000000.0,
+            use_bidirectional_attention=False,
         ),
         special=with_projections,
     ),

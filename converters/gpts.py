@@ -192,6 +192,7 @@ FAMILIES: tuple[Family, ...] = (
         Traits(**_PLAIN, act="relu2", eps="norm_eps", norm_shift=1.0, rope=PARTIAL, biases=biases_of_all),
         hidden_act="relu2",
         norm_eps=1e-5,
+        partial_rotary_factor=0.5,
     ),
     decoder(
         ("Starcoder2ForCausalLM",),

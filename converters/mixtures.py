@@ -26,11 +26,12 @@ from .decoder import (
 )
 from .decoders import usual_hunyuan, write_granite
 from .experts import expert_shapes, gather_experts, leading_dense, n_experts, write_expert_hparams
-from .family import Family, Shapes, ffn_shapes, head_dim, plain_base
+from .family import Family, Shapes, ffn_shapes, head_dim, plain_base, require_rope
 from .quantized import BlockRows
 
 
 def _write_gpt_oss(writer: gguf.GGUFWriter, config: Config) -> None:
+    require_rope(config)
     config.only("swiglu_alpha", 1.702)
     config.only("swiglu_limit", 7.0)
     write_expert_hparams(writer, config)
@@ -317,6 +318,7 @@ def _usual_mellum(config: Config) -> dict[str, Any]:
 
 
 def _write_mellum(writer: gguf.GGUFWriter, config: Config) -> None:
+    require_rope(config)
     kinds = config.several("mlp_layer_types")
     if any(kind != "sparse" for kind in kinds):
         raise UnsupportedError(f"{config.path}: mlp_layer_types {shown(kinds)}; known: sparse in all layers")
@@ -394,6 +396,7 @@ FAMILIES: tuple[Family, ...] = (
         attention_bias=True,
         head_dim=64,
         sliding_window=128,
+        rope_theta=150000.0,
     ),
     decoder(
         ("GraniteSWAForCausalLM", "GraniteMoeSWAForCausalLM"),
@@ -504,5 +507,6 @@ FAMILIES: tuple[Family, ...] = (
         first_k_dense_replace=1,
         n_shared_experts=1,
         head_dim=128,
+        partial_rotary_factor=0.5,
     ),
 )

@@ -135,5 +135,6 @@ FAMILY = Family(
     _shapes,
     _gather,
     usual=_usual,
+    defaults={name: {"rope_theta": 1000.0} for name in ("NomicBertModel", "NomicBertForMaskedLM")},
     special=_special,
 )

@@ -1,6 +1,7 @@
 """Of each family: a key of config.json that it doesn't read is refused. No weights are needed to see that."""
 
 import json
+import re
 from pathlib import Path
 
 import gguf
@@ -47,13 +48,18 @@ class AnyRows:
         self.shape = shape
 
 
-def settings(name):
-    """A config.json of an architecture: transformers' defaults, as it saves them."""
+def defaults(name):
+    """What an architecture's class in transformers takes where config.json says nothing."""
     stem = CLASSES.get(name) or name.removesuffix("Model").removesuffix("LMHead")
     for ending in ("ForCausalLM", "ForMaskedLM", "ForSequenceClassification"):
         stem = stem.removesuffix(ending)
     config = getattr(transformers, f"{stem}TextConfig", None) or getattr(transformers, f"{stem}Config")
-    values = json.loads(json.dumps(config().to_dict() | {"architectures": [name]})) | CHANGES.get(name, {})
+    return json.loads(json.dumps(config().to_dict()))
+
+
+def settings(name):
+    """A config.json of an architecture: transformers' defaults, as it saves them."""
+    values = defaults(name) | {"architectures": [name]} | CHANGES.get(name, {})
     return {key: value for key, value in values.items() if value is not None}
 
 
@@ -85,6 +91,36 @@ def test_a_key_that_a_family_does_not_read_is_refused(name):
             for kind in [k for k, v in part.items() if isinstance(v, dict) and k not in HARMLESS]:
                 with pytest.raises(Error, match="a_new_factor"):
                     check(name, values | {key: part | {kind: part[kind] | {"a_new_factor": 1.5}}})
+
+
+def metadata(name, values):
+    """What a config.json makes, or why it is refused."""
+    family, config = FAMILY_OF[name], Config(values, Path("config.json"))
+    config.defaults = family.defaults.get(name, {})
+    writer = gguf.GGUFWriter(None, family.name)
+    try:
+        family.write_hparams(writer, config.replaced(**family.usual(config)))
+    except Error as error:
+        return str(error).replace("missing, which means ", "")
+    return {key: value.value for key, value in writer.kv_data[0].items()}
+
+
+#: keys without which the tensors have other shapes, which is refused, or whose value says what others say
+SHAPES = {"head_dim", "num_key_value_heads", "num_local_experts", "hidden_size_per_layer_input", "per_layer_config"}
+SHAPES |= {"intermediate_size"}
+NEEDED = re.compile("not null|rope_parameters (missing|has nothing)|layer_types (must|null)|kinds of layers null")
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILY_OF if name not in CLASSES])
+def test_a_missing_key_means_what_the_class_takes_it_for_or_is_refused(name):
+    """Also rope_parameters, for which classes have bases of their own."""
+    values, own = settings(name), defaults(name)
+    whole = metadata(name, values)
+    assert isinstance(whole, dict)
+    for key in values.keys() - HARMLESS - SHAPES - {"architectures", "model_type"}:
+        found = metadata(name, {k: v for k, v in values.items() if k != key})
+        if isinstance(found, dict) or not NEEDED.search(found):
+            assert found == (whole if own.get(key) == values[key] else metadata(name, values | {key: own.get(key)})), key
 
 
 @pytest.mark.parametrize(
