@@ -184,8 +184,12 @@ def work() -> None:
 #: What the worker's answers begin with. Other lines may be there: whatever Python or numba are set to print.
 _ANSWER = "ggpy has compiled "
 
-#: What the worker runs: this very package, whatever folder it is started in.
-_WORKER = f"import sys; sys.path[0] = {str(_PACKAGE.parent.parent)!r}; from {__name__} import work; work()"
+#: What the worker runs: this very package, whatever folder it is started in; there may be a file of settings for numba.
+_WORKER = f"""import os, sys
+sys.path[0] = {str(_PACKAGE.parent.parent)!r}
+os.chdir({str(_PACKAGE)!r})
+from {__name__} import work
+work()"""
 
 
 class _Worker:
@@ -249,10 +253,10 @@ class _Worker:
 def _worker_environment() -> dict[str, str]:
     machine = target()
     return {
-        # Not what numba is told to do in this process: code compiled without optimization would stay in the cache.
+        # Not what numba is told to do here: code compiled without optimization would stay in the cache.
         **{key: value for key, value in os.environ.items() if not key.startswith("NUMBA_")},
         "GGPY_SIMD": machine.form,
-        "GGPY_CACHE": str(cache_dir()),
+        "GGPY_CACHE": str(cache_dir().absolute()),
         "NUMBA_CPU_NAME": machine.cpu,
         "NUMBA_CPU_FEATURES": machine.features,
         "NUMBA_DISABLE_JIT": "0",

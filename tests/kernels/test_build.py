@@ -85,14 +85,19 @@ def test_a_python_that_prints_at_its_start_compiles(cache, python_path, noise):
     assert left(cache) == ["end_team.o", "run_tape.o"]
 
 
-def test_numbas_settings_dont_reach_the_cache(cache, monkeypatch):
+def test_numbas_settings_dont_reach_the_cache(cache, tmp_path, monkeypatch):
+    """Neither those of the environment nor those of a file in the folder where Python is started."""
     build.compile_missing(["run_tape"])
     plain = build._read_object("run_tape")
     (object_file,) = cache.rglob("*.o")
     object_file.unlink()
     monkeypatch.setenv("NUMBA_OPT", "0")
     monkeypatch.setenv("NUMBA_DEBUG", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".numba_config.yaml").write_text("opt: '0'\n")
+    monkeypatch.setenv("GGPY_CACHE", "cache")  # the same folder
     build.compile_missing(["run_tape"])
+    assert object_file.exists()
     again = build._read_object("run_tape")
     assert len(plain[1]) == len(again[1])
 
