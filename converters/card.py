@@ -62,7 +62,7 @@ def _header(checkpoint: Checkpoint) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        text = read_bytes(path, MAX_CARD).decode("utf-8", "replace").replace("\r\n", "\n")
+        text = read_bytes(path, MAX_CARD).decode("utf-8-sig", "replace").replace("\r\n", "\n")
         if not text.startswith("---"):
             return {}
         found = HEADER.match(text)

@@ -294,7 +294,7 @@ def _write_special(
     if ends is None:
         ends = checkpoint.config.get("eos_token_id")
     for i in ends if isinstance(ends, list) else [ends]:
-        if not isinstance(i, int) or not 0 <= i < len(tokens):
+        if type(i) is not int or not 0 <= i < len(tokens):
             continue
         unset = [kind for kind in ("eos", "eot", "eom") if kind not in special.special_token_ids]
         if i in (special.special_token_ids.get(kind) for kind in ("eos", "eot", "eom")):
@@ -540,5 +540,5 @@ def check_vocabulary(metadata: Mapping[str, Any], own: Encoder) -> list[str]:
     return [
         f"{own.file}: around added tokens GGUF's readers cut texts otherwise, {others[0]}"
         + (f" (and in {len(others) - 1} more tries)" if len(others) > 1 else "")
-        + ": GGUF can't say what lstrip, rstrip, single_word and normalized say"
+        + ": GGUF can't say what lstrip, rstrip, single_word, normalized and prepend_scheme say"
     ]

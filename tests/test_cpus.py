@@ -17,6 +17,17 @@ def test_the_least_quota_of_a_cgroup_and_its_parents(tmp_path, text, expected):
     assert cgroup_quota(tmp_path / "cgroup", root) == expected
 
 
+def test_the_quota_of_an_older_cgroup(tmp_path):
+    """Whose path in a container is often the host's, with the container's own at the root."""
+    root = tmp_path / "fs"
+    (root / "cpu").mkdir(parents=True)
+    (root / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    (tmp_path / "cgroup").write_text("12:memory:/x\n4:cpu,cpuacct:/docker/x\n")
+    for micro, expected in (("250000", 2.5), ("-1", None)):
+        (root / "cpu" / "cpu.cfs_quota_us").write_text(micro + "\n")
+        assert cgroup_quota(tmp_path / "cgroup", root) == expected
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity here")
 def test_processors_by_affinity_and_quota(monkeypatch):
     allowed = {0, 1, 2, 3}

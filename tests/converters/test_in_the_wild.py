@@ -289,6 +289,9 @@ def test_a_single_file_counts_before_an_index(mistral_folder, tmp_path):
     assert any("index.json and its shards are left aside" in note for note in plan.notes)
     written, expected = written_floats(tmp_path / "model.gguf"), expected_tensors(folder)
     np.testing.assert_array_equal(written["blk.1.ffn_up.weight"], expected["blk.1.ffn_up.weight"])
+    for shard in folder.glob("model-*.safetensors"):
+        shard.unlink()
+    assert dry(folder).tensors == plan.tensors
 
 
 def transformers_file(path):
@@ -510,7 +513,7 @@ CARDS = {
     "numbers": ("---\nversion: 1.0\ntags: [1, two, 3.5]\nmodel_name: 7\nlanguage: no\n---\n# A model", 0),
     "no end": ("---\nlicense: mit\n# A model\n", 1),
     "a tab": ("---\nlicense:\tmit\ntags:\n\t- a\n---\n", 0),
-    "not UTF-8": (b"---\nlicense: mit\n---\n\xff\xfe", 0),
+    "not UTF-8": (b"\xef\xbb\xbf---\nlicense: mit\nname: \xe9t\xe9\n---\n\xff\xfe", 0),
     "aliases": (ALIASES, 1),
     "odd values": ("---\nlicense: [1, {}]\nbase_model: {a: b}\nname: [a, b]\ntags: [[a]]\n---\n", 0),
     "surrogates": ('---\nlicense: "\\ud800"\n---\n', 0),

@@ -390,18 +390,24 @@ def test_tokenizer_json_decides_where_tokenizer_model_is_another(kind, damaged_f
 FLAGS = [{"lstrip": True}, {"rstrip": True}, {"single_word": True}]
 
 
-@pytest.mark.parametrize("flags", FLAGS)
-@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [(kind, flags) for kind in ("bytes", "pieces") for flags in FLAGS] + [("pieces, a space in front", {})],
+)
 def test_what_gguf_cannot_say_of_added_tokens_is_said(flags, kind, both_folder, tmp_path):
-    if kind == "pieces":
-        sentencepiece_as_json(both_folder, **flags)
+    if kind != "bytes":
+        tokenizer = sentencepiece_as_json(both_folder, **flags)
+        if "space" in kind:  # of the text alone, not of what comes after an added token
+            tokenizer.normalizer = normalizers.Sequence([])
+            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+            tokenizer.save(str(both_folder / "tokenizer.json"))
     else:
         (both_folder / "tokenizer.model").unlink()
         tokenizer = train_tokenizer("qwen2")
         tokenizer.add_tokens([AddedToken("<new>", **flags)])
         tokenizer.save(str(both_folder / "tokenizer.json"))
     (note,) = convert(both_folder, tmp_path / "model.gguf", "f32", dry_run=True).notes
-    assert "around added tokens" in note and ("<new>" in note or "<|turn|>" in note)
+    assert "around added tokens" in note and any(name in note for name in ("<new>", "<|turn|>", "<unk>"))
 
 
 def test_added_tokens_of_a_byte_tokenizer_keep_their_characters(damaged_folder, tmp_path):
@@ -464,9 +470,13 @@ def test_all_end_tokens_of_config_json_count_without_a_generation_config(damaged
 
 @pytest.mark.parametrize("value", [-1, 2**32 - 1, 512, True, "x", [1]])
 def test_special_ids_out_of_the_vocabulary_count_as_none(value, damaged_folder):
-    edit_json(damaged_folder / "config.json", pad_token_id=value, sep_token_id=value)
+    kinds = ("bos", "eos", "unk", "pad", "sep", "mask")
+    edit_json(damaged_folder / "tokenizer_config.json", **{f"{kind}_token": None for kind in kinds})
+    ends = [value, 2] if isinstance(value, int) else 2
+    for file in ("config.json", "generation_config.json"):
+        edit_json(damaged_folder / file, **{f"{kind}_token_id": value for kind in kinds} | {"eos_token_id": ends})
     metadata = metadata_of(damaged_folder)
-    assert not {"tokenizer.ggml.padding_token_id", "tokenizer.ggml.seperator_token_id"} & metadata.keys()
+    assert {key: id for key, id in metadata.items() if key.endswith("_token_id")} == {"tokenizer.ggml.eos_token_id": 2}
 
 
 @pytest.mark.parametrize("names", [names for names, row in ROWS.items() if row.byte_level])

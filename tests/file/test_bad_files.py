@@ -446,7 +446,18 @@ def test_other_files_are_called_what_they_are(content, tmp_path):
         GGUFFile(path)
 
 
-@pytest.mark.parametrize(("type_id", "what"), [(4, "2023"), (31, "Q4_0 file"), (38, "IQ4_NL file"), (137, "ik_llama.cpp")])
+@pytest.mark.parametrize(
+    ("type_id", "what"),
+    [
+        (4, "2023"),
+        (31, "Q4_0 file"),
+        (33, "Q4_0 file"),
+        (36, "IQ4_NL file"),
+        (38, "IQ4_NL file"),
+        (137, "ik_llama"),
+        (144, "ik_llama"),
+    ],
+)
 def test_types_of_other_times_and_programs_are_called_what_they_are(type_id, what, tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(make.gguf(infos=[make.info("w", [256], type_id)], data=bytes(1024)))

@@ -302,15 +302,16 @@ def test_long_conversations_are_no_attack(copies):
 
 
 @pytest.mark.parametrize("given", ["reasoning_content", "thinking", "reasoning"])
-@pytest.mark.parametrize("read", ["reasoning_content", "thinking"])
+@pytest.mark.parametrize("read", ["reasoning_content", "thinking", "reasoning"])
 def test_what_a_model_thought_is_found_by_any_name(given, read):
     messages = [
         {"role": "assistant", "content": "Yes.", given: "Why not?"},
         {"role": "assistant", "content": "", given: None},
     ]
     source = f"{{% for m in messages %}}[{{{{ m.{read} or 'none' }}}}]{{% endfor %}}"
-    expected, _ = render_jinja_template([messages], chat_template=source)
-    assert ChatTemplate(source).render(messages) == expected[0] == "[Why not?][none]"
+    assert ChatTemplate(source).render(messages) == "[Why not?][none]"
+    if read != "reasoning":  # to which transformers copies nothing
+        assert render_jinja_template([messages], chat_template=source)[0] == ["[Why not?][none]"]
 
 
 @pytest.mark.parametrize("add_eos", [False, True])
