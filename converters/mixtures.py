@@ -79,10 +79,10 @@ def _usual_granite_swa(config: Config) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if config.get("layer_types") is None:
         values["layer_types"] = ["sliding_attention" if i % 4 else "full_attention" for i in range(n_layer)]
-    bases = {base for base in config.several("layer_rope_theta") if base}
-    if len(bases) > 1:
-        raise UnsupportedError(f"{config.path}: layer_rope_theta of {len(bases)} values but 0; known: one")
-    return values | ({"rope_parameters": rope | {"rope_theta": bases.pop()}} if bases else {})
+    bases = [base for base in config.several("layer_rope_theta") if base]
+    if any(base != bases[0] for base in bases):
+        raise UnsupportedError(f"{config.path}: layer_rope_theta has several values but 0; known: one")
+    return values | ({"rope_parameters": rope | {"rope_theta": bases[0]}} if bases else {})
 
 
 def _write_granite_swa(writer: gguf.GGUFWriter, config: Config) -> None:

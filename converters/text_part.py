@@ -29,16 +29,18 @@ KINDS = {
     "lfm2": "Lfm2ForCausalLM",
     "cohere2": "Cohere2ForCausalLM",
 }
-# What their configurations take for keys that official files leave out.
+# What their configurations take for keys that files leave out, where that isn't what the text model's takes.
+_QWEN2_VL: dict[str, Any] = {"rope_theta": 1000000.0, "rms_norm_eps": 1e-5}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         "vocab_size": 262208,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "max_position_embeddings": 131072,
-        "rope_theta": 1000000.0,
     },
-    "qwen3_vl_moe_text": {"norm_topk_prob": True},  # as it always does
+    **dict.fromkeys(("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"), _QWEN2_VL),
+    "qwen3_vl_text": {"rope_theta": 500000.0},
+    "qwen3_vl_moe_text": {"rope_theta": 500000.0, "norm_topk_prob": True},  # as it always does
 }
 # How their tensors' names begin, and what stands for that in a text model's.
 PREFIXES = {

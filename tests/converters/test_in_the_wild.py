@@ -626,6 +626,7 @@ def test_a_key_twice_is_refused(damaged_folder):
         ("gemma4", {"per_layer_config": {"2": [28]}}, r"2 must be an object, not \[28\]"),
         ("gemma4", {"rope_parameters": "default"}, "rope_parameters must be an object"),
         ("granite_swa", {"layer_rope_theta": 900.0}, "layer_rope_theta must be a list"),
+        ("granite_swa", {"layer_rope_theta": [[1]] * 4}, "rope_theta must be a number"),
         ("mellum", {"mlp_layer_types": True}, "mlp_layer_types must be a list"),
         ("stablelm", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": -1}}, "that GGUF can't hold"),
     ],

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import pytest
@@ -11,6 +12,7 @@ import transformers
 from converters.checkpoint import Config
 from converters.conversion import FAMILIES
 from converters.family import HARMLESS, refuse_unread
+from converters.text_part import KINDS, take_text_part
 from ggpy.errors import Error, UnsupportedError
 
 FAMILY_OF = {name: family for family in FAMILIES for name in family.checkpoints}
@@ -111,16 +113,34 @@ SHAPES |= {"intermediate_size"}
 NEEDED = re.compile("not null|rope_parameters (missing|has nothing)|layer_types (must|null)|kinds of layers null")
 
 
+def check_missing(made, values, own):
+    """`made` gives what it makes of a config.json, `own` has what the class takes for keys that aren't there."""
+    whole = made(values)
+    assert isinstance(whole, dict)
+    for key in values.keys() - HARMLESS - SHAPES - {"architectures", "model_type"}:
+        found = made({k: v for k, v in values.items() if k != key})
+        if isinstance(found, dict) or not NEEDED.search(found):
+            assert found == (whole if own.get(key) == values[key] else made(values | {key: own.get(key)})), key
+
+
 @pytest.mark.parametrize("name", [name for name in FAMILY_OF if name not in CLASSES])
 def test_a_missing_key_means_what_the_class_takes_it_for_or_is_refused(name):
     """Also rope_parameters, for which classes have bases of their own."""
-    values, own = settings(name), defaults(name)
-    whole = metadata(name, values)
-    assert isinstance(whole, dict)
-    for key in values.keys() - HARMLESS - SHAPES - {"architectures", "model_type"}:
-        found = metadata(name, {k: v for k, v in values.items() if k != key})
-        if isinstance(found, dict) or not NEEDED.search(found):
-            assert found == (whole if own.get(key) == values[key] else metadata(name, values | {key: own.get(key)})), key
+    check_missing(lambda values: metadata(name, values), settings(name), defaults(name))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_missing_key_of_a_text_part_means_what_its_own_class_takes_it_for_or_is_refused(kind):
+    own = transformers.CONFIG_MAPPING[kind]().to_dict()
+    own = json.loads(json.dumps(own.get("text_config", own)))
+
+    def made(values):
+        config = Config({"text_config": values | {"model_type": kind}}, Path("config.json"))
+        whole = SimpleNamespace(config=config, architecture="AForConditionalGeneration", tensors={}, notes=[], folder=".")
+        take_text_part(whole)
+        return metadata(whole.architecture, config.values)
+
+    check_missing(made, {key: value for key, value in own.items() if value is not None}, own)
 
 
 @pytest.mark.parametrize(
