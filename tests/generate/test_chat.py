@@ -291,12 +291,24 @@ def test_a_long_template_has_a_process(monkeypatch):
         ChatTemplate("{{ messages }}\n{% if %}").render(MESSAGES)
 
 
+#: what templates of models that think do with contents
+PARTS = """{% set ns = namespace(last=0, system='') %}
+{% for m in messages[::-1] %}
+{% if not (m.content.startswith('<a>') and m.content.endswith('</a>')) %}{% set ns.last = loop.index0 %}{% endif %}
+{% endfor %}
+{% for m in messages %}
+{% set ns.system = ns.system + m.content %}
+{% if 'word' in m.content %}{{ m.content.split('wor')[-1].lstrip('\n') }}{{ m.content[3:] | upper | length }}{% endif %}
+{{ m.content | tojson }}
+{% endfor %}{{ ns.last ~ ns.system }}"""
+
+
 @pytest.mark.parametrize("copies", [1, 20])
 def test_long_conversations_are_no_attack(copies):
     """The last template's replacing took 15,900 characters for too many; of 20 copies, all is done by the process."""
     messages = [{"role": "user", "content": "word " * 20_000}] * copies
     loop = "{% for m in messages %}{% set c = m.content %}{{ c.replace('word', 'more').split('x')[-1] | trim }}{% endfor %}"
-    for source in (smollm2_metadata()["tokenizer.chat_template"], loop):
+    for source in (smollm2_metadata()["tokenizer.chat_template"], loop, PARTS):
         expected, _ = render_jinja_template([messages], chat_template=source, add_generation_prompt=True)
         assert ChatTemplate(source).render(messages) == expected[0]
 
