@@ -9,6 +9,7 @@ import pytest
 import ggpy
 from ggpy.generate import expert_memory
 from ggpy.generate.expert_memory import ExpertMemory
+from tests.graph import guards
 from tests.models.checkpoints import converted, ids
 from tests.models.test_moe import made
 
@@ -47,6 +48,15 @@ def test_results_are_the_same_within_any_budget(path, others):
             assert 0 < memory.n_found < memory.n_chosen
             if room == 2 * LAYER:
                 assert memory.n_chosen - memory.n_found <= 16, "what fits is read once"
+
+
+def test_every_step_writes_what_is_its_own(path, others):
+    """Also with buffers that are full, and with one token."""
+    with ggpy.load(path, n_ctx=64) as model:
+        expected = model.logits(ids(17))
+    with guards.guarded(), ggpy.load(path, n_ctx=64, n_batch=16, ram_budget=others + LAYER) as model:
+        np.testing.assert_array_equal(model.logits(ids(17)), expected)
+        assert model.expert_memory.n_chosen > 0
 
 
 def test_hooks_on_routes_go_on_working(path, others):
