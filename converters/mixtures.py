@@ -8,7 +8,7 @@ from typing import Any
 
 import gguf
 
-from ggpy.errors import UnsupportedError
+from ggpy.errors import ConversionError, UnsupportedError
 
 from .checkpoint import Config, Rows, StridedRows, TransposedRows, shown
 from .decoder import (
@@ -206,6 +206,8 @@ def _usual_bailing(config: Config) -> dict[str, Any]:
     n_ff, n_shared = config.integer("moe_intermediate_size"), config.integer("num_shared_experts", 0, least=0)
     for key, known in _BAILING.items():
         config.only(key, known)
+    if config.get("rope_theta", config.part("rope_parameters").get("rope_theta")) is None:  # programs of it differ
+        raise ConversionError(f"{config.path}: rope_theta missing: nothing says how positions are turned")
     if n_shared:
         config.only("moe_shared_expert_intermediate_size", n_ff)
     return {"n_shared_experts": n_shared}

@@ -129,6 +129,13 @@ def test_a_missing_key_means_what_the_class_takes_it_for_or_is_refused(name):
     check_missing(lambda values: metadata(name, values), settings(name), defaults(name))
 
 
+def test_a_base_that_no_class_knows_must_be_said():
+    values = settings("BailingMoeV2ForCausalLM")
+    del values["rope_parameters"]
+    assert "rope_theta missing" in metadata("BailingMoeV2ForCausalLM", values)
+    assert metadata("BailingMoeV2ForCausalLM", values | {"rope_theta": 6e5})["bailingmoe2.rope.freq_base"] == 6e5
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_missing_key_of_a_text_part_means_what_its_own_class_takes_it_for_or_is_refused(kind):
     own = transformers.CONFIG_MAPPING[kind]().to_dict()
