@@ -108,8 +108,9 @@ def gather(tensors: Mapping[str, Rows], config: Config, offset: bool = False, he
         if name.startswith(_LEFT_OUT) or name in _BUFFERS:
             continue
         if name == "embeddings.position_embeddings.weight" and offset:
-            first, n = _positions(config, offset)
-            rows = PickedRows(rows, np.arange(first, first + n), (n, rows.shape[-1]))
+            first, _ = _positions(config, offset)
+            n = rows.shape[0]
+            rows = PickedRows(rows, np.arange(first, n), (n - first, rows.shape[-1]))
         found[name] = rows
     return found
 

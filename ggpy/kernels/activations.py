@@ -10,12 +10,12 @@ A token's n values x become, in this order:
 
 from ..simd.vector import (
     LANES,
-    absolute,
     fold_add_i32,
-    fold_max,
+    fold_magnitude,
     load_f32,
     load_tile_f32,
-    max_f32,
+    magnitude,
+    max_magnitude,
     round_even,
     splat_f32,
     st_f32,
@@ -37,14 +37,8 @@ _PART = 4 * 256
 
 
 @function
-def _amax(x):
-    """max |x| of 32 values."""
-    return max_f32(fold_max(absolute(load_tile_f32(x, _V, PER_32))))
-
-
-@function
 def _scale(amax):
-    """d and 1/d; both 0 for a block of zeros."""
+    """d and 1/d; both 0 for a block of zeros, and d NaN where a value is."""
     d = amax / f32(127.0)
     inverse = f32(0.0)
     if d > f32(0.0):
@@ -66,7 +60,7 @@ def _blocks_32(x, out, n, first, stop):
     d, sums = out + n, out + n + n // 8
     for b in range(first // 32, stop // 32):
         q = out + 32 * b
-        scale, inverse = _scale(_amax(x))
+        scale, inverse = _scale(magnitude(fold_magnitude(load_tile_f32(x, _V, PER_32))))
         s = _round_16(x, q, inverse) + _round_16(x + 64, q + 16, inverse)
         st_f32(d + 4 * b, scale)
         st_f32(sums + 4 * b, scale * f32(s))
@@ -79,10 +73,10 @@ def _blocks_256(x, out, n, first, stop):
     d, sums = out + n, out + n + n // 64
     negated = sums + n // 8
     for b in range(first // 256, stop // 256):
-        amax = f32(0.0)
+        most = splat_f32(f32(0.0))
         for k in range(8):
-            amax = max(amax, _amax(x + 128 * k))
-        scale, inverse = _scale(amax)
+            most = max_magnitude(most, fold_magnitude(load_tile_f32(x + 128 * k, _V, PER_32)))
+        scale, inverse = _scale(magnitude(most))
         st_f32(d + 4 * b, scale)
         for k in range(8):
             j = 8 * b + k

@@ -340,7 +340,7 @@ def _raise_maximum(best, maximum_at, sums, o, head_dim_v):
 
 @function
 def _soften(line, maximum_at, sums, o, head_dim_v):
-    """A row's scores of a slab to weights 2^(score - maximum)."""
+    """A row's scores of a slab to weights 2^(score - maximum). Where one is NaN, so are the sums, whatever the maximum."""
     scores = load_tile_f32(line, _V, _SLAB_VECTORS)
     best = fold_max(scores)
     # Mostly not: nothing is summed or compared across lanes.
@@ -493,7 +493,8 @@ def _power(x):
 def _put_mean(to, values, maximum, weights, sinks, row, n):
     """A row's sums of values by its sum of weights, to which its head's sink is added unless `sinks` is 0: n values."""
     if sinks:
-        weights += _power(ld_f32(sinks + 4 * row) * LOG2_E - maximum)
+        sink = ld_f32(sinks + 4 * row)
+        weights += _power(sink * LOG2_E - maximum) + f32(0.0) * sink  # NaN for an infinite one, which is damage
     by, end = splat_f32(weights), whole(n)
     for d in range(0, 4 * end, _V):
         store(to + d, load_f32(values + d) / by)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from ..simd.vector import (
     LANES,
-    absolute,
     as_f32,
     f16_to_f32,
     ld_f16,
@@ -24,7 +23,8 @@ from ..simd.vector import (
     load_tile_f32,
     load_tile_i8,
     load_transposed,
-    max_f32,
+    magnitude,
+    max_magnitude,
     maximum,
     minimum,
     mul_grid,
@@ -163,11 +163,11 @@ def _q8_0():
 
     @function
     def quantize(x, n, to, scale_to):
-        """n ≤ 32 values to int8, and their scale."""
+        """n ≤ 32 values to int8, and their scale, which is NaN where a value is."""
         best = splat_f32(f32(0.0))
         for i in range(0, 4 * n, 4 * LANES):
-            best = maximum(best, absolute(load_f32(x + i)))
-        st_f16(scale_to, max_f32(best) / f32(127.0))
+            best = max_magnitude(best, load_f32(x + i))
+        st_f16(scale_to, magnitude(best) / f32(127.0))
         scale = ld_f16(scale_to)
         inverse = f32(1.0) / scale if scale > f32(0.0) else f32(0.0)
         for i in range(0, n, LANES):

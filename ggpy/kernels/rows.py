@@ -205,14 +205,21 @@ _binary("geglu_tanh", lambda x, y: gelu_tanh(x) * y)
 _binary("geglu_erf", lambda x, y: gelu_erf(x) * y)
 
 
+@function
+def _within(x, most):
+    """x, no further than `most` from 0; NaN where x isn't finite, so that the bound hides no damage."""
+    return maximum(minimum(x, most), _negative(most)) + (x - x)
+
+
 @kernel("swiglu_clamped")
 def swiglu_clamped(ith, nth, x, y, out, state, n_cols, alpha, limit):
     """out = g / (1 + e^(-alpha g)) * (u + 1) for g = min(x, limit) and u = y, no further than limit from 0."""
     start, stop = share((ld_state(state, 0) * n_cols + 15) // 16, ith, nth)
     by, most = splat_f32(f32(0.0) - bits_f32(alpha)), splat_f32(bits_f32(limit))
     for i in range(64 * start, 64 * stop, _V):
-        gate = minimum(load_f32(x + i), most)
-        up = maximum(minimum(load_f32(y + i), most), _negative(most))
+        gate, up = load_f32(x + i), load_f32(y + i)
+        gate = minimum(gate, most) + (gate - gate)
+        up = _within(up, most)
         store(out + i, gate / (_one() + exp(gate * by)) * (up + _one()))
 
 
@@ -226,12 +233,11 @@ def scale(ith, nth, x, out, state, n_cols, factor):
 
 @kernel("clamp")
 def clamp(ith, nth, x, out, state, n_cols, limit):
-    """out = x, no further than limit from 0; NaN where x isn't finite, so that the bound hides no damage."""
+    """out = x, no further than limit from 0."""
     start, stop = share((ld_state(state, 0) * n_cols + 15) // 16, ith, nth)
     most = splat_f32(bits_f32(limit))
     for i in range(64 * start, 64 * stop, _V):
-        v = load_f32(x + i)
-        store(out + i, maximum(minimum(v, most), _negative(most)) + (v - v))
+        store(out + i, _within(load_f32(x + i), most))
 
 
 @kernel("soft_cap")

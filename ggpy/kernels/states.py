@@ -115,7 +115,7 @@ def _log1p(y):
 @function
 def softplus(x):
     """log(1 + e^x) of one float32."""
-    return max(x, f32(0.0)) + max_f32(_log1p(exp(splat_f32(-abs(x)))))
+    return (f32(0.0) if x < f32(0.0) else x) + max_f32(_log1p(exp(splat_f32(-abs(x)))))
 
 
 @kernel("delta_gates")
@@ -129,7 +129,8 @@ def delta_gates(ith, nth, decay, beta, a, dt, out, state, n_head):
         h = i % n_head
         total = ld_f32(decay + 4 * i) + ld_f32(dt + 4 * h)
         if beta == 0:
-            total = max(total, ld_f32(dt + 4 * n_head))
+            least = ld_f32(dt + 4 * n_head)
+            total = least if total < least else total
         step = softplus(total)
         st_f32(out + 8 * i, max_f32(exp(splat_f32(ld_f32(a + 4 * h) * step))))
         if beta:

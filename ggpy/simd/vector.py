@@ -270,17 +270,34 @@ def fma(tyctx, x, y, z):
     return ret(x, y, z), _elementwise(ret, (x, y, z), _fma)
 
 
-def _binary(name):
+def _bounded(sign):
+    """x, or y where that is beyond it: where x is NaN, NaN, so that no bound hides damage. One instruction on x86-64."""
+
     @intrinsic
     def op(tyctx, x, y):
         ret = _shape_of(x, y)
-        ty = F32.ir_type
-        return ret(x, y), _elementwise(ret, (x, y), lambda b, *v: _call(b, f"llvm.{name}.v{LANES}f32", ty, v))
+        return ret(x, y), _elementwise(ret, (x, y), lambda b, v, w: b.select(b.fcmp_ordered(sign, w, v), w, v))
 
     return op
 
 
-maximum, minimum = _binary("maxnum"), _binary("minnum")
+maximum, minimum = _bounded(">"), _bounded("<")
+
+
+def _farther(b, x, y):
+    """Lane by lane max(|x|, |y|), and NaN if either is NaN: as integers magnitudes have the same order, and NaN is above
+    them all."""
+    bits = ir.VectorType(_I32, x.type.count)
+    mask = ir.Constant(bits, [0x7FFFFFFF] * x.type.count)
+    x, y = (b.and_(b.bitcast(v, bits), mask) for v in (x, y))
+    return b.bitcast(b.select(b.icmp_signed(">", x, y), x, y), ir.VectorType(ir.FloatType(), bits.count))
+
+
+@intrinsic
+def max_magnitude(tyctx, x, y):
+    """max(|x|, |y|), lane by lane; NaN if either is."""
+    ret = _shape_of(x, y)
+    return ret(x, y), _elementwise(ret, (x, y), _farther)
 
 
 def _unary(name):
@@ -701,6 +718,7 @@ def _reducer(combine):
 sum_f32 = _reducer(lambda b, x, y, n: b.fadd(x, y))
 sum_i32 = _reducer(lambda b, x, y, n: b.add(x, y))
 max_f32 = _reducer(lambda b, x, y, n: b.select(b.fcmp_ordered(">", x, y), x, y))
+magnitude = _reducer(lambda b, x, y, n: _farther(b, x, y))  # the largest |x|, NaN if any is
 
 
 def _folder(combine):
@@ -719,7 +737,8 @@ def _folder(combine):
 
 
 # The vectors of a tile (a power of two of them) combined into one.
-fold_max = _folder(lambda b, x, y: _call(b, f"llvm.maxnum.v{LANES}f32", F32.ir_type, [x, y]))
+fold_max = _folder(lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
+fold_magnitude = _folder(_farther)
 fold_add_i32 = _folder(lambda b, x, y: b.add(x, y))
 fold_add_f32 = _folder(lambda b, x, y: b.fadd(x, y))
 

@@ -162,6 +162,8 @@ def with_pieces(rng, data):
 def change_bytes(rng, content):
     """Cuts a file off, or overwrites bytes, mostly of its head."""
     content = bytearray(content)
+    if not content:
+        return b""
     if rng.random() < 0.3:
         return bytes(content[: rng.randrange(len(content))])
     for _ in range(rng.choice([1, 4, 16])):

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 
 import ggpy
 from ggpy.errors import Error
@@ -128,6 +129,42 @@ def test_damaged_weights_give_an_error_instead_of_text(tmp_path, v3, tensor, val
                 use()
         with opened.hooked({"logits": lambda name, value: np.zeros_like(value)}):
             assert np.isfinite(opened.logits([1, 2, 3])).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (made, "V3"),
+        (decoder, "gpt-oss"),
+        (decoder, "gemma4, experts"),
+        (with_states, "granitehybrid"),
+        (with_states, "qwen35"),
+    ],
+)
+def test_no_step_hides_a_weight_of_nan(tmp_path, simd_form, make, name):
+    """Neither bounds and maxima, which take the other of two values, nor rounding to integers, which knows no NaN."""
+    path = converted(tmp_path, make(name), "q8_0")
+    sound = path.read_bytes()
+    for i, (tensor, t) in enumerate(Edited.read(sound).tensors.items()):
+        if not tensor.startswith(("blk.1.", "output")):
+            continue
+        model = Edited.read(sound)
+        if t.type_id == GGMLQuantizationType.F32:
+            model.fill(tensor, NAN, slice(0, t.dims[0]))
+        else:  # the first block's scale
+            model.tensors[tensor].data = np.float16(NAN).tobytes() + t.data[2:]
+        path.write_bytes(model.bytes())
+        with pytest.raises(Error, match="aren't finite"):
+            run(path, kv_type=("f16", "q8_0")[i % 2])
+
+
+def test_positions_are_counted_in_the_checkpoint(tmp_path):
+    """As many as config.json says would take all memory."""
+    encoder(tmp_path, "xlm-roberta")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2**31 - 1}))
+    with pytest.raises(Error, match=r"position_embeddings\.weight is \(\d+, \d+\), config\.json asks for \(2147483646, "):
+        ggpy.convert(tmp_path, tmp_path / "out.gguf", "f32")
 
 
 @pytest.mark.parametrize("name", ["V3", "V2", "mixtral", "qwen2moe", "qwen2"])
