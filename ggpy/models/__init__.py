@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from ..errors import GraphError, UnsupportedError
+from ..errors import GGUFError, GraphError, UnsupportedError
 from .adapters import ThinPair, added_up
 from .decoder import Decoder, Style
 from .deepseek2 import DeepSeek2
@@ -169,8 +169,14 @@ def read_architecture(
     ------
     UnsupportedError
         An architecture or form that ggpy doesn't have; lists those it has.
+    GGUFError
+        Hyperparameters that are missing, or that no model has.
     """
-    return _reader(file, mla)(Hparams(file), Options(n_expert_used, mla, n_ctx))
+    arch = _reader(file, mla)(Hparams(file), Options(n_expert_used, mla, n_ctx))
+    for name, value in vars(arch).items():  # made of the file's numbers, which are fit themselves
+        if isinstance(value, float) and not abs(value) < 2.0**127:
+            raise GGUFError(f"{file.path}: by the metadata {name} is {value:g}, which is no number for a model")
+    return arch
 
 
 def read_nextn(file: "GGUFFile", n_expert_used: int | None = None, mla: str = "absorbed", n_ctx: int = 0) -> NextN:

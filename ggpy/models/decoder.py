@@ -136,10 +136,6 @@ class Style:
         experts = Experts.read(hp, n_ff[0], options.n_expert_used, **how)  # type: ignore[arg-type]
         length = n_embd / n_head[0] if n_layer == self.shared_scale_at else head_dim
         logit_scale = hp.number("logit_scale", 0.0) or 1.0
-        if self.divide_logits:
-            if abs(logit_scale) < 1e-30:
-                raise hp.error(f"key {hp.arch}.logit_scale: {logit_scale} is too small to divide by")
-            logit_scale = 1 / logit_scale
         norm = "layer_norm_epsilon" if self.layer_norm else "layer_norm_rms_epsilon"
         return Decoder(
             style=self,
@@ -162,7 +158,7 @@ class Style:
             logit_cap=hp.number("final_logit_softcapping", 0.0),
             embd_scale=n_embd**0.5 if self.embd_root else hp.number("embedding_scale", 1.0),
             residual_scale=hp.number("residual_scale", 1.0),
-            logit_scale=logit_scale,
+            logit_scale=1 / logit_scale if self.divide_logits else logit_scale,
             parallel=hp.flag("use_parallel_residual", True) if self.parallel is None else self.parallel,
             experts=experts,
             n_dense=hp.count("leading_dense_block_count"),

@@ -74,12 +74,19 @@ def test_numbers_out_of_range_are_one_line_with_the_file(tmp_path, v3, yarn, key
     assert str(caught.value).startswith(f"{path}: ")
 
 
-def test_a_scale_that_nothing_can_be_divided_by_is_refused(tmp_path):
-    path = converted(tmp_path, decoder("granite"))
+@pytest.mark.parametrize(
+    ("make", "name", "key", "value"),
+    [
+        (decoder, "granite", "granite.logit_scale", 1e-45),
+        (made, "V2-Lite, yarn", "deepseek2.rope.scaling.yarn_log_multiplier", 1e30),
+    ],
+)
+def test_numbers_that_give_others_out_of_range_are_one_line_with_the_file(tmp_path, make, name, key, value):
+    path = converted(tmp_path, make(name))
     model = Edited.read(path.read_bytes())
-    model.set("granite.logit_scale", "float32", 1e-45)
+    model.set(key, "float32", value)
     path.write_bytes(model.bytes())
-    with pytest.raises(Error, match=r"f32\.gguf: key granite\.logit_scale: .* is too small to divide by$"):
+    with pytest.raises(Error, match=r"f32\.gguf: by the metadata (logit_)?scale is .*, which is no number for a model$"):
         ggpy.load(path)
 
 
