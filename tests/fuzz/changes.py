@@ -108,6 +108,8 @@ def change_tensor(rng, model, _):
 
     name = rng.choice(list(model.tensors))
     tensor, what = model.tensors[name], rng.randrange(11)
+    if not tensor.dims:  # an earlier change took them
+        return
     if what == 0:
         del model.tensors[name]
     elif what == 1:
