@@ -395,7 +395,7 @@ def with_options(options: type) -> Callable[[F], F]:
         before, mark, after = (function.__doc__ or "").partition("**options\n")
         if mark:
             indent = before[before.rfind("\n") + 1 :]
-            text = TextWrapper(120, initial_indent=f"{indent}    ", subsequent_indent=f"{indent}    ")
+            text = TextWrapper(len(indent) + 112, initial_indent=f"{indent}    ", subsequent_indent=f"{indent}    ")
             all_lines = [line for i in order for line in (indent + lines[i][0], *text.wrap(lines[i][1]))]
             function.__doc__ = before + "\n".join(all_lines).lstrip() + "\n" + after
         return function
