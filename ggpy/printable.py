@@ -21,6 +21,11 @@ def _cut(text: str, most: int | None) -> str:
     return f"{text[: most - 1 - end]}…{text[len(text) - end :]}"
 
 
+def counted(n: int, noun: str) -> str:
+    """A number of things: "1 error", "2 errors"."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
 def one_line(text: str, most: int) -> str:
     """The same, where lines that follow each other are joined by spaces."""
     return printable(re.sub(r"\s*[\r\n]\s*", " ", text[: 10 * most]).strip(), most)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import Error
+from ..printable import counted
 from .common import KVType, byte_count, find_model, open_model, text_of
 from .sampling import sampling_values, with_sampling_flags
 
@@ -125,7 +126,7 @@ def _progress() -> Iterator["Progress"]:
 
 def _words(summary: "Summary") -> str:
     before = f", {summary.n_before} of them before" if summary.n_before else ""
-    errors = f"; {summary.n_errors} errors" if summary.n_errors else ""
+    errors = f"; {counted(summary.n_errors, 'error')}" if summary.n_errors else ""
     done = summary.n_before + summary.n_new
     tokens = f"{summary.prompt_tokens:,} tokens read, {summary.completion_tokens:,} written ({summary.rate:,.0f}/s)"
     return f"{done} of {summary.n_rows} rows{before}{errors}; {tokens} in {summary.seconds:.1f} s"

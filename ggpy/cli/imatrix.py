@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..printable import counted
 from .common import MODEL_HELP, open_model
 
 
@@ -34,8 +35,8 @@ def imatrix(
                 opened, chunks, str(text), lambda done, total: bar.update(task, completed=done, total=total)
             )
     write_imatrix(out, matrix)
-    print(f"{out}: {len(matrix.sums)} tensors, {chunks.size} tokens in {len(chunks)} chunks")
+    print(f"{out}: {len(matrix.sums)} tensors, {chunks.size} tokens in {counted(len(chunks), 'chunk')}")
     unseen = {name: int((counts == 0).sum()) for name, counts in matrix.counts.items() if (counts == 0).any()}
     if unseen:
         n_experts = sum(unseen.values())
-        typer.echo(f"note: no token chose {n_experts} experts' matrices, in {len(unseen)} tensors", err=True)
+        typer.echo(f"note: no token chose {n_experts} experts' matrices, in {counted(len(unseen), 'tensor')}", err=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import Error
-from ..printable import printable
+from ..printable import counted, printable
 from .common import MODEL_HELP, find_model
 from .memory import memory_line, size_text
 
@@ -54,7 +54,7 @@ def _lint(path: Path, json: bool) -> int:
     else:
         for finding in found:
             print(finding)
-        counts = ", ".join(f"{sum(f.level == level for f in found)} {level}s" for level in ("error", "warning"))
+        counts = ", ".join(counted(sum(f.level == level for f in found), level) for level in ("error", "warning"))
         print(f"{path}: {counts}")
     return int(any(finding.level == "error" for finding in found))
 

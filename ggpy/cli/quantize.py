@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import Error
+from ..printable import counted
 from .common import MODEL_HELP, byte_count, conversion_progress, find_model, kernel_progress
 
 if TYPE_CHECKING:
@@ -121,8 +122,11 @@ def _print_plan(plan: "Plan") -> None:
 def _print_notes(plan: "Plan") -> None:
     """What a user should know of the result."""
     if plan.decoded_again:
-        n = len(plan.decoded_again)
-        typer.echo(f"note: {n} tensors were quantized already: what they lost stays lost", err=True)
+        n = counted(len(plan.decoded_again), "tensor")
+        typer.echo(f"note: quantized already: {n}; what they lost stays lost", err=True)
     if plan.without_importance:
         names = ", ".join(plan.without_importance[:3]) + (", …" if len(plan.without_importance) > 3 else "")
-        typer.echo(f"note: the importance matrix has nothing for {len(plan.without_importance)} tensors: {names}", err=True)
+        typer.echo(
+            f"note: the importance matrix has nothing for {counted(len(plan.without_importance), 'tensor')}: {names}",
+            err=True,
+        )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import ContextFullError, Error
 from ..generate.options import option_table
-from ..printable import visible
+from ..printable import counted, visible
 from .sampling import read_number, read_texts, read_value
 from .terminal import AnswerWriter, unechoed, unquoted
 from .timings import timings
@@ -87,7 +87,7 @@ class Talk:
         try:
             reply = self.reply = ask()
             if reply.n_dropped:
-                self._note(f"(the context is full: the oldest {reply.n_dropped} messages are dropped)")
+                self._note(f"(the context is full: dropped {counted(reply.n_dropped, 'message')}, the oldest)")
             with unechoed():
                 AnswerWriter(self._out, reply.parser(), self._thinking).write(reply)
             self._out.write("\n")
@@ -167,19 +167,19 @@ class Talk:
                 if old.read(1) not in (b"{", b""):
                     raise Error(f"{path}: not overwritten, for it is no saved conversation")
         self._session.save(path)
-        self._note(f"({len(self._session.messages)} messages in {path})")
+        self._note(f"({counted(len(self._session.messages), 'message')} in {path})")
 
     def _load(self, file: str) -> None:
         path = _path(file)
         self._session.load(path)
-        self._note(f"({len(self._session.messages)} messages from {path})")
+        self._note(f"({counted(len(self._session.messages), 'message')} from {path})")
 
     def _stats(self, _: str) -> None:
         self._note("\n".join(timings(self._model, self.reply)))
 
     def _undo(self, _: str) -> None:
         self._session.undo()
-        self._note(f"({len(self._session.messages)} messages are left)")
+        self._note(f"({counted(len(self._session.messages), 'message')} left)")
 
     def _retry(self, _: str) -> None:
         self._answer(lambda: self._session.retry(stream=True, **self._options))

@@ -304,7 +304,7 @@ def test_a_full_context_drops_the_oldest_if_asked(talk, screen):
     talk._session.drop_oldest = True
     for i in range(8):
         talk.take(f"Tell me everything about number {i}")
-    assert "the oldest 2 messages are dropped" in screen.take()
+    assert "dropped 2 messages, the oldest" in screen.take()
     talk.take("/clear")
     talk.take("/set max_tokens none")
     talk.take("/set drop_oldest off")

@@ -171,6 +171,6 @@ def test_the_command_ends_with_1_where_there_are_errors(sound, tmp_path, capsys)
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(sound.read_bytes()[:2000])
     code, out = call(bad)
-    assert code == 1 and out.startswith("error: file: ") and out.strip().endswith("1 errors, 0 warnings")
+    assert code == 1 and out.startswith("error: file: ") and out.strip().endswith("1 error, 0 warnings")
     code, out = call(bad, "--json")
     assert code == 1 and json.loads(out)[0]["level"] == "error"
