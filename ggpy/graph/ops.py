@@ -185,7 +185,7 @@ def _clamped_shape(x: "Tensor", y: "Tensor", alpha: float, limit: float) -> Shap
 
 
 def _clamped_reference(run: "Reference", x: np.ndarray, y: np.ndarray, alpha: float, limit: float) -> np.ndarray:
-    gate, up = np.minimum(x, limit), np.clip(y, -limit, limit)
+    gate, up = np.minimum(x, limit) + (x - x), np.clip(y, -limit, limit) + (y - y)  # NaN where they aren't finite
     return (gate / (1 + np.exp(-np.maximum(alpha * gate, -88.0))) * (up + 1)).astype(np.float32)
 
 
@@ -195,7 +195,7 @@ def _clamped_lower(p: "Plan", node: "Tensor") -> None:
     p.step("swiglu_clamped", node, x=x, y=y, out=node, n_cols=_row(node), **attrs)
 
 
-# gpt-oss's: x / (1 + e^(-alpha x)) * (y + 1), of x and y no further than `limit` from 0.
+# gpt-oss's: x / (1 + e^(-alpha x)) * (y + 1), of x and y no further than `limit` from 0; bounds hide no damage.
 OPS["SWIGLU_CLAMPED"] = Op(_clamped_shape, _clamped_reference, _clamped_lower)
 
 
