@@ -7,6 +7,7 @@ token is chosen, while the model computes the logits of the next one.
 from __future__ import annotations
 
 import json
+import math
 import re
 import reprlib
 import threading
@@ -14,6 +15,7 @@ import weakref
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -41,6 +43,11 @@ _LONGEST_FORMATS = {"time": 24, "date-time": 35, "duration": 32}
 # Keywords of schemas whose values are schemas: one or a list, or an object of them.
 _SCHEMAS = ("items", "additionalItems", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf")
 _NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
+# llguidance's numbers are float64, written with 16 digits. Of values that a text must have, those with more are refused;
+# bounds move inwards, to the side that stands here.
+_MOST_EXACT, _WIDEST = 1 << 53, (1 << 63) - 1024
+_EXACT = ("const", "enum", "multipleOf")
+_BOUNDS = {"minimum": 1, "exclusiveMinimum": 1, "maximum": -1, "exclusiveMaximum": -1}
 # llguidance compiles grammars by recursion, a chain of rules by as deep a one: a stack for the longest chain that a text
 # can have, where it takes up to 700 bytes for each character, and a limit to that.
 _STACK_PER_CHARACTER, _LEAST_STACK, _LONGEST = 1400, 1 << 22, 1_000_000
@@ -274,7 +281,7 @@ class Constraints:
         """
         try:
             bounded = json.dumps(_bounded({**schema, "x-guidance": {"whitespace_pattern": " ?"}}))
-        except RecursionError as error:
+        except (RecursionError, ValueError) as error:
             raise Error(f"tools: {error}") from None
         _check_text("tools", "a schema", bounded)
         grammar = f"start: /[ \\t\\n]{{0,20}}/ call\ncall: %json {bounded}"
@@ -389,8 +396,40 @@ def _bounded(schema: object) -> object:
         if key in _NAMED_SCHEMAS and isinstance(value, dict):
             value = {name: _bounded(one) for name, one in value.items()}
         made[key] = _bounded(value) if key in _SCHEMAS else value
+        if key in _EXACT:
+            _check_numbers(value, key)
+        elif key in _BOUNDS and isinstance(value, int) and abs(value) > _MOST_EXACT:
+            made[key] = _within(value, _BOUNDS[key], key)
     longest = _LONGEST_FORMATS.get(schema["format"]) if isinstance(schema.get("format"), str) else None
     return made if longest is None or "minLength" in made else {"maxLength": longest, **made}
+
+
+def _check_numbers(value: object, key: str) -> None:
+    """Raises ValueError for a number that would be another one in the text."""
+    if isinstance(value, list | dict):
+        for one in value if isinstance(value, list) else value.values():
+            _check_numbers(one, key)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            written = Decimal(f"{value:.16g}")
+        except OverflowError:
+            written = Decimal("NaN")
+        if written != Decimal(repr(value)):
+            raise ValueError(f"{key!r} has a number of too many digits to be kept to, {value!r:.80}: make it a text")
+
+
+def _within(bound: int, side: int, key: str) -> int:
+    """The nearest number on that side of a bound that float64, and an integer of 64 bits, hold.
+
+    Raises
+    ------
+    ValueError
+        It leaves none.
+    """
+    if bound * side > _WIDEST:
+        raise ValueError(f"{key!r} has too many digits to be kept to, {bound!r:.80}")
+    number = float(max(min(bound, _WIDEST), -_WIDEST))
+    return int(number if number * side >= bound * side else math.nextafter(number, side * math.inf))
 
 
 def _from_regex(regex: str) -> str:

@@ -569,6 +569,9 @@ def test_a_chat_keeps_to_the_schema(model):
         ({"json_schema": {"const": float("nan")}}, "json_schema: "),
         ({"json_schema": {"const": "\ud800"}}, "json_schema: .*hex escape"),
         ({"json_schema": '{"items":' * 100_000 + "{}" + "}" * 100_000}, "json_schema: .*recursion"),
+        ({"json_schema": {"const": 2**53 + 1}}, "json_schema: 'const' has a number .* 9007199254740993: make it a text"),
+        ({"json_schema": {"anyOf": [{"enum": [{"a": [1.2345678901234567]}]}]}}, "json_schema: 'enum' has a number"),
+        ({"json_schema": {"type": "integer", "minimum": 2**63}}, "json_schema: 'minimum' has too many digits"),
         ({"regex": "(a"}, r'regex: invalid regex "\(a" .*unclosed group'),
         ({"regex": "a(?=b)"}, "regex: .*look-around"),
         ({"regex": r"(a)\1"}, "regex: .*backreferences are not supported"),
@@ -605,6 +608,16 @@ def test_what_is_not_understood_is_said_at_once_in_a_line(model, how, words):
     with pytest.raises(ggpy.Error, match=words) as caught:
         model.generate(ids(4), **how)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("least", "most"), [(-(2**63), 2**63 - 1), (0, 2**64 - 1), (-(10**30), 2**53 + 3), (2**53 + 1, 10**30)]
+)
+def test_bounds_of_other_languages_integers_are_kept_to(model, least, most):
+    schema = {"type": "integer", "minimum": least, "maximum": most}
+    for seed in range(3):
+        text = model.generate(ids(4), json_schema=schema, temperature=1, seed=seed, max_tokens=60).run().text
+        assert least <= json.loads(text) <= most
 
 
 def test_chains_of_rules_overflow_no_stack(model):
