@@ -31,6 +31,11 @@ _U32 = struct.Struct("<I")
 _SPLIT_NAME = re.compile(r"(.*-)(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 
+def is_fit(value: float) -> bool:
+    """Whether a model may have a number: it is finite, and float32 holds it."""
+    return abs(value) < 2.0**127
+
+
 class GGUFFile:
     """A GGUF model, memory-mapped.
 
@@ -100,7 +105,7 @@ class GGUFFile:
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if type(value) is int and int not in kinds and float in kinds:
             value = float(value)
-        if type(value) is float and float in kinds and not abs(value) < 2.0**127:
+        if type(value) is float and float in kinds and not is_fit(value):
             raise GGUFError(f"{self.path}: key {shorten(key)}: {value} is no number for a model")
         if type(value) in kinds:
             return value

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from ..errors import GGUFError, GraphError, UnsupportedError
+from ..file.gguf import is_fit
 from .adapters import ThinPair, added_up
 from .decoder import Decoder, Style
 from .deepseek2 import DeepSeek2
@@ -174,7 +175,7 @@ def read_architecture(
     """
     arch = _reader(file, mla)(Hparams(file), Options(n_expert_used, mla, n_ctx))
     for name, value in vars(arch).items():  # made of the file's numbers, which are fit themselves
-        if isinstance(value, float) and not abs(value) < 2.0**127:
+        if isinstance(value, float) and not is_fit(value):
             raise GGUFError(f"{file.path}: by the metadata {name} is {value:g}, which is no number for a model")
     return arch
 
